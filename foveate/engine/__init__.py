@@ -1,0 +1,1 @@
+"""The engine: everything between a model and a method. Methods know nothing of it."""

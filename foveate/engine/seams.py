@@ -1,0 +1,67 @@
+"""The parts of transformers that foveate relies on and that are not documented as stable, all in this file.
+
+``tests/test_seams.py`` names the seam when a new release moves it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ..errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from .prompt import Layout
+
+RAW_INPUTS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
+PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
+PRE_ENCODED = "mm_encoder_outputs"
+_LAYOUT = "_foveate_layout"
+
+
+def check_pre_encoded_input(model: PreTrainedModel) -> None:
+    """Raise unless ``forward`` takes already encoded pictures (transformers >= 5.18)."""
+    if PRE_ENCODED not in inspect.signature(model.base_model.forward).parameters:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes no pre-encoded pictures ({PRE_ENCODED}). foveate needs transformers >= 5.18."
+        )
+
+
+def has_pixels(kwargs: dict[str, Any]) -> bool:
+    return any(kwargs.get(name) is not None for name in RAW_INPUTS)
+
+
+def encode_images(base: nn.Module, kwargs: dict[str, Any]) -> Any:
+    """Run the model's own ``get_image_features``; what it consumed is taken out of ``kwargs``, as ``generate`` does."""
+    names = [name for name in inspect.signature(base.get_image_features).parameters if name != "kwargs" and name in kwargs]
+    return base.get_image_features(**{name: kwargs.pop(name) for name in names}, return_dict=True)
+
+
+def with_features(output: Any, features: list[Tensor]) -> Any:
+    """The encoder output with other projected features, one tensor [m_i, D] per image."""
+    changed = copy.copy(output)
+    changed.pooler_output = features
+    return changed
+
+
+def find_cache(output: Any) -> Cache | None:
+    """The key-value cache in what ``forward`` or ``generate`` returned."""
+    cache = getattr(output, "past_key_values", None)
+    if cache is None and isinstance(output, tuple):
+        cache = next((part for part in output if isinstance(part, Cache)), None)
+    return cache if isinstance(cache, Cache) else None
+
+
+def layout_of(cache: Any) -> Layout | None:
+    """How the prompt in a cache was shortened, None if it was not."""
+    return getattr(cache, _LAYOUT, None)
+
+
+def mark(cache: Any, layout: Layout) -> None:
+    """Remember on a cache how its prompt was shortened."""
+    setattr(cache, _LAYOUT, layout)

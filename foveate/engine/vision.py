@@ -1,0 +1,154 @@
+"""From pixels to fewer visual tokens: the model's own encoder, the method, the model's own projector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FoveateError, InputError
+from ..methods.base import TokenReducer
+from ..report import Clock
+from ..tokens import EncoderLayer, EncoderTap, Reduction, VisualTokens, keep_all, resolve_budget
+from .families import Anatomy
+from .seams import encode_images, with_features
+
+
+@dataclass(frozen=True)
+class Visuals:
+    """The pictures of one call, encoded and reduced.
+
+    Attributes
+    ----------
+    output : the encoder output of transformers, with the reduced features.
+    embeds : per image [m_i, D] in the space of the decoder.
+    reduction : of all images, over the grid.
+    kept : per image, which of its placeholders stay, in the order of the features.
+    size : placeholders per image; the first ``size - rows * columns`` of them stand for no grid cell and always stay.
+    changed : False where every token stayed in place: the prompt and the features are then the unmodified model's.
+    """
+
+    output: Any
+    embeds: list[Tensor]
+    reduction: Reduction
+    kept: list[Tensor]
+    size: int
+    grid: tuple[int, int]
+    changed: bool
+
+
+@contextmanager
+def _taps(parts: Anatomy, layers: tuple[EncoderLayer, ...]) -> Iterator[dict[EncoderLayer, EncoderTap]]:
+    """Record the [CLS] query and the keys of encoder layers while the encoder runs.
+
+    Only what the projections return is read, so quantised and LoRA layers work, and any attention implementation.
+    """
+    taps: dict[EncoderLayer, EncoderTap] = {}
+    queries: dict[EncoderLayer, Tensor] = {}
+    handles = []
+    for name in layers:
+        query, key, heads = parts.projections(name)
+
+        def keep_query(_: Any, __: Any, out: Tensor, name: EncoderLayer = name) -> None:
+            queries[name] = out[:, 0].detach()
+
+        def keep_keys(_: Any, __: Any, out: Tensor, name: EncoderLayer = name, heads: int = heads) -> None:
+            taps[name] = EncoderTap(queries.pop(name), out.detach(), heads)
+
+        handles += [query.register_forward_hook(keep_query), key.register_forward_hook(keep_keys)]
+    try:
+        yield taps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _projector_input(parts: Anatomy, skip: bool) -> Iterator[list[Tensor]]:
+    """Record what enters the projector; with ``skip`` the projector sees one token per image, as its output is not used."""
+    seen: list[Tensor] = []
+
+    def record(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        seen.append(args[0])
+        return (args[0][:, :1], *args[1:]) if skip else None
+
+    handle = parts.projector.register_forward_pre_hook(record)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def encode_and_reduce(parts: Anatomy, method: TokenReducer, kwargs: dict[str, Any], clock: Clock) -> Visuals:
+    """Encode the pictures in ``kwargs`` (taken out of it) and reduce their tokens.
+
+    Raises
+    ------
+    InputError : the attention or features hold NaN or infinite values, or the pictures are too small for a token.
+    FoveateError : the method returned something that breaks its contract.
+    """
+    pixels = kwargs["pixel_values"]
+    rows, columns = parts.grid(*pixels.shape[-2:])
+    cells = rows * columns
+    reduces = resolve_budget(method.budget, cells) != cells
+    layers = method.encoder_layers() if reduces else ()
+    with clock.measure("vision"), _taps(parts, layers) as taps, _projector_input(parts, skip=reduces) as seen:
+        output = encode_images(parts.model.base_model, kwargs)
+    features = seen[0]
+    lead = features.shape[1] - cells  # [CLS] where the model keeps it among the visual tokens
+    if lead not in (0, 1) or features.ndim != 3:
+        raise InputError(
+            f"pictures of {pixels.shape[-2]} x {pixels.shape[-1]} pixels gave features {tuple(features.shape)} and not a grid of "
+            f"{rows} x {columns} tokens."
+        )
+    if not reduces:
+        return _unchanged(output, features[:, lead:], (rows, columns), lead, list(output.pooler_output))
+    with clock.measure("selection"):
+        tokens = VisualTokens(features[:, lead:], (rows, columns), taps)
+        reduction = method.reduce(tokens)
+        reduced = reduction.apply(tokens.features)
+        valid = reduction.mask()
+        counts, in_place = _check(method, tokens, reduction, valid)
+    with clock.measure("vision"):
+        if in_place:
+            full = parts.projector(features)
+            return _unchanged(output, features[:, lead:], (rows, columns), lead, list(full))
+        if lead:
+            reduced, valid = torch.cat([features[:, :lead], reduced], 1), torch.cat([valid.new_ones(len(valid), lead), valid], 1)
+        embeds = list(parts.projector(reduced[valid][None])[0].split([count + lead for count in counts]))
+    first = torch.arange(lead, device=reduction.index.device)
+    chosen = reduction.index[reduction.mask()].split(counts)
+    kept = [torch.cat([first, index + lead]) for index in chosen]
+    return Visuals(with_features(output, embeds), embeds, reduction, kept, cells + lead, (rows, columns), changed=True)
+
+
+def _unchanged(output: Any, features: Tensor, grid: tuple[int, int], lead: int, embeds: list[Tensor]) -> Visuals:
+    size = features.shape[1] + lead
+    kept = [torch.arange(size, device=features.device)] * len(features)
+    return Visuals(with_features(output, embeds), embeds, keep_all(features), kept, size, grid, changed=False)
+
+
+def _check(method: TokenReducer, tokens: VisualTokens, reduction: Reduction, valid: Tensor) -> tuple[list[int], bool]:
+    """Counts per image and whether nothing changed, with one transfer from the device; the contract is checked on the way."""
+    batch, number = tokens.features.shape[:2]
+    index = reduction.index
+    flags = torch.stack(
+        [
+            torch.isfinite(reduction.scores if reduction.scores is not None else tokens.features).all(),
+            ((index >= 0) & (index < number) | ~valid).all(),
+            (index == torch.arange(index.shape[1], device=index.device)).all() & valid.all(),
+        ]
+    )
+    *counts, finite, inside, ordered = torch.cat([valid.sum(1), flags]).tolist()
+    if not finite:
+        raise InputError(
+            f"{method.name}: the vision encoder gave NaN or infinite values. Check the picture, and the dtype of the model "
+            "(float16 overflows on some encoders: use bfloat16 or float32)."
+        )
+    if not inside or len(index) != batch or min(counts) < 1:
+        raise FoveateError(f"{method.name} kept no token of an image, or one that does not exist. This is a fault of the method.")
+    return counts, bool(ordered) and index.shape[1] == number and reduction.weights is None

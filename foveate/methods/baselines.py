@@ -1,0 +1,100 @@
+"""Baselines that every method must be compared with: independent benchmarks find random and uniform choice hard to beat.
+
+Sources: the sampling baselines of PruMerge, Table 4 (arXiv 2403.15388); UniPruneBench (arXiv 2511.02650) for random pruning and
+VTC-Bench (arXiv 2510.07143) for average pooling, the cheapest way to lower the resolution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..tokens import Reduction, VisualTokens, resolve_budget
+from .base import TokenReducer
+from .merging import normalised
+from .selection import uniform_lattice
+
+
+def _count(method: TokenReducer, tokens: VisualTokens) -> int:
+    """The number of tokens to keep; baselines always have one."""
+    return resolve_budget(method.budget, tokens.number) or tokens.number
+
+
+def _same_for_all(index: Tensor, tokens: VisualTokens) -> Reduction:
+    index = index.to(tokens.features.device, non_blocking=True)
+    return Reduction(index.expand(len(tokens.features), -1))
+
+
+@dataclass(kw_only=True)
+class Random(TokenReducer, name="random", paper="https://arxiv.org/abs/2511.02650", adaptive=False):
+    """A random choice in raster order.
+
+    Parameters
+    ----------
+    seed : the choice is a function of the seed and the number of tokens: the same for every image, batch and device, so that a
+        row of a batch equals the image alone. Use several seeds for an average.
+    """
+
+    seed: int = 0
+
+    def reduce(self, tokens: VisualTokens) -> Reduction:
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(tokens.number, generator=generator)
+        return _same_for_all(order[: _count(self, tokens)].sort().values, tokens)
+
+
+@dataclass(kw_only=True)
+class Spatial(TokenReducer, name="spatial", paper="https://arxiv.org/abs/2403.15388", adaptive=False):
+    """Tokens spread evenly over the grid (Table 4, "spatial"), any count on any grid.
+
+    Parameters
+    ----------
+    shape : (rows, columns) of the pattern, for example (5, 8) as in the paper; it replaces the budget.
+    """
+
+    shape: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.shape is not None:
+            if len(self.shape) != 2 or min(self.shape) < 1:
+                raise InputError(f"{self.name}: shape={self.shape!r}; expected (rows, columns), both at least 1")
+            self.shape = (int(self.shape[0]), int(self.shape[1]))
+            self.budget = self.shape[0] * self.shape[1]
+        super().__post_init__()
+
+    def reduce(self, tokens: VisualTokens) -> Reduction:
+        if self.shape is None:
+            return _same_for_all(uniform_lattice(*tokens.grid, _count(self, tokens)), tokens)
+        (rows, columns), (r, c) = tokens.grid, self.shape
+        if r > rows or c > columns:
+            raise InputError(f"{self.name}: a pattern of {r} x {c} does not fit on a grid of {rows} x {columns}")
+        row = (2 * torch.arange(r) + 1) * rows // (2 * r)
+        column = (2 * torch.arange(c) + 1) * columns // (2 * c)
+        return _same_for_all((row[:, None] * columns + column).flatten(), tokens)
+
+
+@dataclass(kw_only=True)
+class Sequential(TokenReducer, name="sequential", paper="https://arxiv.org/abs/2403.15388", adaptive=False):
+    """The first tokens of the flattened grid (Table 4, "sequential")."""
+
+    def reduce(self, tokens: VisualTokens) -> Reduction:
+        return _same_for_all(torch.arange(_count(self, tokens)), tokens)
+
+
+@dataclass(kw_only=True)
+class Pool(TokenReducer, name="pool", paper="https://arxiv.org/abs/2510.07143", adaptive=False):
+    """Average pooling: every token goes to the nearest of the evenly spread ones, which becomes their mean."""
+
+    def reduce(self, tokens: VisualTokens) -> Reduction:
+        rows, columns = tokens.grid
+        index = uniform_lattice(rows, columns, _count(self, tokens))
+        cell = torch.arange(tokens.number)
+        place = torch.stack([cell // columns, cell % columns], 1).float()
+        nearest = torch.cdist(place[index], place).argmin(0)
+        member = (nearest == torch.arange(len(index))[:, None]).float()
+        weights = normalised(member).to(tokens.features.device, non_blocking=True)
+        reduction = _same_for_all(index, tokens)
+        return Reduction(reduction.index, weights=weights.expand(len(tokens.features), -1, -1))

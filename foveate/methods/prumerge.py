@@ -1,0 +1,149 @@
+"""PruMerge: LLaVA-PruMerge, Shang et al., ICCV 2025 (arXiv 2403.15388).
+
+Tokens whose [CLS] attention is an outlier of its image stay (section 3.2); the others are merged into them by similarity of
+their keys (section 3.3). The released code differs from the text in several places: both are presets, each difference a field.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from ..errors import InputError
+from ..tokens import EncoderLayer, Reduction, VisualTokens, resolve_budget
+from .base import TokenReducer
+from .merging import Similarity, kept_mask, nearest_neighbours, normalised, one_hot, rest_token, similarity
+from .scoring import Heads, cls_attention
+from .selection import iqr_fence, ranks, take_in_order
+
+
+class Choice(NamedTuple):
+    """``first`` [B, N] bool: chosen by attention; ``kept`` [B, N] bool: all that stay; ``most``: the largest number kept in an
+    image; ``fence`` [B] of adaptive selection.
+    """
+
+    first: Tensor
+    kept: Tensor
+    most: int
+    fence: Tensor | None
+
+
+@dataclass(kw_only=True)
+class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.15388"):
+    """Adaptive selection by [CLS] attention outliers, and merging of the rest.
+
+    The plain constructor keeps the outliers of each image on its own, in raster order, merges only dropped tokens into them and
+    leaves the scale of the tokens as it was. ``paper()`` follows the text, ``released()`` the authors' code.
+
+    Parameters
+    ----------
+    score_layer : whose [CLS] attention and keys are used: "last" (the code), "aligned" = the layer that made the features
+        (the "penultimate layer" of the text), or an index.
+    attn_mode : "per_head_mean" is the encoder's attention; "fused" treats all heads as one, as the code does.
+    similarity : of keys, "cosine" (the code) or "dot" (Eq. 4).
+    k : neighbours merged into each kept token (the code; the text gives none). Fewer where an image has fewer.
+    neighbour_pool : merge "pruned" tokens only (section 3.3), or "all" tokens, kept ones too (the code).
+    include_self : whether a kept token enters its own sum, with weight 1 (the code; not stated in the text).
+    normalise_weights : divide each sum by its weights, so that merging does not change the scale of tokens.
+    append_rest : one more token, the attention-weighted sum of all dropped ones, at the end (the code; not in the text).
+    merge : False keeps the chosen tokens as they are ("AITS" without "TS" in Table 5).
+    order : "raster" or descending "attention" (the code).
+    iqr_factor : how far beyond the quartiles an outlier lies.
+    iqr_scope : "image", or one fence for the whole "batch" (the code; an image then depends on its neighbours).
+    min_tokens : at least so many tokens are chosen, also where attention has no outliers at all.
+    """
+
+    score_layer: EncoderLayer = "last"
+    attn_mode: Heads = "per_head_mean"
+    similarity: Similarity = "cosine"
+    k: int = 32
+    neighbour_pool: Literal["pruned", "all"] = "pruned"
+    include_self: bool = True
+    normalise_weights: bool = True
+    append_rest: bool = False
+    merge: bool = True
+    order: Literal["raster", "attention"] = "raster"
+    iqr_factor: float = 1.5
+    iqr_scope: Literal["image", "batch"] = "image"
+    min_tokens: int = 4
+
+    @classmethod
+    def paper(cls, **fields: Any) -> Self:
+        """As the text says; where it is silent (k, self weight, normalisation), as the code does."""
+        return cls(**{**dict(score_layer="aligned", similarity="dot", normalise_weights=False, min_tokens=1), **fields})
+
+    @classmethod
+    def released(cls, **fields: Any) -> Self:
+        """As the released code does (commit 097c041), without its crashes on tiny grids and images without outliers."""
+        code = dict(attn_mode="fused", neighbour_pool="all", normalise_weights=False, append_rest=True)
+        return cls(**{**code, **dict(order="attention", iqr_scope="batch", min_tokens=1), **fields})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("k", "min_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{self.name}: {name}={getattr(self, name)}; it must be at least 1")
+
+    def encoder_layers(self) -> tuple[EncoderLayer, ...]:
+        return (self.score_layer,)
+
+    def reduce(self, tokens: VisualTokens) -> Reduction:
+        tap, number = tokens.taps[self.score_layer], tokens.number
+        scores = cls_attention(tap, self.attn_mode)
+        budget = resolve_budget(self.budget, number)
+        rest = self.merge and self.append_rest and budget != 1
+        choice = self.choose(scores, tokens.grid, None if budget is None else budget - int(rest))
+        index, valid = take_in_order(self._keys(scores, choice), choice.most)
+        weights = None
+        if self.merge:
+            weights = self._weights(tap.keys[:, 1:], scores, index, valid, self.merging(choice).gather(1, index))
+        if rest:
+            place, dropped, row = rest_token(scores, choice.kept)
+            row = normalised(row) if self.normalise_weights else row
+            index, valid = torch.cat([index, place], 1), torch.cat([valid, dropped], 1)
+            weights = torch.cat([weights, row], 1)
+        return Reduction(index, valid if budget is None else None, weights, scores, choice.fence)
+
+    def choose(self, scores: Tensor, grid: tuple[int, int], slots: int | None) -> Choice:
+        """Section 3.2: the outliers of each image, or the ``slots`` highest scores [B, N]."""
+        if slots is None:
+            counts, fence = self.outliers(scores)
+        else:
+            counts, fence = torch.full((len(scores),), slots, device=scores.device), None
+        first = ranks(scores) < counts[:, None]
+        return Choice(first, first, int(counts.max()) if slots is None else slots, fence)
+
+    def merging(self, choice: Choice) -> Tensor:
+        """[B, N] bool, which kept tokens are centres that others are merged into."""
+        return choice.first
+
+    def outliers(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """How many scores of each row lie above the fence, at least ``min_tokens`` [B], and the fence [B]."""
+        batch, number = scores.shape
+        pooled = scores.reshape(1, -1) if self.iqr_scope == "batch" else scores
+        fence = iqr_fence(pooled, self.iqr_factor)
+        counts = (pooled > fence[:, None]).sum(-1)
+        if self.iqr_scope == "batch":  # the code turns the pooled count into a ratio and truncates it to a count per image
+            counts = (number * (counts.double() / pooled.shape[1])).long().expand(batch)
+        return counts.clamp(min=min(self.min_tokens, number)), fence.expand(batch)
+
+    def _keys(self, scores: Tensor, choice: Choice) -> Tensor:
+        """[B, N] ordering keys for ``take_in_order``: the tokens chosen by attention before the others where ``order`` says so."""
+        number = scores.shape[1]
+        raster = torch.arange(number, device=scores.device).expand_as(choice.kept)
+        key = raster if self.order == "raster" else torch.where(choice.first, ranks(scores), number + raster)
+        return key.masked_fill(~choice.kept, 2 * number)
+
+    def _weights(self, keys: Tensor, scores: Tensor, index: Tensor, valid: Tensor, centre: Tensor) -> Tensor:
+        """[B, M, N] Eq. 4 and line 12 of Algorithm 1; rows outside ``centre`` [B, M] only copy their token."""
+        own = one_hot(index, scores.shape[1])
+        allowed = own == 0
+        if self.neighbour_pool == "pruned":
+            allowed = allowed & ~kept_mask(index, valid, scores.shape[1])[:, None]
+        near = nearest_neighbours(similarity(keys, index, self.similarity), allowed, self.k) & centre[..., None]
+        weights = near * scores[:, None] + own * (self.include_self | ~centre[..., None])
+        return normalised(weights) if self.normalise_weights else weights

@@ -1,0 +1,35 @@
+"""How important a visual token is: scores [B, N] in float32."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..tokens import EncoderTap
+
+Heads = Literal["per_head_mean", "fused"]
+
+
+@torch.no_grad()
+def cls_attention(tap: EncoderTap, heads: Heads = "per_head_mean") -> Tensor:
+    """Attention of [CLS] to the patches, at O(N): only this row of the attention matrix is computed.
+
+    Parameters
+    ----------
+    tap : query [B, C] and keys [B, 1 + N, C] of one encoder layer.
+    heads : "per_head_mean" is the encoder's own attention, averaged over its heads; "fused" takes all channels as one head
+        with scale ``C ** -0.5``, as the code released with PruMerge does.
+
+    Returns
+    -------
+    [B, N] float32; with the weight of [CLS] itself, which is left out, each row sums to 1.
+    """
+    batch, length, channels = tap.keys.shape
+    number = tap.heads if heads == "per_head_mean" else 1
+    width = channels // number
+    query = tap.query.view(batch, number, 1, width).float()
+    keys = tap.keys.view(batch, length, number, width).transpose(1, 2).float()
+    logits = (query @ keys.transpose(2, 3)) * width**-0.5
+    return logits.softmax(-1).mean(1)[:, 0, 1:]
