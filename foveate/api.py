@@ -56,7 +56,7 @@ class Encoded:
     """
 
     embeds: list[Tensor]
-    reduction: Reduction
+    reduction: Reduction | None
     inputs: dict[str, Tensor]
     report: Report
 
@@ -75,11 +75,9 @@ def encode(model: Any, method: str | TokenReducer, **inputs: Any) -> Encoded:
     InputError : there are no pictures, or placeholders and pictures do not fit.
     """
     session = Session(model, get(method) if isinstance(method, str) else method)
-    parts = session.parts()
-    if not has_pixels(inputs) or inputs.get("input_ids") is None:
+    parts, ids, mask = session.parts(), inputs.pop("input_ids", None), inputs.pop("attention_mask", None)
+    if ids is None or not has_pixels(inputs):
         raise InputError("encode needs input_ids and pixel_values: pass what the processor returned for text and images")
-    ids = inputs.pop("input_ids")
-    mask = inputs.pop("attention_mask", None)
     mask = torch.ones_like(ids) if mask is None else mask
     report = Report(session.method.settings(), 0, Clock(ids.device))
     short = shorten_prompt(parts, session.method, ids, mask, inputs, report, pad_left=bool((mask[:, 0] == 0).any()))
@@ -88,9 +86,8 @@ def encode(model: Any, method: str | TokenReducer, **inputs: Any) -> Encoded:
         ids, mask = short.layout.take(ids, ids[:, :1]), short.layout.take(mask, 0)
         original = session.method.positions == "original"
         positions = short.layout.take(positions, 0) if original else original_positions(mask.bool())
-    assert short.visuals is not None
     prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    return Encoded(short.visuals.embeds, short.visuals.reduction, prompt, report)
+    return Encoded(short.embeds, short.reduction, prompt, report)
 
 
 @dataclass(frozen=True)

@@ -63,11 +63,12 @@ def innermost(model: Any) -> PreTrainedModel:
 
 
 def _part(root: nn.Module, path: str, what: str) -> Any:
+    part: Any = root
     for name in path.split("."):
-        root = getattr(root, name, None)
-        if root is None:
+        part = getattr(part, name, None)
+        if part is None:
             raise UnsupportedModelError(f"the model has no {what} at {path!r}; this version of transformers may have moved it")
-    return root
+    return part
 
 
 @dataclass(frozen=True)

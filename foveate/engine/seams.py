@@ -9,7 +9,7 @@ import copy
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -36,7 +36,7 @@ def has_pixels(kwargs: dict[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in RAW_INPUTS)
 
 
-def encode_images(base: nn.Module, kwargs: dict[str, Any]) -> Any:
+def encode_images(base: Any, kwargs: dict[str, Any]) -> Any:
     """Run the model's own ``get_image_features``; what it consumed is taken out of ``kwargs``, as ``generate`` does."""
     names = [name for name in inspect.signature(base.get_image_features).parameters if name != "kwargs" and name in kwargs]
     return base.get_image_features(**{name: kwargs.pop(name) for name in names}, return_dict=True)

@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from ..errors import InputError
 from ..methods.base import TokenReducer
 from ..report import Clock, Report
+from ..tokens import Reduction
 from .families import Anatomy, anatomy, innermost
 from .generation import Settings, full_sequences, on_full_prompt
 from .guards import guard_positions
 from .prompt import Layout, cached_layout, image_rows, original_positions, shorten
 from .seams import PER_TOKEN_INPUTS, PRE_ENCODED, check_pre_encoded_input, find_cache, has_pixels, layout_of, mark
-from .vision import Visuals, encode_and_reduce
+from .vision import encode_and_reduce
 
 _ATTRIBUTE = "_foveate"
 
@@ -27,8 +29,8 @@ _ATTRIBUTE = "_foveate"
 class Installation:
     """The hooks on one model, shared by nested sessions; the innermost one acts."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model: Any = model
         self.sessions: list[Session] = []
         self.previous = model.__dict__.get("generate")
         model.__dict__["generate"] = types.MethodType(_generate, model)
@@ -69,14 +71,16 @@ class ShortPrompt:
 
     Attributes
     ----------
-    visuals : the pictures, None where the call had none.
     layout : None where nothing was removed, now or earlier.
     held : columns of the short prompt that the cache holds.
+    embeds : visual tokens per image, in the space of the decoder.
+    reduction : of all images; None without pictures.
     """
 
-    visuals: Visuals | None
     layout: Layout | None
     held: int
+    embeds: list[Tensor]
+    reduction: Reduction | None
 
 
 def shorten_prompt(
@@ -86,35 +90,41 @@ def shorten_prompt(
 
     Parameters
     ----------
+    parts : where the parts of the model are.
+    method : what reduces.
     ids : [B, S] tokens: the whole prompt, or what the cache does not hold yet.
     mask : [B, T] attention mask of the whole prompt, T >= S.
     kwargs : further arguments; those that describe pictures are taken out, the encoded pictures put in.
     report : filled in.
+    pad_left : on which side rows are padded.
     """
-    cache = kwargs.get("past_key_values")
-    cached = cached_layout(cache, len(ids), method.settings(), ids.device)
+    cached = cached_layout(kwargs.get("past_key_values"), len(ids), method.settings(), ids.device)
     past = 0 if cached is None else cached.length
+    held = 0 if cached is None else cached.gather.shape[1]
     outside = mask.shape[1] - ids.shape[1]
     if outside not in (0, past):
         raise InputError(
             f"attention_mask has {mask.shape[1]} columns, input_ids {ids.shape[1]} and the cache {past}: give either the whole "
             "prompt or only its new tokens, with a mask for the whole prompt."
         )
-    whole = torch.cat([ids.new_zeros(len(ids), outside), ids], 1) if outside else ids
-    visual = whole == parts.image_token
+    visual = torch.cat([ids.new_zeros(len(ids), outside), ids], 1) == parts.image_token
     visual[:, :past] = False
-    visuals = encode_and_reduce(parts, method, kwargs, report.clock) if has_pixels(kwargs) else None
-    sizes = [visuals.size] * len(visuals.embeds) if visuals else []
     report.decoder_layers = parts.decoder_layers
-    if visuals is not None:
+    sizes: list[int] = []
+    kept: list[Tensor] = []
+    embeds: list[Tensor] = []
+    changed = cached is not None and cached.removed > 0
+    if has_pixels(kwargs):
+        visuals = encode_and_reduce(parts, method, kwargs, report.clock)
+        embeds, kept, changed = visuals.embeds, visuals.kept, changed or visuals.changed
+        sizes = [visuals.size] * len(embeds)
         kwargs[PRE_ENCODED] = {"image": visuals.output}
         report.rows, report.grid, report.reduction = image_rows(visual, sizes)[1], visuals.grid, visuals.reduction
-        report.before, report.after = sizes, [len(features) for features in visuals.embeds]
-    if not (visuals and visuals.changed) and (cached is None or cached.removed == 0):
-        return ShortPrompt(visuals, None, past)
-    kept = visuals.kept if visuals else []
-    layout = shorten(visual, mask.bool(), sizes, kept, cached, method.settings(), pad_left=pad_left)
-    return ShortPrompt(visuals, layout, 0 if cached is None else cached.gather.shape[1])
+        report.before, report.after = sizes, [len(features) for features in embeds]
+    layout = None
+    if changed:
+        layout = shorten(visual, mask.bool(), sizes, kept, cached, method.settings(), pad_left=pad_left)
+    return ShortPrompt(layout, held, embeds, report.reduction)
 
 
 class Session:
@@ -273,9 +283,7 @@ class Session:
         if ids is None:
             raise InputError("pixel_values without input_ids: there is no prompt that the pictures belong to.")
         if mask is not None and mask.ndim != 2:
-            raise InputError(
-                f"attention_mask has {mask.ndim} dimensions; a prompt can only be shortened with one of [batch, tokens]"
-            )
+            raise InputError(f"attention_mask has {mask.ndim} dimensions; shortening a prompt needs one of [batch, tokens]")
         if labels is not None and labels.shape != ids.shape:
             raise InputError(f"labels have shape {tuple(labels.shape)} and input_ids {tuple(ids.shape)}; both must be the same")
         self.report = self._new_report()

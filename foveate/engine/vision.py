@@ -48,20 +48,19 @@ def _taps(parts: Anatomy, layers: tuple[EncoderLayer, ...]) -> Iterator[dict[Enc
     Only what the projections return is read, so quantised and LoRA layers work, and any attention implementation.
     """
     taps: dict[EncoderLayer, EncoderTap] = {}
-    queries: dict[EncoderLayer, Tensor] = {}
-    handles = []
+    seen: dict[tuple[EncoderLayer, str], Tensor] = {}
+    heads, handles = {}, []
     for name in layers:
-        query, key, heads = parts.projections(name)
+        query, key, heads[name] = parts.projections(name)
+        for module, what in ((query, "query"), (key, "key")):
 
-        def keep_query(_: Any, __: Any, out: Tensor, name: EncoderLayer = name) -> None:
-            queries[name] = out[:, 0].detach()
+            def record(_: Any, __: Any, out: Tensor, name: EncoderLayer = name, what: str = what) -> None:
+                seen[name, what] = out.detach()
 
-        def keep_keys(_: Any, __: Any, out: Tensor, name: EncoderLayer = name, heads: int = heads) -> None:
-            taps[name] = EncoderTap(queries.pop(name), out.detach(), heads)
-
-        handles += [query.register_forward_hook(keep_query), key.register_forward_hook(keep_keys)]
+            handles.append(module.register_forward_hook(record))
     try:
         yield taps
+        taps.update({name: EncoderTap(seen[name, "query"][:, 0], seen[name, "key"], heads[name]) for name in layers})
     finally:
         for handle in handles:
             handle.remove()

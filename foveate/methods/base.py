@@ -106,16 +106,14 @@ def get(name: str, **fields: Any) -> TokenReducer:
     if base not in known:
         raise InputError(f"unknown method {base!r}; available: {', '.join(known)}")
     cls = known[base]
-    build = cls
-    if preset:
-        build = getattr(cls, preset, None) if preset in presets(cls) else None
-        if build is None:
-            raise InputError(f"{base!r} has no preset {preset!r}; available: {', '.join(presets(cls)) or 'none'}")
+    if preset and preset not in presets(cls):
+        raise InputError(f"{base!r} has no preset {preset!r}; available: {', '.join(presets(cls)) or 'none'}")
     allowed = [field.name for field in dataclasses.fields(cls)]
     unknown = [field for field in fields if field not in allowed]
     if unknown:
         raise InputError(f"{base!r} has no field {unknown[0]!r}; its fields: {', '.join(allowed)}")
-    return build(**fields)
+    method: TokenReducer = (getattr(cls, preset) if preset else cls)(**fields)
+    return method
 
 
 def presets(cls: type[TokenReducer]) -> tuple[str, ...]:

@@ -98,9 +98,9 @@ class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.
         rest = self.merge and self.append_rest and budget != 1
         choice = self.choose(scores, tokens.grid, None if budget is None else budget - int(rest))
         index, valid = take_in_order(self._keys(scores, choice), choice.most)
-        weights = None
-        if self.merge:
-            weights = self._weights(tap.keys[:, 1:], scores, index, valid, self.merging(choice).gather(1, index))
+        if not self.merge:
+            return Reduction(index, valid if budget is None else None, None, scores, choice.fence)
+        weights = self._weights(tap.keys[:, 1:], scores, index, valid, self.merging(choice).gather(1, index))
         if rest:
             place, dropped, row = rest_token(scores, choice.kept)
             row = normalised(row) if self.normalise_weights else row

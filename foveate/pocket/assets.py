@@ -56,7 +56,7 @@ def text_mask(text: str, font: int, cap_height: int) -> tuple[NDArray[np.float32
     starts = np.concatenate([[0.0], np.cumsum(assets.advances[font, codes])])
     canvas = np.zeros((EM, int(np.ceil(starts[-1])) + EM), np.uint8)
     for code, start in zip(codes, starts, strict=False):
-        glyph, x = assets.glyphs[font, code], int(round(start))
+        glyph, x = assets.glyphs[font, code], round(start)
         canvas[:, x : x + glyph.shape[1]] = np.maximum(canvas[:, x : x + glyph.shape[1]], glyph)
     columns = np.flatnonzero(canvas.any(0))
     rows = np.flatnonzero(canvas.any(1))

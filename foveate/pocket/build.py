@@ -8,6 +8,7 @@ neighbouring patches, and decoder heads that begin by copying from tokens with s
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +142,7 @@ def _whitening(channels: int, seed: int) -> Tensor:
     return (vectors / (values + 2e-3 * values[0]).sqrt()).T[:channels]
 
 
-def _initialise_encoder(tower: nn.Module, seed: int) -> None:
+def _initialise_encoder(tower: Any, seed: int) -> None:
     embeddings, width = tower.embeddings, tower.config.hidden_size
     head = width // tower.config.num_attention_heads
     nn.init.normal_(embeddings.class_embedding, std=0.02)
@@ -161,7 +162,7 @@ def _initialise_encoder(tower: nn.Module, seed: int) -> None:
                 projection.weight[rows, :POSITION_CHANNELS] = strength * matrix
 
 
-def _initialise_decoder(decoder: nn.Module) -> None:
+def _initialise_decoder(decoder: Any) -> None:
     """Blocks start as the identity; three heads of the first two match content (in slow rotary channels) and copy it."""
     width, heads = decoder.config.hidden_size, decoder.config.num_attention_heads
     head = width // heads

@@ -51,7 +51,7 @@ class PocketTrainee(nn.Module):
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
-        vision, text = model.config.vision_config.hidden_size, model.config.text_config.hidden_size
+        vision, text = model.model.vision_tower.config.hidden_size, model.model.language_model.config.hidden_size
         self.patch_head = nn.Linear(vision, sum(PATCH_TARGETS.values()))
         self.image_head = nn.Linear(vision, vision, bias=False)
         self.caption_head = nn.Linear(CAPTION_SIZE, vision)

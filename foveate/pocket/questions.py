@@ -65,7 +65,7 @@ class _Facts:
 
 
 def place(item: Item) -> str | None:
-    """ "top left" ... "bottom right", or None within ``MARGIN`` pixels of a border between two thirds."""
+    """Give one of nine places, "top left" to "bottom right", or None within ``MARGIN`` pixels of a border between two thirds."""
     third = SIDE / 3
     if any(abs(c - border) < MARGIN for c in item.center for border in (third, 2 * third)):
         return None
@@ -229,7 +229,8 @@ WEIGHTS = dict(zip(FAMILIES, (7, 9, 8, 7, 11, 13, 13, 8, 8, 7, 9, 4), strict=Tru
 
 def ask(scene: Scene, random: Random, number: int) -> list[Question]:
     """Up to ``number`` different questions about a scene, families drawn by ``WEIGHTS``; fewer where the scene has less to ask."""
-    facts, found, families = _Facts(scene), {}, list(FAMILIES)
+    facts, families = _Facts(scene), list(FAMILIES)
+    found: dict[str, Question] = {}
     weights = [WEIGHTS[family] for family in families]
     for _ in range(number * 4):
         if len(found) == number:
@@ -245,7 +246,8 @@ def exam(scene: Scene, random: Random) -> list[Question]:
 
     The two of ``pair`` are about the same object, one true and one false, as MME scores them.
     """
-    facts, found = _Facts(scene), {}
+    facts = _Facts(scene)
+    found: dict[str, Question] = {}
     for family in FAMILIES:
         if family == "pair":
             continue

@@ -54,7 +54,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """``image`` uint8 [8n, 8n, 3]; ``owner`` [n * n]: which item covers a patch, -1 = none; ``corner`` (row, column) of the window."""
+    """One picture, or a window of it.
+
+    ``image`` uint8 [8n, 8n, 3]; ``owner`` [n * n]: which item covers a patch, -1 = none; ``corner`` (row, column) of the window.
+    """
 
     image: NDArray[np.uint8]
     items: tuple[Item, ...]
@@ -108,7 +111,7 @@ def sprite(shape: str, side: int) -> Array:
             draw.ellipse([m * 0.27, m * 0.27, m * 0.73, m * 0.73], fill=0)
         elif shape == "moon":
             draw.ellipse([m * 0.35, -m * 0.08, m * 1.15, m * 0.8], fill=0)
-    return np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32) / 255
+    return np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32) / np.float32(255)
 
 
 def _background(rng: np.random.RandomState, style: int, side: int) -> Array:
@@ -146,7 +149,7 @@ def _digit_mask(random: Random, split: str, side: int) -> tuple[Array, str]:
     index = random.randrange(*assets.digit_pool(split))
     picture = Image.fromarray(assets.digits[index].astype(np.float32) / 16).resize((side - 4, side - 4), Image.Resampling.BICUBIC)
     turned = picture.rotate(random.uniform(-12, 12), Image.Resampling.BILINEAR)
-    return np.pad(np.clip(np.asarray(turned) * 1.2, 0, 1), 2), str(assets.digit_labels[index])
+    return np.pad(np.clip(np.asarray(turned, np.float32) * np.float32(1.2), 0, 1), 2), str(assets.digit_labels[index])
 
 
 @dataclass(frozen=True)
@@ -237,9 +240,9 @@ def draw_scene(random: Random, *, side: int = GRID, split: str = "train", level:
         x, y = spot
         area = np.s_[y : y + h, x : x + w]
         occupied[area] = True
-        under = canvas[area] if draft.plate is None else np.broadcast_to(np.float32(draft.plate), (h, w, 3))
+        under = canvas[area] if draft.plate is None else np.broadcast_to(np.asarray(draft.plate, np.float32), (h, w, 3))
         cover = draft.mask[..., None]
-        canvas[area] = under * (1 - cover) + np.float32(draft.ink) * cover
+        canvas[area] = under * (1 - cover) + np.asarray(draft.ink, np.float32) * cover
         item_map[area][(draft.mask > 0.5) | (kind != "shape")] = len(items)
         box = (corner[1] * PATCH + x, corner[0] * PATCH + y, w, h)
         items.append(Item(kind, draft.name, draft.color, draft.large, box, draft.character_starts))

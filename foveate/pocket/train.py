@@ -52,7 +52,7 @@ def save_model(trainee: PocketTrainee, folder: Path) -> None:
     """Write the trained model (bfloat16 safetensors) and its processor in Hugging Face format."""
     model = build_model()
     model.load_state_dict(trainee.model.state_dict())
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     build_processor().save_pretrained(folder)
 
 

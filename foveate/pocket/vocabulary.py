@@ -18,56 +18,10 @@ COLORS = {
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "ring", "moon")
 
 # Nearly every word has a neighbour that differs in one letter, so a single discriminating letter is never enough to read it.
-WORDS = [
-    "bank",
-    "tank",
-    "bark",
-    "park",
-    "dark",
-    "mark",
-    "gold",
-    "cold",
-    "bold",
-    "fold",
-    "lake",
-    "cake",
-    "bake",
-    "wake",
-    "boat",
-    "coat",
-    "goat",
-    "fish",
-    "dish",
-    "king",
-    "wing",
-    "line",
-    "lime",
-    "time",
-    "mine",
-    "tea",
-    "sea",
-    "pea",
-    "road",
-    "read",
-    "lead",
-    "milk",
-    "silk",
-    "home",
-    "hole",
-    "pole",
-    "bus",
-    "bun",
-    "sun",
-    "run",
-    "cafe",
-    "safe",
-    "news",
-    "open",
-    "oven",
-    "exit",
-    "edit",
-    "wine",
-]
+WORDS = (
+    "bank tank bark park dark mark gold cold bold fold lake cake bake wake boat coat goat fish dish king wing line lime time "
+    "mine tea sea pea road read lead milk silk home hole pole bus bun sun run cafe safe news open oven exit edit wine"
+).split()
 DIGITS = tuple("0123456789")
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 ROWS = ("top", "middle", "bottom")
@@ -75,48 +29,10 @@ COLUMNS = ("left", "center", "right")
 LETTERS = ("(a)", "(b)", "(c)", "(d)")
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-FUNCTION_WORDS = [
-    "user:",
-    "assistant:",
-    "is",
-    "there",
-    "a",
-    "an",
-    "in",
-    "the",
-    "image",
-    "?",
-    ",",
-    "yes",
-    "no",
-    "what",
-    "color",
-    "shape",
-    "how",
-    "many",
-    "objects",
-    "object",
-    "are",
-    "where",
-    "of",
-    "above",
-    "below",
-    "sign",
-    "that",
-    "says",
-    "say",
-    "does",
-    "word",
-    "written",
-    "number",
-    "digit",
-    "handwritten",
-    "to",
-    "picture",
-    "which",
-    "one",
-    "it",
-]
+FUNCTION_WORDS = (
+    "user: assistant: is there a an in the image ? , yes no what color shape how many objects object are where of above below "
+    "sign that says say does word written number digit handwritten to picture which one it"
+).split()
 COUNTS = tuple(str(n) for n in range(13))
 
 VOCABULARY: tuple[str, ...] = tuple(
