@@ -45,7 +45,7 @@ class Settings:
 
 
 class _OnFullPrompt:
-    """A logits processor or stopping criterion of the user: it sees sequences with the full prompt."""
+    """A callback of the user that sees sequences with the full prompt."""
 
     def __init__(self, wrapped: Any, prompt: Tensor, short: int) -> None:
         self.wrapped, self.prompt, self.short = wrapped, prompt, short
@@ -53,8 +53,15 @@ class _OnFullPrompt:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["wrapped"], name)
 
-    def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.wrapped(full_sequences(input_ids, self.prompt, self.short), *args, **kwargs)
+
+class _Processor(_OnFullPrompt):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
+        return self.wrapped(full_sequences(input_ids, self.prompt, self.short), scores)
+
+
+class _Criterion(_OnFullPrompt):
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+        return self.wrapped(full_sequences(input_ids, self.prompt, self.short), scores, **kwargs)
 
 
 class _OnFullPromptStreamer:
@@ -81,9 +88,10 @@ def full_sequences(sequences: Tensor, prompt: Tensor, short: int) -> Tensor:
 def on_full_prompt(kwargs: dict[str, Any], prompt: Tensor, short: int) -> dict[str, Any]:
     """The user's callbacks in ``kwargs``, made to see the full prompt [B, full] in place of the short one."""
     changed: dict[str, Any] = {}
-    for name, kind in (("logits_processor", LogitsProcessorList), ("stopping_criteria", StoppingCriteriaList)):
-        if kwargs.get(name):
-            changed[name] = kind([_OnFullPrompt(callback, prompt, short) for callback in kwargs[name]])
+    if kwargs.get("logits_processor"):
+        changed["logits_processor"] = LogitsProcessorList(_Processor(f, prompt, short) for f in kwargs["logits_processor"])
+    if kwargs.get("stopping_criteria"):
+        changed["stopping_criteria"] = StoppingCriteriaList(_Criterion(f, prompt, short) for f in kwargs["stopping_criteria"])
     allowed = kwargs.get("prefix_allowed_tokens_fn")
     if allowed is not None:
         changed["prefix_allowed_tokens_fn"] = lambda row, sequence: allowed(row, torch.cat([prompt[row], sequence[short:]]))

@@ -1,0 +1,170 @@
+"""Slow references, written from the papers and the descriptions of the released code, with loops and for one image at a time.
+
+Nothing here is shared with the package.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def attention_row(query: Tensor, keys: Tensor, heads: int, fused: bool) -> list[float]:
+    """[CLS] attention to the patches of one image. query [C], keys [1 + N, C]."""
+    channels = query.shape[0]
+    heads = 1 if fused else heads
+    width = channels // heads
+    total = [0.0] * (len(keys) - 1)
+    for h in range(heads):
+        part = slice(h * width, (h + 1) * width)
+        logits = [float((query[part].double() * key[part].double()).sum()) / math.sqrt(width) for key in keys]
+        top = max(logits)
+        exps = [math.exp(x - top) for x in logits]
+        for n in range(len(total)):
+            total[n] += exps[n + 1] / sum(exps) / heads
+    return total
+
+
+def outliers(scores: list[float], factor: float = 1.5) -> int:
+    q1, q3 = np.percentile(scores, 25), np.percentile(scores, 75)
+    return sum(s > q3 + factor * (q3 - q1) for s in scores)
+
+
+def best(scores: list[float], count: int) -> list[int]:
+    """Indices of the highest scores, best first, ties to the earlier one."""
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count]
+
+
+def similarities(keys: Tensor, i: int, cosine: bool) -> list[float]:
+    found = []
+    for key in keys.double():
+        a, b = keys[i].double(), key
+        value = float((a * b).sum())
+        if cosine:
+            value /= max(float(a.norm()), 1e-12) * max(float(b.norm()), 1e-12)
+        found.append(value)
+    return found
+
+
+def merged(
+    features: Tensor, keys: Tensor, scores: list[float], i: int, pool: list[int], k: int, *, cosine: bool, normalise: bool
+) -> Tensor:
+    """Token i and its k nearest tokens of the pool, weighted by attention."""
+    similar = similarities(keys, i, cosine)
+    near = sorted((j for j in pool if j != i), key=lambda j: -similar[j])[:k]
+    total, weight = features[i].double().clone(), 1.0
+    for j in near:
+        total += scores[j] * features[j].double()
+        weight += scores[j]
+    return total / weight if normalise else total
+
+
+def rest(features: Tensor, scores: list[float], kept: list[int]) -> Tensor:
+    total = torch.zeros_like(features[0], dtype=torch.float64)
+    for j in range(len(features)):
+        if j not in kept:
+            total += scores[j] * features[j].double()
+    return total
+
+
+def released_plus_pattern(number: int, count: int) -> list[int]:
+    """The uniform tokens of the released PruMerge+ for ``count`` outliers of ``number`` tokens."""
+    step_length = int(1 / (count / number))
+    return list(range(0, number - 1, max(1, int(step_length / 3))))
+
+
+def released(features: Tensor, query: Tensor, keys: Tensor, heads: int, plus: bool, k: int = 32) -> tuple[list[int], Tensor]:
+    """The released procedure for one image: kept indices in output order, and output tokens [m + 1, C]."""
+    scores = attention_row(query, keys, heads, fused=True)
+    patch_keys, number = keys[1:], len(features)
+    count = max(1, int(number * (outliers(scores) / number)))
+    kept = best(scores, count)
+    if plus:
+        kept = kept + [j for j in released_plus_pattern(number, count) if j not in kept]
+    everything = list(range(number))
+    tokens = [merged(features, patch_keys, scores, i, everything, min(k, number - 1), cosine=True, normalise=False) for i in kept]
+    return kept, torch.stack([*tokens, rest(features, scores, kept)])
+
+
+def paper(
+    features: Tensor, query: Tensor, keys: Tensor, heads: int, plus_pattern: list[int] | None, k: int = 32
+) -> tuple[list[int], Tensor]:
+    """Algorithm 1: kept indices in raster order, and output tokens."""
+    scores = attention_row(query, keys, heads, fused=False)
+    patch_keys, number = keys[1:], len(features)
+    centres = best(scores, max(1, outliers(scores)))
+    kept = sorted(set(centres) | set(plus_pattern or []))
+    pruned = [j for j in range(number) if j not in kept]
+    tokens = [
+        merged(features, patch_keys, scores, i, pruned, k, cosine=False, normalise=False) if i in centres else features[i].double()
+        for i in kept
+    ]
+    return kept, torch.stack(tokens)
+
+
+def plain(
+    features: Tensor, query: Tensor, keys: Tensor, heads: int, pattern: list[int], k: int, minimum: int
+) -> tuple[list[int], Tensor]:
+    """The plain constructors: like the paper, with cosine similarity, weights that sum to 1, and all kept tokens merging."""
+    scores = attention_row(query, keys, heads, fused=False)
+    patch_keys, number = keys[1:], len(features)
+    kept = sorted(set(best(scores, max(minimum, outliers(scores)))) | set(pattern))
+    pruned = [j for j in range(number) if j not in kept]
+    return kept, torch.stack([merged(features, patch_keys, scores, i, pruned, k, cosine=True, normalise=True) for i in kept])
+
+
+def spliced_embeddings(model, inputs: dict[str, Tensor], row: int, kept: list[list[int]], embeds: list[Tensor], image: int):
+    """One row of a batch without padding, its placeholders replaced by reduced tokens: embeddings [1, T', D] and the position of
+    each of them in the full prompt [1, T']."""
+    ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
+    table = model.get_input_embeddings()
+    parts, places, at, number = [], [], 0, 0
+    while at < len(ids):
+        if ids[at] == image:
+            run = at
+            while at < len(ids) and ids[at] == image:
+                at += 1
+            parts += list(embeds[number])
+            places += [run + cell for cell in kept[number]]
+            number += 1
+        else:
+            parts.append(table(torch.tensor(ids[at])))
+            places.append(at)
+            at += 1
+    return torch.stack(parts)[None], torch.tensor([places])
+
+
+def causal_mask(model, length: int) -> Tensor | dict[str, Tensor]:
+    """A 4-D mask by hand: causal, and windows of sliding layers counted in columns."""
+    config = model.config.get_text_config()
+    ones = torch.ones(length, length, dtype=torch.bool).tril()
+    window = getattr(config, "sliding_window", None)
+    near = ones & ones.tril(0).triu(-(window - 1)) if window else ones
+
+    def form(mask: Tensor) -> Tensor:
+        mask = mask[None, None]
+        return mask if config._attn_implementation == "sdpa" else torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+
+    if config.model_type == "mistral":
+        return form(near)
+    if config.model_type == "qwen2":
+        return {"full_attention": form(ones), "sliding_attention": form(near)}
+    return form(ones)
+
+
+@torch.no_grad()
+def run_spliced(model, embeddings: Tensor, positions: Tensor, tokens: list[int]) -> Tensor:
+    """Logits [len(tokens), V] before each of ``tokens`` is generated: no cache, no generate, one forward per step."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    found = []
+    for token in tokens:
+        mask = causal_mask(model, embeddings.shape[1])
+        hidden = decoder(inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
+        found.append(head(hidden[0, -1]))
+        new = model.get_input_embeddings()(torch.tensor([[token]]))
+        embeddings = torch.cat([embeddings, new], 1)
+        positions = torch.cat([positions, positions[:, -1:] + 1], 1)
+    return torch.stack(found)

@@ -1,0 +1,254 @@
+"""The conformance matrix: every registered method on every registered family, decoder, padding and attention implementation.
+
+The numbers T1 to T6 are the invariants the project promises. Methods come from ``foveate.methods()`` with their presets, families
+from the engine's table: registering one is what puts it here.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import foveate
+from foveate.engine.families import FAMILIES
+
+from . import reference, zoo
+
+NEW = 4
+GREEDY = dict(
+    max_new_tokens=NEW,
+    min_new_tokens=NEW,
+    suppress_tokens=[zoo.IMAGE],
+    do_sample=False,
+    return_dict_in_generate=True,
+    output_logits=True,
+)
+BUDGET = 13
+
+
+def _variants() -> list[str]:
+    names = []
+    for info in foveate.methods():
+        names += [info.name, *(f"{info.name}:{preset}" for preset in info.presets)]
+    return names
+
+
+def _build(variant: str, **fields: object) -> foveate.TokenReducer:
+    """A method; batch-pooled rules, which make an image depend on its neighbours by design, are set to their image form."""
+    name = variant.split(":")[0]
+    info = next(i for i in foveate.methods() if i.name == name)
+    if not info.adaptive:
+        fields.setdefault("budget", BUDGET)
+    method = foveate.get(variant, **fields)
+    if hasattr(method, "iqr_scope"):
+        method.iqr_scope = "image"
+    return method
+
+
+VARIANTS = _variants()
+FAMILY_DECODERS = [(family, decoder) for family in FAMILIES for decoder in zoo.DECODERS]
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[tuple[str, str, str], torch.nn.Module]:
+    return {}
+
+
+@pytest.fixture
+def load(models):
+    def get(family: str = "llava", decoder: str = "llama", attn: str = "sdpa"):
+        key = (family, decoder, attn)
+        if key not in models:
+            models[key] = zoo.load(*key)
+        return models[key]
+
+    return get
+
+
+def _generate(model, inputs, **options):
+    torch.manual_seed(1)
+    out = model.generate(**inputs, **{**GREEDY, **options})
+    return out.sequences, torch.stack(out.logits, 1)
+
+
+def test_every_family_is_in_the_matrix():
+    assert set(zoo.BUILDERS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "decoder"), FAMILY_DECODERS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(num_beams=3, output_logits=False, output_scores=True), dict(do_sample=True, temperature=0.7)],
+    ids=["greedy", "beams", "sampling"],
+)
+def test_t1_a_budget_of_everything_changes_nothing(load, family, decoder, attn, options):
+    model, inputs = load(family, decoder, attn), zoo.batch()
+    torch.manual_seed(1)
+    before = model.generate(**inputs, **{**GREEDY, **options})
+    logits = model(**inputs).logits
+    name = "scores" if "num_beams" in options else "logits"
+    for variant, budget in zip(VARIANTS, itertools.cycle((1.0, zoo.TOKENS, 10_000)), strict=False):
+        with _build(variant, budget=budget)(model) as session:
+            torch.manual_seed(1)
+            after = model.generate(**inputs, **{**GREEDY, **options})
+            assert torch.equal(before.sequences, after.sequences), variant
+            assert all(torch.equal(a, b) for a, b in zip(before[name], after[name], strict=True)), variant
+            assert session.report.after == session.report.before == [zoo.TOKENS] * 4
+            if not options:
+                assert torch.equal(model(**inputs).logits, logits), variant
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("family", "decoder"), FAMILY_DECODERS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_t2_a_row_of_a_batch_equals_the_row_alone(load, family, decoder, variant, side):
+    model = load(family, decoder)
+    with _build(variant)(model) as session:
+        sequences, logits = _generate(model, zoo.batch(side))
+        together = [sum(a for a, r in zip(session.report.after, session.report.rows, strict=True) if r == row) for row in range(4)]
+        for row in range(4):
+            inputs = zoo.batch(side, rows=(row,))
+            alone, alone_logits = _generate(model, inputs)
+            torch.testing.assert_close(logits[row], alone_logits[0], atol=2e-4, rtol=2e-4)
+            assert sum(session.report.after) == together[row]
+            assert torch.equal(sequences[row, -NEW:], alone[0, -NEW:])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_t2_forward_of_a_batch_equals_the_row_alone(load, variant, side):
+    model = load()
+    with _build(variant)(model) as session:
+        inputs = zoo.batch(side)
+        together = model(**inputs).logits
+        lengths = [
+            inputs["attention_mask"].sum(1)[row]
+            - sum(
+                b - a for b, a, r in zip(session.report.before, session.report.after, session.report.rows, strict=True) if r == row
+            )
+            for row in range(4)
+        ]
+        for row in range(4):
+            alone = model(**zoo.batch(side, rows=(row,))).logits[0]
+            assert len(alone) == lengths[row]
+            mine = together[row, -len(alone) :] if side == "left" else together[row, : len(alone)]
+            torch.testing.assert_close(mine, alone, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "decoder"), FAMILY_DECODERS)
+@pytest.mark.parametrize(
+    "cache",
+    [{}, dict(use_cache=False), dict(cache_implementation="static", disable_compile=True)],
+    ids=["dynamic", "none", "static"],
+)
+def test_t3_generate_equals_a_forward_over_the_spliced_prompt(load, family, decoder, attn, positions, cache):
+    """Prefill and decode on the reduced cache against hand-spliced embeddings, full forwards, no cache and no ``generate``."""
+    model, inputs = load(family, decoder, attn), zoo.batch()
+    method = _build("prumerge+", positions=positions)
+    encoded = foveate.encode(model, method, **inputs)
+    with method(model) as session:
+        sequences, logits = _generate(model, inputs, **cache)
+    assert torch.equal(sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+    images = session.report.images
+    assert len({image.after for image in images}) > 1, "the pictures should differ in their counts"
+    for row in range(4):
+        mine = [i for i, image in enumerate(images) if image.row == row]
+        embeddings, places = reference.spliced_embeddings(
+            model, inputs, row, [images[i].kept for i in mine], [encoded.embeds[i] for i in mine], zoo.IMAGE
+        )
+        if positions == "compact":
+            places = torch.arange(embeddings.shape[1])[None]
+        expected = reference.run_spliced(model, embeddings, places, sequences[row, -NEW:].tolist())
+        torch.testing.assert_close(logits[row], expected, atol=3e-4, rtol=3e-4)
+
+
+def _fingerprint(model) -> dict[str, object]:
+    hooks = {
+        name: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._forward_hooks_with_kwargs))
+        for name, m in model.named_modules()
+    }
+    members = {cls: dict(vars(cls)) for cls in type(model).__mro__ if cls.__module__.startswith("transformers")}
+    return {"dict": sorted(model.__dict__), "hooks": hooks, "state": sorted(model.state_dict()), "classes": members}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_t4_leaving_restores_the_model(load, variant):
+    model, inputs = load(), zoo.batch()
+    output = _generate(model, inputs)[1]  # the first run installs transformers' own hooks
+    before = _fingerprint(model)
+    with _build(variant, positions="original")(model):
+        _generate(model, inputs)
+    assert _fingerprint(model) == before
+    with pytest.raises(RuntimeError, match="on purpose"), _build(variant)(model):
+        model.generate(**inputs, max_new_tokens=1, logits_processor=[_fail])
+    assert _fingerprint(model) == before
+    assert torch.equal(_generate(model, inputs)[1], output)
+
+
+def _fail(*_: object) -> None:
+    raise RuntimeError("on purpose")
+
+
+def test_t4_nested_blocks_and_two_models(load):
+    model, other, inputs = load(), load(decoder="qwen2"), zoo.batch()
+    plain, plain_other = _generate(model, inputs)[1], _generate(other, inputs)[1]
+    with foveate.Spatial(budget=10)(model) as outer, foveate.PruMerge()(other) as beside:
+        first = _generate(model, inputs)[1]
+        with foveate.Spatial(budget=20)(model) as inner:
+            _generate(model, inputs)
+            assert inner.report.after == [20] * 4
+        assert torch.equal(_generate(model, inputs)[1], first)
+        assert outer.report.after == [10] * 4
+        assert not torch.equal(_generate(other, inputs)[1], plain_other)
+        assert beside.report.method["name"] == "prumerge"
+    assert torch.equal(_generate(model, inputs)[1], plain)
+    assert torch.equal(_generate(other, inputs)[1], plain_other)
+
+
+@pytest.mark.parametrize("budget", [None, 1, 5, BUDGET, 0.3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_t6_contract_of_a_reduction(load, variant, budget):
+    model, inputs = load(), zoo.batch()
+    method = _build(variant) if budget is None else _build(variant, budget=budget)
+    encoded = foveate.encode(model, method, **inputs)
+    reduction, counts = encoded.reduction, [len(e) for e in encoded.embeds]
+    if budget is not None:
+        expected = round(budget * zoo.TOKENS) if isinstance(budget, float) else budget
+        assert counts == [expected] * 4
+    valid = reduction.mask()
+    source = reduction.source_map(zoo.TOKENS)
+    for i, count in enumerate(counts):
+        place = {int(reduction.index[i, j]): j for j in valid[i].nonzero().flatten().tolist()}
+        kept = list(place)
+        assert len(kept) == int(valid[i].sum()) == count, "one output per grid cell"
+        assert all(source[i, cell] == place[cell] for cell in kept), "a kept cell belongs to itself"
+        assert set(source[i].unique().tolist()) <= {-1, *valid[i].nonzero().flatten().tolist()}
+    # text is never removed and stays in order
+    for row in range(4):
+        full = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        short = encoded.inputs["input_ids"][row][encoded.inputs["attention_mask"][row].bool()]
+        assert torch.equal(full[full != zoo.IMAGE], short[short != zoo.IMAGE])
+        mine = sum(c for c, r in zip(counts, encoded.report.rows, strict=True) if r == row)
+        assert (short == zoo.IMAGE).sum() == mine
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_half_precision(variant, dtype):
+    model, inputs = zoo.load(dtype=dtype), zoo.batch(dtype=dtype)
+    with _build(variant)(model) as session:
+        assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+        assert sum(session.report.after) < sum(session.report.before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_same_tokens_under_sdpa_and_eager(load, variant):
+    inputs = zoo.batch()
+    kept = [foveate.encode(load(attn=attn), _build(variant), **inputs).reduction for attn in ("sdpa", "eager")]
+    assert torch.equal(kept[0].index, kept[1].index)
+    assert torch.equal(kept[0].mask(), kept[1].mask())
