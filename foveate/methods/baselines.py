@@ -14,8 +14,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..tokens import Reduction, VisualTokens, resolve_budget
 from .base import TokenReducer
-from .merging import normalised
-from .selection import uniform_lattice
+from .selection import lattice_blocks, uniform_lattice
 
 
 def _count(method: TokenReducer, tokens: VisualTokens) -> int:
@@ -86,15 +85,14 @@ class Sequential(TokenReducer, name="sequential", paper="https://arxiv.org/abs/2
 
 @dataclass(kw_only=True)
 class Pool(TokenReducer, name="pool", paper="https://arxiv.org/abs/2510.07143", adaptive=False):
-    """Average pooling: every token goes to the nearest of the evenly spread ones, which becomes their mean."""
+    """Average pooling: the grid is cut into even blocks, and each becomes its mean."""
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         rows, columns = tokens.grid
-        index = uniform_lattice(rows, columns, _count(self, tokens))
-        cell = torch.arange(tokens.number)
-        place = torch.stack([cell // columns, cell % columns], 1).float()
-        nearest = torch.cdist(place[index], place).argmin(0)
-        member = (nearest == torch.arange(len(index))[:, None]).float()
-        weights = normalised(member).to(tokens.features.device, non_blocking=True)
-        reduction = _same_for_all(index, tokens)
-        return Reduction(reduction.index, weights=weights.expand(len(tokens.features), -1, -1))
+        count = _count(self, tokens)
+        weights = torch.zeros(count, rows, columns)
+        for number, (top, end, left, right) in enumerate(lattice_blocks(rows, columns, count)):
+            weights[number, top:end, left:right] = 1 / ((end - top) * (right - left))
+        weights = weights.flatten(1).to(tokens.features.device, non_blocking=True)
+        index = _same_for_all(uniform_lattice(rows, columns, count), tokens).index
+        return Reduction(index, weights=weights.expand(len(tokens.features), -1, -1))

@@ -39,21 +39,39 @@ def take_in_order(key: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return index[:, :count], value[:, :count] < 2 * key.shape[-1]
 
 
-@functools.lru_cache(maxsize=4096)
-def uniform_lattice(rows: int, columns: int, count: int) -> Tensor:
-    """``count`` distinct cells spread evenly over a grid of any size, as raster indices in raster order (on the CPU).
+def _edges(length: int, parts: int) -> list[int]:
+    """Where each of ``parts`` stretches of ``length`` cells begins, and the end."""
+    return [-(-i * length // parts) for i in range(parts + 1)]
 
-    The rows of the lattice lie evenly over the grid and share the cells as evenly as integers allow, each at the middle of
-    its part: 64 of 24 x 24 is the regular 8 x 8 pattern, and any other count works too.
+
+@functools.lru_cache(maxsize=4096)
+def lattice_blocks(rows: int, columns: int, count: int) -> tuple[tuple[int, int, int, int], ...]:
+    """Cut a grid of any size into ``count`` rectangles that are as even as integers allow, in raster order.
+
+    The grid is cut into bands of rows and each band into stretches of columns; a band has as many as any other, or one more.
+
+    Returns
+    -------
+    (first row, end row, first column, end column) of each rectangle; together they cover the grid once.
     """
     count = min(count, rows * columns)
-    lines = min(rows, max(-(-count // columns), round((count * rows / columns) ** 0.5), 1))
-    ends = torch.arange(lines + 1) * count // lines
-    cells = []
-    for line, number in enumerate(ends.diff().tolist()):
-        row = (2 * line + 1) * rows // (2 * lines)
-        cells.append(row * columns + (2 * torch.arange(number) + 1) * columns // max(1, 2 * number))
-    return torch.cat(cells)
+    bands = min(rows, max(-(-count // columns), round((count * rows / columns) ** 0.5), 1))
+    blocks = []
+    lines = _edges(rows, bands)
+    for band in range(bands):
+        number = (band + 1) * count // bands - band * count // bands
+        ends = _edges(columns, max(1, number))
+        blocks += [(lines[band], lines[band + 1], ends[i], ends[i + 1]) for i in range(number)]
+    return tuple(blocks)
+
+
+def uniform_lattice(rows: int, columns: int, count: int) -> Tensor:
+    """``count`` distinct cells spread evenly over a grid, the middle of each block, as raster indices in raster order (CPU).
+
+    64 of 24 x 24 is the regular 8 x 8 pattern; any other count on any other grid works too.
+    """
+    middles = [(top + end) // 2 * columns + (left + right) // 2 for top, end, left, right in lattice_blocks(rows, columns, count)]
+    return torch.tensor(middles, dtype=torch.long)
 
 
 def uniform_stride(tokens: int, count: int) -> Tensor:
