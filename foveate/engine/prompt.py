@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,12 +21,14 @@ class Layout:
     ----------
     gather : [B, T'] the column of the full prompt that each column of the short one holds; -1 = padding.
     length : T, columns of the full prompt.
+    real : [B] tokens of the full prompt that are not padding.
     method : settings of the method that made it.
     reusable : False where a cache cannot be continued (beams, several sequences per prompt).
     """
 
     gather: Tensor
     length: int
+    real: Tensor
     method: dict[str, Any]
     reusable: bool = True
 
@@ -46,7 +48,8 @@ class Layout:
         if columns == 0:
             return self
         new = torch.arange(self.length, self.length + columns, device=self.gather.device).expand(len(self.gather), -1)
-        return Layout(torch.cat([self.gather, new], 1), self.length + columns, self.method, self.reusable)
+        gather = torch.cat([self.gather, new], 1)
+        return replace(self, gather=gather, length=self.length + columns, real=self.real + columns)
 
 
 def cached_layout(cache: Any, rows: int, method: dict[str, Any], device: torch.device) -> Layout | None:
@@ -61,7 +64,7 @@ def cached_layout(cache: Any, rows: int, method: dict[str, Any], device: torch.d
         return None
     layout = layout_of(cache)
     if layout is None:  # made without foveate, or nothing was removed: every column is there
-        return Layout(torch.arange(held, device=device).expand(rows, -1), held, method)
+        return Layout(torch.arange(held, device=device).expand(rows, -1), held, torch.full((rows,), held, device=device), method)
     if not layout.reusable:
         raise CacheError("a cache of beam search or of several sequences per prompt cannot be continued. Start a new cache.")
     if layout.method != method:
@@ -95,6 +98,8 @@ def image_rows(visual: Tensor, sizes: Sequence[int]) -> tuple[Tensor, list[int]]
             f"the prompts have {len(places)} image placeholders and the {len(sizes)} image(s) give {sum(sizes)} visual tokens. "
             "Make text and images with the model's processor in one call, with one image tag for each image."
         )
+    if not sizes:
+        return places, []
     starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
     ends = starts + torch.tensor(sizes) - 1
     first, last = (places[at.to(places.device), 0].tolist() for at in (starts, ends))
@@ -146,7 +151,7 @@ def shorten(
     gather = gather.scatter(1, slot.masked_fill(~keep, width), source.masked_fill(~keep, -1))[:, :width]
     if cached is not None:
         gather = torch.cat([cached.gather.to(gather.device), gather], 1)
-    return Layout(gather, length, method)
+    return Layout(gather, length, valid.sum(1), method)
 
 
 def original_positions(valid: Tensor) -> Tensor:

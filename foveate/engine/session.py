@@ -203,6 +203,7 @@ class Session:
         cache = kwargs.get("past_key_values")
         self._refuse_encoded(kwargs)
         if ids is None or not (has_pixels(kwargs) or layout_of(cache) is not None):
+            self._refuse_missing_pictures(ids, cache)
             return self._run(ids, kwargs)
         settings = Settings(self.model, kwargs)
         mask = kwargs.get("attention_mask")
@@ -237,6 +238,14 @@ class Session:
         finally:
             self._prefill = False
             self.report.clock.stop("decode")
+
+    def _refuse_missing_pictures(self, ids: Tensor | None, cache: Any) -> None:
+        placeholders = 0 if ids is None else int((ids == self.parts().image_token).sum())
+        if placeholders and (cache is None or cache.get_seq_length() == 0):
+            raise InputError(
+                f"the prompts have {placeholders} image placeholders and no picture is given. Pass the pixel_values that the "
+                "processor returned."
+            )
 
     def _refuse_encoded(self, kwargs: dict[str, Any]) -> None:
         if kwargs.get("inputs_embeds") is not None:
@@ -314,17 +323,21 @@ class Session:
         if cached is None or ids is None:
             return kwargs
         layout = cached.extended(ids.shape[1])
+        new = ids.shape[1]
         if mask is None:
             mask = torch.ones(len(ids), layout.length, dtype=torch.long, device=ids.device)
         if mask.shape[1] == layout.length:
             self._follow(layout, mask, kwargs)
-        elif mask.shape[1] != layout.gather.shape[1]:
+        elif mask.shape[1] == layout.gather.shape[1]:
+            if self.method.positions == "original":
+                kwargs["position_ids"] = cached.real[:, None] + torch.arange(new, device=ids.device)
+        else:
             raise InputError(
                 f"attention_mask has {mask.shape[1]} columns; expected {layout.length} for the full prompt and the new tokens "
                 f"(or {layout.gather.shape[1]} for the shortened one)"
             )
         if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = kwargs["position_ids"][:, -ids.shape[1] :]
+            kwargs["position_ids"] = kwargs["position_ids"][:, -new:]
         return kwargs
 
     def after_forward(self, output: Any) -> None:
