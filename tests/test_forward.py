@@ -203,7 +203,7 @@ def trainer(model, folder, steps=3):
 
 
 def test_trainer(tmp_path):
-    """Unchanged Trainer: fewer tokens reach the decoder, the loss falls, saving and evaluating work; keep-all trains identically."""
+    """Unchanged Trainer: fewer tokens, falling loss, saving and evaluating; with keep-all the weights come out identical."""
     plain, same, reduced = zoo.load(), zoo.load(), zoo.load()
     trainer(plain, tmp_path).train()
     with foveate.PruMergePlus(budget=1.0)(same):

@@ -156,9 +156,9 @@ def test_bad_budgets_say_what_to_use(budget):
 
 
 def test_registry_errors_name_what_exists():
-    with pytest.raises(foveate.InputError, match="unknown method 'prune'; available: .*prumerge"):
+    with pytest.raises(foveate.InputError, match=r"unknown method 'prune'; available: .*prumerge"):
         foveate.get("prune")
-    with pytest.raises(foveate.InputError, match="no field 'ratio'; its fields: .*budget"):
+    with pytest.raises(foveate.InputError, match=r"no field 'ratio'; its fields: .*budget"):
         foveate.get("prumerge", ratio=0.5)
     with pytest.raises(foveate.InputError, match="no preset 'best'; available: paper, released"):
         foveate.get("prumerge:best")

@@ -82,62 +82,110 @@ def _projector_input(parts: Anatomy, skip: bool) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def encode_and_reduce(parts: Anatomy, method: TokenReducer, kwargs: dict[str, Any], clock: Clock) -> Visuals:
-    """Encode the pictures in ``kwargs`` (taken out of it) and reduce their tokens.
+@dataclass(frozen=True)
+class Encoded:
+    """Pictures after the vision encoder.
+
+    Attributes
+    ----------
+    output : what the model's ``get_image_features`` returned.
+    features : [B, lead + N, C] about to enter the projector.
+    grid : rows and columns, N = rows * columns.
+    lead : 1 where [CLS] stands among the visual tokens, else 0.
+    taps : queries and keys of the layers that were asked for.
+    """
+
+    output: Any
+    features: Tensor
+    grid: tuple[int, int]
+    lead: int
+    taps: dict[EncoderLayer, EncoderTap]
+
+    @property
+    def cells(self) -> Tensor:
+        """[B, N, C] the features of the grid."""
+        return self.features[:, self.lead :]
+
+
+def encode(parts: Anatomy, layers: tuple[EncoderLayer, ...], kwargs: dict[str, Any], *, project: bool) -> Encoded:
+    """Run the model's own encoder on the pictures in ``kwargs`` (taken out of it).
+
+    Parameters
+    ----------
+    parts : where the parts of the model are.
+    layers : encoder layers to record.
+    kwargs : arguments of the call.
+    project : whether the projection of all tokens is needed.
 
     Raises
     ------
-    InputError : the attention or features hold NaN or infinite values, or the pictures are too small for a token.
-    FoveateError : the method returned something that breaks its contract.
+    InputError : the pictures do not give a grid of tokens.
     """
     pixels = kwargs["pixel_values"]
-    rows, columns = parts.grid(*pixels.shape[-2:])
-    cells = rows * columns
-    reduces = resolve_budget(method.budget, cells) != cells
-    layers = method.encoder_layers() if reduces else ()
-    with clock.measure("vision"), _taps(parts, layers) as taps, _projector_input(parts, skip=reduces) as seen:
+    grid = parts.grid(*pixels.shape[-2:])
+    with _taps(parts, layers) as taps, _projector_input(parts, skip=not project) as seen:
         output = encode_images(parts.model.base_model, kwargs)
     features = seen[0]
-    lead = features.shape[1] - cells  # [CLS] where the model keeps it among the visual tokens
-    if lead not in (0, 1) or features.ndim != 3:
+    lead = features.shape[1] - grid[0] * grid[1]
+    if lead not in (0, 1):
         raise InputError(
             f"pictures of {pixels.shape[-2]} x {pixels.shape[-1]} pixels gave features {tuple(features.shape)} and not a grid of "
-            f"{rows} x {columns} tokens."
+            f"{grid[0]} x {grid[1]} tokens."
         )
-    if not reduces:
-        return _unchanged(output, features[:, lead:], (rows, columns), lead, list(output.pooler_output))
+    return Encoded(output, features, grid, lead, taps)
+
+
+def reduce(parts: Anatomy, method: TokenReducer, encoded: Encoded, clock: Clock) -> Visuals:
+    """Let the method reduce encoded pictures, and project what stays.
+
+    Raises
+    ------
+    InputError : the attention or features hold NaN or infinite values.
+    FoveateError : the method returned something that breaks its contract.
+    """
+    lead = encoded.lead
     with clock.measure("selection"):
-        tokens = VisualTokens(features[:, lead:], (rows, columns), taps)
-        reduction = method.reduce(tokens)
-        reduced = reduction.apply(tokens.features)
-        valid = reduction.mask()
-        counts, in_place = _check(method, tokens, reduction, valid)
+        reduction = method.reduce(VisualTokens(encoded.cells, encoded.grid, encoded.taps))
+        reduced, valid = reduction.apply(encoded.cells), reduction.mask()
+        counts, in_place = _check(method, encoded.cells, reduction, valid)
     with clock.measure("vision"):
         if in_place:
-            full = parts.projector(features)
-            return _unchanged(output, features[:, lead:], (rows, columns), lead, list(full))
+            return unchanged(encoded, list(parts.projector(encoded.features)))
         if lead:
-            reduced, valid = torch.cat([features[:, :lead], reduced], 1), torch.cat([valid.new_ones(len(valid), lead), valid], 1)
+            reduced = torch.cat([encoded.features[:, :lead], reduced], 1)
+            valid = torch.cat([valid.new_ones(len(valid), lead), valid], 1)
         embeds = list(parts.projector(reduced[valid][None])[0].split([count + lead for count in counts]))
     first = torch.arange(lead, device=reduction.index.device)
     chosen = reduction.index[reduction.mask()].split(counts)
     kept = [torch.cat([first, index + lead]) for index in chosen]
-    return Visuals(with_features(output, embeds), embeds, reduction, kept, cells + lead, (rows, columns), changed=True)
+    size = encoded.features.shape[1]
+    return Visuals(with_features(encoded.output, embeds), embeds, reduction, kept, size, encoded.grid, changed=True)
 
 
-def _unchanged(output: Any, features: Tensor, grid: tuple[int, int], lead: int, embeds: list[Tensor]) -> Visuals:
-    size = features.shape[1] + lead
-    kept = [torch.arange(size, device=features.device)] * len(features)
-    return Visuals(with_features(output, embeds), embeds, keep_all(features), kept, size, grid, changed=False)
+def encode_and_reduce(parts: Anatomy, method: TokenReducer, kwargs: dict[str, Any], clock: Clock) -> Visuals:
+    """Encode the pictures in ``kwargs`` (taken out of it) and reduce their tokens; see ``encode`` and ``reduce``."""
+    rows, columns = parts.grid(*kwargs["pixel_values"].shape[-2:])
+    reduces = resolve_budget(method.budget, rows * columns) != rows * columns
+    with clock.measure("vision"):
+        encoded = encode(parts, method.encoder_layers() if reduces else (), kwargs, project=not reduces)
+    return reduce(parts, method, encoded, clock) if reduces else unchanged(encoded, list(encoded.output.pooler_output))
 
 
-def _check(method: TokenReducer, tokens: VisualTokens, reduction: Reduction, valid: Tensor) -> tuple[list[int], bool]:
+def unchanged(encoded: Encoded, embeds: list[Tensor]) -> Visuals:
+    """Every token of every picture, projected to ``embeds``."""
+    size = encoded.features.shape[1]
+    kept = [torch.arange(size, device=encoded.features.device)] * len(embeds)
+    output = with_features(encoded.output, embeds)
+    return Visuals(output, embeds, keep_all(encoded.cells), kept, size, encoded.grid, changed=False)
+
+
+def _check(method: TokenReducer, features: Tensor, reduction: Reduction, valid: Tensor) -> tuple[list[int], bool]:
     """Counts per image and whether nothing changed, with one transfer from the device; the contract is checked on the way."""
-    batch, number = tokens.features.shape[:2]
+    batch, number = features.shape[:2]
     index = reduction.index
     flags = torch.stack(
         [
-            torch.isfinite(reduction.scores if reduction.scores is not None else tokens.features).all(),
+            torch.isfinite(reduction.scores if reduction.scores is not None else features).all(),
             ((index >= 0) & (index < number) | ~valid).all(),
             (index == torch.arange(index.shape[1], device=index.device)).all() & valid.all(),
         ]

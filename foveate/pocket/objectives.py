@@ -12,35 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from .answers import text_states
 from .batches import BINS, CAPTION_SIZE, IGNORE, PATCH_TARGETS, Batch
 from .questions import FAMILIES
-from .vocabulary import BOS, COLORS, COLUMNS, DIGITS, EOS, ROWS, SHAPES, TOKEN_ID, WORDS
+from .vocabulary import COLORS, COLUMNS, DIGITS, EOS, ROWS, SHAPES, TOKEN_ID, WORDS
 
 PATCH_WEIGHTS = dict(zip(PATCH_TARGETS, (1, 0.7, 1.2, 1, 0.7, 0.7, 0.2, 1.2, 0.4, 0.4), strict=True))
 BACKGROUND_WEIGHT = 0.15
 # an answer of a rare family counts more, so that reading is not drowned by the many questions about shapes
 FAMILY_WEIGHTS = dict(zip(FAMILIES, (1, 1, 1, 1, 1.2, 1.5, 1.5, 4, 4, 4, 1, 1), strict=True))
 QUEUE = 256  # captions of earlier batches, as further negatives
-IMAGE_PREFIX = (BOS, TOKEN_ID["user:"])
-
-
-def answer_mask(visual: Tensor, block: Tensor) -> Tensor:
-    """[B, 1, P + T, P + T] who may attend to whom: the prefix causally to itself, each question to the prefix and itself.
-
-    Parameters
-    ----------
-    visual : [B, P] bool, which tokens of the prefix are real (reduced pictures have fewer).
-    block : [B, T] number of the question of each text token, -1 = padding.
-    """
-    prefix, text = visual.shape[1], block.shape[1]
-    length = prefix + text
-    causal = torch.ones(length, length, dtype=torch.bool, device=block.device).tril()
-    owner = torch.cat([block.new_full(visual.shape, -2), block], 1)
-    same = (owner[:, :, None] == owner[:, None]) | (owner == -2)[:, None]
-    real = torch.cat([visual, torch.ones_like(block, dtype=torch.bool)], 1)
-    mask = same & causal & real[:, None]
-    # a row must see something, or its softmax is not a number
-    return (mask | torch.eye(length, dtype=torch.bool, device=block.device))[:, None]
 
 
 class PocketTrainee(nn.Module):
@@ -83,18 +64,6 @@ class PocketTrainee(nn.Module):
             features, hidden = hidden, layer(hidden, None)
         return features[:, 1:], tower.post_layernorm(hidden[:, 0])
 
-    def answer(self, visual: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """Hidden states of all decoder layers at the text tokens, each [B, T, D]; the last one is normalised."""
-        decoder = self.model.model.language_model
-        embed = decoder.embed_tokens
-        head = embed(torch.tensor(IMAGE_PREFIX, device=visual.device)).expand(len(visual), -1, -1)
-        inputs = torch.cat([head.to(visual.dtype), visual, embed(batch.ids).to(visual.dtype)], 1)
-        prefix = head.shape[1] + visual.shape[1]
-        places = torch.cat([torch.arange(prefix, device=visual.device).expand(len(visual), -1), prefix + batch.offset], 1)
-        mask = answer_mask(torch.ones(len(visual), prefix, dtype=torch.bool, device=visual.device), batch.block)
-        out = decoder(inputs_embeds=inputs, attention_mask=mask, position_ids=places, use_cache=False, output_hidden_states=True)
-        return tuple(hidden[:, prefix:] for hidden in out.hidden_states)
-
     def forward(self, batch: Batch, language: bool) -> tuple[Tensor, dict[str, Tensor]]:
         features, cls = self.encode(batch.pixels, batch.positions)
         visual = self.model.model.multi_modal_projector(features)
@@ -103,7 +72,8 @@ class PocketTrainee(nn.Module):
         align = self._alignment_loss(visual, batch, log, learn_words=language)
         loss = (0.5 if language else 1.0) * (patch + 0.6 * align) + 0.7 * self._caption_loss(cls, batch, log)
         if language:
-            hidden = self.answer(visual, batch)
+            real = torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device)
+            hidden = text_states(self.model, visual, real, {"ids": batch.ids, "block": batch.block, "offset": batch.offset})
             loss = loss + 3.5 * self._answer_loss(hidden[-1], batch, log)
             for head, state in zip(self.grounding_heads, hidden[2:4], strict=True):
                 loss = loss + 0.3 * self._grounding_loss(head, state, batch, log)
