@@ -112,7 +112,7 @@ def test_the_plain_constructor(rows, columns, plus):
     for b, (cells, out) in enumerate(outputs((PruMergePlus if plus else PruMerge)(), visual)):
         scores = reference.attention_row(tap.query[b], tap.keys[b], tap.heads, fused=False)
         m = max(4, reference.outliers(scores))
-        pattern = uniform_lattice(rows, columns, min(number, 3 * m)).tolist() if plus else []
+        pattern = uniform_lattice(rows, columns, round(min(0.25 * number, 3 * m))).tolist() if plus else []
         kept, expected = reference.plain(visual.features[b], tap.query[b], tap.keys[b], tap.heads, pattern, k=32, minimum=4)
         assert cells == kept
         torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-4)
@@ -236,6 +236,9 @@ def test_wrong_fields_are_refused():
     for fields in ({"k": 0}, {"min_tokens": 0}, {"order": "random"}, {"attn_mode": "max"}):
         with pytest.raises(foveate.InputError):
             PruMerge(**fields)
+    for share in (0.0, 1.5, math.nan):
+        with pytest.raises(foveate.InputError, match="max_uniform"):
+            PruMergePlus(max_uniform=share)
     for factor in (0, -1.0, math.nan):
         with pytest.raises(foveate.InputError, match="grid_factor"):
             PruMergePlus(grid_factor=factor)

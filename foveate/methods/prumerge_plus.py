@@ -25,29 +25,34 @@ class PruMergePlus(PruMerge, name="prumerge+", paper="https://arxiv.org/abs/2403
     ----------
     grid_factor : uniform tokens for each one chosen by attention: 1 in the text (2 m centres), 3 in the code, which is what gives
         the published 25 %.
+    max_uniform : uniform tokens are at most this share of all tokens; 0.25 is every second row and column, and denser patterns only
+        repeat what their neighbours say. Neither the text nor the code has such a limit (1.0).
     spatial : "lattice" spreads them over rows and columns of any grid; "stride" takes every s-th token of the flattened grid with
         s = int(int(N / m) / grid_factor), as the code does, so that counts come in steps.
     merge_spatial : whether the uniform tokens merge neighbours too (the code) or not (line 9 of Algorithm 1).
     """
 
     grid_factor: float = 3.0
+    max_uniform: float = 0.25
     spatial: Literal["lattice", "stride"] = "lattice"
     merge_spatial: bool = True
 
     @classmethod
     def paper(cls, **fields: Any) -> Self:
         """As the text says: as many uniform tokens as outliers, and only the outliers merge."""
-        return super().paper(**{**dict(grid_factor=1.0, merge_spatial=False), **fields})
+        return super().paper(**{**dict(grid_factor=1.0, max_uniform=1.0, merge_spatial=False), **fields})
 
     @classmethod
     def released(cls, **fields: Any) -> Self:
         """As the released code does, for any batch size (it fails beyond one image)."""
-        return super().released(**{**dict(spatial="stride"), **fields})
+        return super().released(**{**dict(spatial="stride", max_uniform=1.0), **fields})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.grid_factor > 0:
             raise InputError(f"{self.name}: grid_factor={self.grid_factor}; it must be above 0 (use 'prumerge' for none)")
+        if not 0 < self.max_uniform <= 1:
+            raise InputError(f"{self.name}: max_uniform={self.max_uniform}; it must be in (0, 1]")
 
     def choose(self, scores: Tensor, grid: tuple[int, int], slots: int | None) -> Choice:
         place = ranks(scores)
@@ -75,7 +80,7 @@ class PruMergePlus(PruMerge, name="prumerge+", paper="https://arxiv.org/abs/2403
         """[N] bool, the uniform tokens beside ``centres`` chosen ones."""
         number = grid[0] * grid[1]
         if self.spatial == "lattice":
-            return self._fixed_pattern(grid, min(number, round(centres * self.grid_factor)))
+            return self._fixed_pattern(grid, round(min(centres * self.grid_factor, number * self.max_uniform)))
         step = max(1, int(int(1 / (centres / number)) / self.grid_factor))
         # the last token is never reached, as in the code
         return index_mask(torch.arange(0, max(1, number - 1), step), number)

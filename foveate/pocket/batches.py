@@ -211,6 +211,7 @@ class Mix:
     weights: dict[int, float]
     sizes: dict[int, int]
     language: bool = True
+    calm: bool = False
 
 
 QUESTIONS = {8: 10, 12: 14, 16: 22, 24: 36}

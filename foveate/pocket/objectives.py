@@ -21,6 +21,7 @@ PATCH_WEIGHTS = dict(zip(PATCH_TARGETS, (1, 0.7, 1.2, 1, 0.7, 0.7, 0.2, 1.2, 0.4
 BACKGROUND_WEIGHT = 0.15
 # an answer of a rare family counts more, so that reading is not drowned by the many questions about shapes
 FAMILY_WEIGHTS = dict(zip(FAMILIES, (1, 1, 1, 1, 1.2, 1.5, 1.5, 4, 4, 4, 1, 1), strict=True))
+SPREAD = 1.5  # standard deviation of the attention logits of [CLS] over the patches
 QUEUE = 256  # captions of earlier batches, as further negatives
 
 
@@ -48,8 +49,8 @@ class PocketTrainee(nn.Module):
             if parameter.ndim == 2 and ("layers." in name or "projector" in name):
                 yield name, parameter
 
-    def encode(self, pixels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Windows of pictures -> patch features [B, N, C] of the block before the last, and the final [CLS] [B, C].
+    def encode(self, pixels: Tensor, positions: Tensor) -> Tensor:
+        """Windows of pictures -> hidden states [B, 1 + N, C] before the last block.
 
         The model's own modules, with the rows of the position table that belong to the window.
         """
@@ -59,23 +60,47 @@ class PocketTrainee(nn.Module):
         table = embeddings.position_embedding.weight
         cls = (embeddings.class_embedding + table[0]).expand(len(pixels), 1, -1)
         hidden = tower.pre_layrnorm(torch.cat([cls, patches + table[positions]], 1))
-        features = hidden
-        for layer in tower.encoder.layers:
-            features, hidden = hidden, layer(hidden, None)
-        return features[:, 1:], tower.post_layernorm(hidden[:, 0])
+        for layer in tower.encoder.layers[:-1]:
+            hidden = layer(hidden, None)
+        return hidden
 
-    def forward(self, batch: Batch, language: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        features, cls = self.encode(batch.pixels, batch.positions)
+    def summarise(self, hidden: Tensor, calm: bool) -> tuple[Tensor, Tensor]:
+        """The final [CLS] [B, C], and by how much its attention in the last block is sharper than that of large encoders.
+
+        Left alone, [CLS] puts all its attention on ten tokens, with logits 50 above the others; no rule on its attention then means
+        anything. ``calm`` training hides a random half of the patches from the last block, so that all patches of an object
+        matter, and penalises a spread of the logits above ``SPREAD``. It says nothing about where to look.
+        """
+        tower = self.model.model.vision_tower
+        layer = tower.encoder.layers[-1]
+        if calm:
+            patches = hidden.shape[1] - 1
+            shown = torch.rand(len(hidden), patches, device=hidden.device).argsort(1)[:, : (patches + 1) // 2] + 1
+            shown = torch.cat([shown.new_zeros(len(shown), 1), shown], 1)
+            hidden = hidden.gather(1, shown[..., None].expand(-1, -1, hidden.shape[-1]))
+        normed, heads = layer.layer_norm1(hidden), tower.config.num_attention_heads
+        query = layer.self_attn.q_proj(normed[:, 0]).unflatten(-1, (heads, -1))
+        keys = layer.self_attn.k_proj(normed[:, 1:]).unflatten(-1, (heads, -1))
+        spread = (torch.einsum("bhd,bnhd->bhn", query, keys).float() * query.shape[-1] ** -0.5).std(-1)
+        return tower.post_layernorm(layer(hidden, None)[:, 0]), F.relu(spread - SPREAD).square().mean()
+
+    def forward(self, batch: Batch, language: bool, calm: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden = self.encode(batch.pixels, batch.positions)
+        features = hidden[:, 1:]
+        cls, excess = self.summarise(hidden, calm)
         visual = self.model.model.multi_modal_projector(features)
         log: dict[str, Tensor] = {}
         patch = self._patch_loss(features, batch, log)
         align = self._alignment_loss(visual, batch, log, learn_words=language)
         loss = (0.5 if language else 1.0) * (patch + 0.6 * align) + 0.7 * self._caption_loss(cls, batch, log)
+        log["excess"] = excess.detach()
+        if calm:
+            loss = loss + 0.05 * excess
         if language:
             real = torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device)
-            hidden = text_states(self.model, visual, real, {"ids": batch.ids, "block": batch.block, "offset": batch.offset})
-            loss = loss + 3.5 * self._answer_loss(hidden[-1], batch, log)
-            for head, state in zip(self.grounding_heads, hidden[2:4], strict=True):
+            states = text_states(self.model, visual, real, {"ids": batch.ids, "block": batch.block, "offset": batch.offset})
+            loss = loss + 3.5 * self._answer_loss(states[-1], batch, log)
+            for head, state in zip(self.grounding_heads, states[2:4], strict=True):
                 loss = loss + 0.3 * self._grounding_loss(head, state, batch, log)
         return loss, log
 

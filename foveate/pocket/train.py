@@ -1,8 +1,9 @@
 """Train the pocket model from scratch: ``python -m foveate.pocket.train --output pocket-run``.
 
 On a CPU with several cores, one process per core is fastest: ``torchrun --nproc-per-node 2 -m foveate.pocket.train``.
-Three phases: the encoder alone on small windows, encoder and decoder on windows of mixed size, then mostly whole pictures while
-the learning rate falls to zero. Interrupted runs continue with the same command. Data is drawn anew for every batch.
+The phases: the encoder alone on small windows; encoder and decoder on windows of mixed size, later with a check on how sharp the
+attention of [CLS] gets; then mostly whole pictures. Over the last steps the learning rate falls to zero. Interrupted runs continue
+with the same command. Data is drawn anew for every batch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,8 +28,9 @@ from .objectives import PocketTrainee
 
 PHASES = (
     Mix(2000, {8: 0.25, 12: 0.3, 16: 0.3, 24: 0.15}, {8: 40, 12: 20, 16: 12, 24: 4}, language=False),
-    Mix(3000, {8: 0.3, 12: 0.3, 16: 0.3, 24: 0.1}, {8: 14, 12: 8, 16: 5, 24: 3}),
-    Mix(2000, {12: 0.05, 16: 0.1, 24: 0.85}, {12: 8, 16: 5, 24: 3}),
+    Mix(1700, {8: 0.3, 12: 0.3, 16: 0.3, 24: 0.1}, {8: 14, 12: 8, 16: 5, 24: 3}),
+    Mix(1300, {8: 0.3, 12: 0.3, 16: 0.3, 24: 0.1}, {8: 14, 12: 8, 16: 5, 24: 3}, calm=True),
+    Mix(2000, {12: 0.05, 16: 0.1, 24: 0.85}, {12: 8, 16: 5, 24: 3}, calm=True),
 )
 WARM_UP = 40
 
@@ -60,7 +63,10 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, the log and the finished model.")] = Path("pocket-run"),
     vision_steps: Annotated[int, typer.Option(help="Steps of the encoder alone.")] = PHASES[0].steps,
     joint_steps: Annotated[int, typer.Option(help="Steps on windows of mixed size.")] = PHASES[1].steps,
-    final_steps: Annotated[int, typer.Option(help="Steps mostly on whole pictures.")] = PHASES[2].steps,
+    calm_steps: Annotated[int, typer.Option(help="The same, with the attention of [CLS] kept from getting too sharp.")] = PHASES[
+        2
+    ].steps,
+    final_steps: Annotated[int, typer.Option(help="Steps mostly on whole pictures.")] = PHASES[3].steps,
     decay_steps: Annotated[int, typer.Option(help="Over how many last steps the learning rate falls to zero.")] = 3000,
     scale: Annotated[float, typer.Option(help="Factor on all batch sizes (a GPU wants 16 or more).")] = 1.0,
     matrix_rate: Annotated[float, typer.Option(help="Learning rate of Muon.")] = 0.012,
@@ -80,8 +86,8 @@ def train(
     console = Console(quiet=not accelerator.is_main_process, highlight=False)
     set_seed(seed)
     phases = [
-        Mix(steps, mix.weights, {side: max(1, round(size * scale)) for side, size in mix.sizes.items()}, mix.language)
-        for mix, steps in zip(PHASES, (vision_steps, joint_steps, final_steps), strict=True)
+        replace(mix, steps=steps, sizes={side: max(1, round(size * scale)) for side, size in mix.sizes.items()})
+        for mix, steps in zip(PHASES, (vision_steps, joint_steps, calm_steps, final_steps), strict=True)
     ]
     trainee = PocketTrainee(build_model(seed))
     model, *optims = accelerator.prepare(trainee, *optimizers(trainee, matrix_rate, rate))
@@ -102,7 +108,8 @@ def train(
         for optim, base in zip(optims, base_rates, strict=True):
             for group in optim.param_groups:
                 group["lr"] = base * factor
-        loss, log = model(batch.to(accelerator.device), language=batches.phase(step).language)
+        phase = batches.phase(step)
+        loss, log = model(batch.to(accelerator.device), language=phase.language, calm=phase.calm)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_([p for g in optims[1].param_groups for p in g["params"]], 1.0)
         for optim in optims:

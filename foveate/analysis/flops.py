@@ -1,0 +1,23 @@
+"""Floating-point operations of a decoder's prefill, from its config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def prefill_flops(config: Any, tokens: int) -> int:
+    """Operations (2 per multiply-add) to prefill ``tokens`` tokens: projections, attention, gated MLP, one row of logits.
+
+    Parameters
+    ----------
+    config : of a Llama-type decoder, or of a model that has one (``get_text_config``).
+    tokens : length of the prompt, visual tokens included.
+    """
+    config = config.get_text_config()
+    width, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    head = getattr(config, "head_dim", None) or width // heads
+    key_value = (getattr(config, "num_key_value_heads", None) or heads) * head
+    projections = 2 * width * heads * head + 2 * width * key_value
+    mlp = 3 * width * config.intermediate_size
+    causal_attention = tokens * heads * head  # scores and values, each over half of the square
+    return 2 * (layers * tokens * (projections + mlp + causal_attention) + width * config.vocab_size)

@@ -1,0 +1,78 @@
+"""``foveate demo``: the pocket model answers about three scenes, with all visual tokens and with a fraction of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from PIL import Image
+
+from ..methods.base import TokenReducer
+from ..methods.prumerge import PruMerge
+from ..methods.prumerge_plus import PruMergePlus
+from ..pocket import load_pocket
+from ..pocket.questions import Question, exam
+from ..pocket.scenes import LEVELS, Scene, draw_scene
+from ..viz.overlay import as_seen, save_figure
+from .answering import Answer, ask, make_inputs
+
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One scene of the demo."""
+
+    level: str
+    question: str
+    expected: str
+    answers: dict[str, Answer]
+    picture: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "level": self.level,
+            "question": self.question,
+            "expected": self.expected,
+            "answers": {name: answer.text for name, answer in self.answers.items()},
+            "visual_tokens": {name: answer.visual_tokens for name, answer in self.answers.items()},
+            "prefill_seconds": {name: answer.prefill for name, answer in self.answers.items()},
+            "prefill_flops": {name: answer.flops for name, answer in self.answers.items()},
+            "picture": str(self.picture),
+        }
+
+
+def pick_scene(level: int, seed: int) -> tuple[Scene, Question]:
+    """A scene of the test split of a level, and one question about it."""
+    random = Random(f"demo/{seed}/{level}")
+    wanted = ("color", "where", "word")[level % 3]
+    while True:
+        scene = draw_scene(random, split="test", level=level)
+        matching = [question for question in exam(scene, random) if question.family == wanted]
+        if matching:
+            return scene, matching[0]
+
+
+def run_demo(folder: Path, seed: int, progress: Callable[[str], None]) -> list[Shown]:
+    """Draw three scenes from plain to crowded, answer one question about each in three ways, and save a picture of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    progress("loading the pocket model")
+    model, processor = load_pocket()
+    shown: list[Shown] = []
+    for level, name in enumerate(LEVELS):
+        scene, question = pick_scene(level, seed)
+        progress(f"{name} scene: {question.text}")
+        inputs, _ = make_inputs(processor, model, Image.fromarray(scene.image), question.text)
+        methods: dict[str, TokenReducer | None] = {"full": None, "prumerge+": PruMergePlus(), "prumerge": PruMerge()}
+        if not shown:
+            ask(model, processor, inputs, None, new_tokens=2)  # warm-up, so that the first prefill is timed like the others
+        answers = {key: ask(model, processor, inputs, method, new_tokens=8, repeats=3) for key, method in methods.items()}
+        picture = folder / f"scene-{level + 1}-{name}.png"
+        reports = {key: answer.report.images[0] for key, answer in answers.items() if answer.report}
+        said = ", ".join(f"{key}: {answer.text}" for key, answer in answers.items())
+        save_figure(as_seen(inputs["pixel_values"][0], processor), reports, picture, f"{question.text}   {said}")
+        shown.append(Shown(name, question.text, question.answer, answers, picture))
+    return shown

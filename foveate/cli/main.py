@@ -1,0 +1,222 @@
+"""``foveate``: the command line. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(
+    name="foveate",
+    help="Fewer visual tokens for vision-language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+_state = {"debug": False}
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        out.print(f"foveate {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Fewer visual tokens for vision-language models: faster prefill, smaller caches, the same answers where it works."""
+    _state["debug"] = debug
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.0%}"
+
+
+@app.command(epilog="Example:  foveate demo --folder pictures")
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("foveate-demo"),
+    seed: Annotated[int, typer.Option(help="Other scenes.")] = 7,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+) -> None:
+    """The pocket model answers about three scenes, with all visual tokens and with a fraction of them."""
+    from .demo import run_demo
+
+    with err.status("starting") as status:
+        scenes = run_demo(folder, seed, lambda what: status.update(what))
+    if as_json:
+        print(json.dumps({"scenes": [scene.to_dict() for scene in scenes]}))
+        return
+    for scene in scenes:
+        title = f"{scene.level} scene: [bold]{escape(scene.question)}[/bold]  expected: [bold]{escape(scene.expected)}[/bold]"
+        table = Table(title=title, title_justify="left")
+        for column in ("", "answer", "visual tokens", "LLM prefill", "LLM FLOPs saved"):
+            table.add_column(column, justify="left" if column in ("", "answer") else "right")
+        full = scene.answers["full"]
+        for name, answer in scene.answers.items():
+            right = answer.text == scene.expected
+            said = f"[{'green' if right else 'red'}]{escape(answer.text)}[/]"
+            tokens = f"{answer.visual_tokens} ({_share(answer.visual_tokens, full.visual_tokens)})"
+            saved = "" if answer is full else _share(full.flops - answer.flops, full.flops)
+            table.add_row("all tokens" if name == "full" else name, said, tokens, f"{1000 * answer.prefill:.1f} ms", saved)
+        out.print(table)
+        out.print(f"picture: {scene.picture}\n", soft_wrap=True)
+
+
+@app.command(
+    "ask",
+    epilog='Examples:  foveate ask photo.jpg "What is on the table?" --model llava-hf/llava-1.5-7b-hf  |  '
+    'foveate ask scene.png "what color is the star ?" --compare --save kept.png',
+)
+def ask_command(
+    image: Annotated[Path, typer.Argument(help="Any picture file.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    model: Annotated[str | None, typer.Option(help="Hub id or folder; the pocket model by default.")] = None,
+    method: Annotated[str, typer.Option(help="As listed by 'foveate methods'; name:preset for a preset.")] = "prumerge+",
+    budget: Annotated[
+        str | None, typer.Option(help="Visual tokens to keep: a count (144) or a fraction (0.25). Default: the method's rule.")
+    ] = None,
+    compare: Annotated[bool, typer.Option(help="Also answer with all tokens, and with uniform and random ones.")] = False,
+    save: Annotated[Path | None, typer.Option(help="Write a picture of the kept tokens.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+) -> None:
+    """Ask a question about a picture, with fewer visual tokens."""
+    if not question.strip():
+        from ..errors import InputError
+
+        raise InputError("the question is empty")
+    from ..images import open_picture
+    from ..methods.base import get
+    from ..viz.overlay import as_seen, save_figure
+    from .answering import ask, load_model, make_inputs
+
+    picture = open_picture(image)
+    reducer = get(method, **({} if budget is None else {"budget": parse_budget(budget)}))
+    with err.status(f"loading {model or 'the pocket model'}") as status:
+        loaded, processor = load_model(model)
+        inputs, note = make_inputs(processor, loaded, picture.image, question)
+        notes = [*picture.notes, *([note] if note else []), *([] if model else _unknown_words(question))]
+        status.update("answering")
+        options: dict[str, Any] = {"new_tokens": max_new_tokens, "repeats": 3 if compare else 1}
+        answers = {reducer.name: ask(loaded, processor, inputs, reducer, **options)}
+        if compare:
+            count = answers[reducer.name].visual_tokens
+            answers["full"] = ask(loaded, processor, inputs, None, **options)
+            for name in ("spatial", "random"):
+                if name not in answers:
+                    answers[name] = ask(loaded, processor, inputs, get(name, budget=count), **options)
+        if save:
+            reports = {name: answer.report.images[0] for name, answer in answers.items() if answer.report}
+            save_figure(as_seen(inputs["pixel_values"][0], processor), reports, save, question)
+    chosen = answers[reducer.name]
+    if as_json:
+        document = {
+            "model": model or "pocket",
+            "method": reducer.settings(),
+            "question": question,
+            "answer": chosen.text,
+            "answers": {name: answer.text for name, answer in answers.items()},
+            "visual_tokens": {name: answer.visual_tokens for name, answer in answers.items()},
+            "visual_tokens_before": sum(chosen.report.before) if chosen.report else chosen.visual_tokens,
+            "prefill_seconds": {name: answer.prefill for name, answer in answers.items()},
+            "prefill_flops": {name: answer.flops for name, answer in answers.items()},
+            "picture": str(save) if save else None,
+            "notes": notes,
+        }
+        print(json.dumps(document))
+        return
+    for line in notes:
+        err.print(f"note: {line}", style="yellow", soft_wrap=True)
+    if not compare:
+        out.print(escape(chosen.text), style="bold", soft_wrap=True)
+        err.print(str(chosen.report), style="dim", soft_wrap=True)
+    else:
+        table = Table()
+        for column in ("tokens chosen by", "answer", "visual tokens", "LLM prefill", "LLM GFLOPs"):
+            table.add_column(column, justify="left" if column in ("tokens chosen by", "answer") else "right")
+        for name, answer in answers.items():
+            shown = "all tokens" if name == "full" else name
+            flops = f"{answer.flops / 1e9:.2f}"
+            table.add_row(shown, escape(answer.text), str(answer.visual_tokens), f"{1000 * answer.prefill:.1f} ms", flops)
+        out.print(table)
+    if save:
+        err.print(f"picture: {save}", soft_wrap=True)
+
+
+@app.command("methods", epilog="Example:  foveate methods")
+def methods_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+) -> None:
+    """The table of methods."""
+    from ..api import methods
+
+    found = methods()
+    if as_json:
+        print(json.dumps([vars(info) for info in found]))
+        return
+    table = Table()
+    for column in ("name", "what it does", "where", "needs", "count", "presets", "paper"):
+        table.add_column(column, overflow="fold")
+    for info in found:
+        needs = "[CLS]" if info.needs_cls else ""
+        count = "adaptive or budget" if info.adaptive else "budget"
+        row = (info.name, info.summary, info.stage, needs, count, ", ".join(info.presets), info.paper)
+        table.add_row(*(escape(cell) for cell in row))
+    out.print(table)
+
+
+def parse_budget(text: str) -> int | float:
+    """A whole number is a count, anything with a point a fraction.
+
+    Raises
+    ------
+    InputError : the text is no number.
+    """
+    from ..errors import InputError
+
+    try:
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError as error:
+        raise InputError(f"budget {text!r} is not a number. Use a count such as 144 or a fraction such as 0.25.") from error
+
+
+def _unknown_words(question: str) -> list[str]:
+    from ..pocket.vocabulary import unknown_words
+
+    unknown = unknown_words(question)
+    if not unknown:
+        return []
+    listed = ", ".join(repr(word) for word in unknown)
+    return [f"the pocket model has never seen {listed}; ask as in 'what color is the star ?', or use --model for another model"]
+
+
+def run() -> None:
+    """Entry point: errors are one or two lines on stderr and exit code 2."""
+    from ..errors import FoveateError
+
+    try:
+        app()
+    except FoveateError as error:
+        if _state["debug"]:
+            raise
+        err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

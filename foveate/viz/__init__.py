@@ -1,0 +1,1 @@
+"""Pictures of what methods keep, and curves of what it costs."""

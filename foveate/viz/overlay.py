@@ -1,0 +1,112 @@
+"""Which visual tokens stayed, drawn over the picture, beside the sorted scores and their fence."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ..errors import MissingExtraError
+from ..report import ImageReport
+
+DIMMED = 0.28  # brightness of dropped patches
+TINT = 0.35  # share of colour in patches that were merged into a kept one
+
+
+def as_seen(pixel_values: Tensor, processor: Any) -> Image.Image:
+    """The picture as the encoder saw it, from one image [3, H, W] of ``pixel_values``: cropped and scaled, colours undone."""
+    settings = processor.image_processor
+    mean, std = (np.array(getattr(settings, name), np.float32)[:, None, None] for name in ("image_mean", "image_std"))
+    pixels = pixel_values.float().cpu().numpy() * std + mean
+    return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
+
+
+def _color(number: int) -> NDArray[np.float32]:
+    """A colour per kept token; neighbours in the output get colours far apart."""
+    return np.array(colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.75, 1.0), np.float32) * 255
+
+
+def overlay(picture: Image.Image, report: ImageReport, side: int = 480) -> Image.Image:
+    """Kept patches clear with a coloured edge, patches merged into one tinted in its colour, dropped patches dimmed.
+
+    Parameters
+    ----------
+    picture : as the encoder saw it (``as_seen``).
+    report : of this picture.
+    side : about how many pixels the longer side of the result has.
+    """
+    rows, columns = report.grid
+    cell = max(6, side // max(rows, columns))
+    canvas = np.asarray(picture.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.LANCZOS), np.float32)
+    canvas = canvas.reshape(rows, cell, columns, cell, 3).swapaxes(1, 2).reshape(rows * columns, cell, cell, 3).copy()
+    at = {place: number for number, place in enumerate(report.kept)}
+    for place, output in enumerate(report.source):
+        patch = canvas[place]
+        if place in at:
+            color = _color(at[place])
+            patch[0], patch[-1], patch[:, 0], patch[:, -1] = color, color, color, color
+        elif output < 0:
+            patch *= DIMMED
+        else:
+            patch *= DIMMED + 0.2
+            patch += TINT * (_color(output) - patch)
+    image = canvas.reshape(rows, columns, cell, cell, 3).swapaxes(1, 2).reshape(rows * cell, columns * cell, 3)
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
+
+
+def save_figure(picture: Image.Image, reports: Mapping[str, ImageReport], path: str | Path, title: str = "") -> None:
+    """One panel with the picture, one per method with what it kept, and one with the sorted scores.
+
+    Raises
+    ------
+    MissingExtraError : matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "viz") from error
+    scored = [(name, report) for name, report in reports.items() if report.scores is not None]
+    panels = 1 + len(reports) + bool(scored)
+    figure = Figure(figsize=(3.6 * panels, 4.1), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    axes[0].imshow(picture.resize((480, 480 * picture.height // picture.width), Image.Resampling.NEAREST))
+    axes[0].set_title("the picture")
+    for axis, (name, report) in zip(axes[1:], reports.items(), strict=False):
+        axis.imshow(overlay(picture, report))
+        axis.set_title(f"{name}: {report.after} of {report.before} tokens")
+    for axis in axes[: 1 + len(reports)]:
+        axis.set_axis_off()
+    if scored:
+        _draw_scores(axes[-1], scored)
+    if title:
+        figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_scores(axis: Any, scored: list[tuple[str, ImageReport]]) -> None:
+    """Scores of the first method in descending order, which of them each method kept, and the fence."""
+    scores = np.array(scored[0][1].scores)
+    order = np.argsort(-scores, kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    axis.semilogy(np.arange(1, len(order) + 1), np.maximum(scores[order], 1e-7), color="0.6", linewidth=1.2, zorder=1)
+    for (name, report), marker, color in zip(
+        scored, "osd^v", ("#1f5fbf", "#c0392b", "#27ae60", "#8e44ad", "#b7950b"), strict=False
+    ):
+        kept = place[report.kept]
+        size = 16 if marker == "o" else 9
+        axis.scatter(kept + 1, np.maximum(scores[report.kept], 1e-7), s=size, marker=marker, color=color, label=f"{name} keeps")
+    fences = {report.threshold for _, report in scored if report.threshold is not None}
+    for fence in fences:
+        axis.axhline(fence, color="black", linestyle="--", linewidth=1, label="outlier fence")
+    axis.set_xscale("log")
+    axis.set_xlabel("visual tokens, sorted")
+    axis.set_title("[CLS] attention")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=7)
