@@ -77,6 +77,7 @@ def load_model(name: str | None) -> tuple[Any, Any]:
     ------
     InputError : the model cannot be loaded; the message gives the reason.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from ..pocket import load_pocket
@@ -87,6 +88,6 @@ def load_model(name: str | None) -> tuple[Any, Any]:
         options: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
         model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", **options).eval()
         return model, AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"the model {name!r} cannot be loaded: {reason}") from error

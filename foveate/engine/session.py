@@ -187,8 +187,9 @@ class Session:
 
     def parts(self) -> Anatomy:
         """Where the parts of the model are, checked against what the method needs."""
+        parts = anatomy(self.model, self.method.encoder_layers())
         check_pre_encoded_input(self.model)
-        return anatomy(self.model, self.method.encoder_layers())
+        return parts
 
     def _new_report(self) -> Report:
         return Report(self.method.settings(), 0, Clock(self.model.device))

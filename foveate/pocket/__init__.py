@@ -26,11 +26,12 @@ def load_pocket(folder: str | Path = WEIGHTS, **options: Any) -> tuple[LlavaForC
     ------
     InputError : the folder holds no readable model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     options = {"dtype": "float32", **options}
     try:
         model = LlavaForConditionalGeneration.from_pretrained(folder, local_files_only=True, **options).eval()
         return model, AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder} holds no readable pocket model: {error}") from error

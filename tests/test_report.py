@@ -1,0 +1,87 @@
+"""``session.report``: what happened, JSON-able."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import foveate
+
+from . import zoo
+
+
+@pytest.fixture(scope="module")
+def session():
+    model = zoo.load()
+    with foveate.PruMergePlus(append_rest=True)(model) as session:
+        model.generate(**zoo.batch(), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    return session
+
+
+def test_counts_and_rows(session):
+    report = session.report
+    assert [image.row for image in report.images] == [0, 1, 1, 3], "row 2 has no picture"
+    assert report.before == [zoo.TOKENS] * 4
+    assert report.after == [image.after for image in report.images] == [len(image.kept) for image in report.images]
+    assert report.layers == [sum(report.after)] * 3
+    assert report.decoder_layers == 3
+
+
+def test_the_source_map_counts_only_real_outputs(session):
+    encoded = foveate.encode(session.model, session.method, **zoo.batch())
+    for i, image in enumerate(session.report.images):
+        assert len(image.source) == zoo.TOKENS
+        assert set(image.source) <= set(range(-1, image.after))
+        assert all(image.source[cell] == number for number, cell in enumerate(image.kept))
+        weights = encoded.reduction.weights[i][encoded.reduction.mask()[i]]
+        for cell in range(zoo.TOKENS):
+            if cell not in image.kept and image.source[cell] >= 0:
+                assert weights[image.source[cell], cell] == weights[:, cell].max() > 0
+
+
+def test_scores_and_threshold(session):
+    for image in session.report.images:
+        outliers = {cell for cell in range(zoo.TOKENS) if image.scores[cell] > image.threshold}
+        assert outliers <= set(image.kept)
+
+
+def test_times(session):
+    seconds = session.report.seconds
+    assert set(seconds) == {"vision", "selection", "prefill", "decode"}
+    assert all(0 < value < 60 for value in seconds.values())
+
+
+def test_json_and_text(session):
+    document = json.loads(session.report.to_json())
+    assert document["method"]["name"] == "prumerge+"
+    assert document["method"]["append_rest"] is True
+    assert document["images"][0]["grid"] == [8, 8]
+    assert document["layers"] == session.report.layers
+    text = str(session.report)
+    assert f"64 -> {session.report.after[0]}" in text
+    assert "prefill" in text
+
+
+def test_a_report_is_of_the_last_call_only(session):
+    model = session.model
+    with foveate.Spatial(budget=5)(model) as spatial:
+        model.generate(**zoo.batch(), max_new_tokens=1)
+        first = spatial.report
+        model(**zoo.batch(rows=(0,)))
+        assert spatial.report.after == [5]
+        assert first.after == [5] * 4
+        assert set(spatial.report.seconds) == {"vision", "selection", "prefill"}
+        assert first.images[0].scores is None
+
+
+def test_reports_hold_no_graph():
+    model = zoo.load()
+    with foveate.PruMergePlus()(model) as session:
+        model(**zoo.batch(), labels=zoo.batch()["input_ids"]).loss.backward()
+    reduction = session.report.reduction
+    for tensor in (reduction.index, reduction.valid, reduction.weights, reduction.scores, reduction.threshold):
+        assert not tensor.requires_grad
+    assert isinstance(json.dumps(session.report.to_dict()), str)
+    assert torch.is_tensor(reduction.weights)
