@@ -5,7 +5,11 @@ import torch
 import transformers
 
 transformers.logging.set_verbosity_error()
-torch.set_num_threads(2)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # workers of pytest-xdist share the cores
+    torch.set_num_threads(1 if hasattr(config, "workerinput") else 2)
 
 
 @pytest.fixture(autouse=True)

@@ -73,6 +73,7 @@ def train(
     rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 0.002,
     seed: int = 0,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    stop_after: Annotated[int | None, typer.Option(help="Leave after this step, as if interrupted there.")] = None,
     loaders: Annotated[int, typer.Option(help="Processes that draw scenes ahead; 0 draws in the training process.")] = 0,
 ) -> None:
     """Train the pocket model, or continue an interrupted run in the same folder."""
@@ -128,11 +129,13 @@ def train(
             shown = " ".join(f"{k}={v}" for k, v in means.items() if k.startswith(f"{max(phases[-1].weights)}/"))
             console.print(f"step {done}/{total}, {seconds * (total - done) / 60:.0f} min left: {shown}")
             logged.clear()
-        if done % save_every == 0 or done == total:
+        if done % save_every == 0 or done in (total, stop_after):
             accelerator.save_state(str(checkpoint))
             if accelerator.is_main_process:
                 (checkpoint / "step.json").write_text(json.dumps({"step": done}))
                 save_model(trainee, output / "model")
+        if done == stop_after:
+            return
     console.print(f"finished: {output / 'model'}")
 
 

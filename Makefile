@@ -1,0 +1,47 @@
+# make demo    set everything up and show the pocket model answering with a fraction of the visual tokens
+# make test    set everything up and run the tests
+# make lint    ruff and mypy
+# make bench   the benchmarks of the README, with ledgers in benchmarks/results
+# make wheel   build the wheel
+#
+# TORCH=...    what pip installs as torch, for example TORCH="torch --index-url https://download.pytorch.org/whl/cu130"
+# PYTHON=...   the Python that makes .venv (3.10 or newer)
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint bench wheel clean
+
+$(VENV)/base: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) $(TORCH)
+	$(PIP) -e '.[viz]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/base
+	$(PIP) -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/base
+	$(BIN)/foveate demo
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/dev
+	$(BIN)/python -m benchmarks.selection --json benchmarks/results/selection.json
+	$(BIN)/python -m benchmarks.prefill --json benchmarks/results/prefill.json
+
+wheel: $(VENV)/dev
+	$(BIN)/python -m build --wheel --outdir dist
+
+clean:
+	rm -rf $(VENV) dist foveate-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

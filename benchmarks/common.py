@@ -1,0 +1,83 @@
+"""Shared by the benchmarks: interleaved timing, medians with spread, and a ledger that says where numbers come from."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import foveate
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    synchronise()
+    begin = time.perf_counter()
+    call()
+    synchronise()
+    return time.perf_counter() - begin
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Times of each call, taken in turns so that a noisy machine is noisy for all; one round of warm-up is not counted."""
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(timed(call))
+    return times
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median, quartiles and minimum in milliseconds."""
+    ordered = sorted(1000 * t for t in times)
+    quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else [ordered[0]] * 3
+    return {"median_ms": quartiles[1], "q1_ms": quartiles[0], "q3_ms": quartiles[2], "min_ms": ordered[0]}
+
+
+def ratio(times: list[float], base: list[float]) -> float:
+    """Median of the ratios of paired rounds: what both saw of the machine's noise cancels."""
+    return statistics.median(a / b for a, b in zip(times, base, strict=True))
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def ledger(results: dict[str, Any]) -> dict[str, Any]:
+    """Results with the command, versions and hardware they come from."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "hardware": _processor(),
+        "versions": {"foveate": foveate.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "date": time.strftime("%Y-%m-%d"),
+        **results,
+    }
+
+
+def save(results: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(ledger(results), indent=1) + "\n")
+        print(f"ledger: {path}")

@@ -1,0 +1,43 @@
+"""The benchmark scripts run, on sizes that say nothing about speed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import torch
+
+import foveate
+from benchmarks.selection import make_tokens, released_loop
+
+
+def run(module: str, *options: str) -> None:
+    subprocess.run([sys.executable, "-m", module, *options], check=True, capture_output=True, timeout=600)
+
+
+def test_selection(tmp_path):
+    file = tmp_path / "selection.json"
+    run("benchmarks.selection", "--side", "8", "--channels", "64", "--rounds", "1", "--encoder-layers", "1", "--json", str(file))
+    ledger = json.loads(file.read_text())
+    assert {"command", "hardware", "versions", "date", "rows"} <= set(ledger)
+    assert [(row["batch"], row["method"]) for row in ledger["rows"]] == [(b, m) for b in (1, 8) for m in ("prumerge", "prumerge+")]
+    assert all(row["faster_than_loop"] > 0 for row in ledger["rows"])
+
+
+def test_the_loop_it_is_compared_with_computes_the_same():
+    tokens = make_tokens(2, 64, 64, torch.float32, 6)
+    tap = tokens.taps["last"]
+    for name, plus in (("prumerge:released", False), ("prumerge+:released", True)):
+        reduction = foveate.get(name, iqr_scope="image").reduce(tokens)
+        mine, valid = reduction.apply(tokens.features), reduction.mask()
+        for b, theirs in enumerate(released_loop(tokens.features, tap.query, tap.keys, plus)):
+            torch.testing.assert_close(mine[b][valid[b]], theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_prefill(tmp_path):
+    file = tmp_path / "prefill.json"
+    run("benchmarks.prefill", "--size", "small", "--rounds", "1", "--steps", "3", "--json", str(file))
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["576 (all)", "144 reduced", "144 native", "32 reduced", "32 native"]
+    assert all(row["prefill"]["median_ms"] > 0 and row["decode"]["median_ms"] > 0 for row in rows)
