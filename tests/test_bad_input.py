@@ -119,6 +119,10 @@ def test_attaching_twice(model):
     handle.detach()
     handle.detach()
     assert "generate" not in model.__dict__
+    with foveate.attach(model, "prumerge+") as handle:  # so is a block that takes over the handle
+        model.generate(**zoo.batch(), max_new_tokens=1)
+    assert handle.report.after
+    assert "generate" not in model.__dict__
     session = foveate.PruMerge()(model)
     with session, pytest.raises(foveate.InputError, match="attached already"), session:
         pass

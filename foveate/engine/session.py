@@ -142,6 +142,7 @@ class Session:
         self.model = innermost(model)
         self.report = self._new_report()
         self._guards: list[Any] = []
+        self._adoptable = False  # attached by attach(), so that a with block may take it over once
         self._pending: Layout | None = None  # layout of the forward that runs now
         self._prefill = False  # whether the next forward is the prefill of a generate
 
@@ -157,7 +158,9 @@ class Session:
         if installed is not None:
             active = installed.sessions[-1].method.name
             raise InputError(f"{active!r} is attached to this model already. Call detach() on its handle first.")
-        return self.__enter__()
+        self.__enter__()
+        self._adoptable = True
+        return self
 
     def detach(self) -> None:
         """Restore the model. Detaching twice does nothing."""
@@ -165,6 +168,7 @@ class Session:
         if installed is None or self not in installed.sessions:
             return
         installed.sessions.remove(self)
+        self._adoptable = False
         for guard in self._guards:
             guard.remove()
         self._guards = []
@@ -175,7 +179,10 @@ class Session:
         self.parts()
         installed = self.model.__dict__.get(_ATTRIBUTE)
         if installed is not None and self in installed.sessions:
-            raise InputError("this session is attached already; make a new one for a nested block")
+            if not self._adoptable:
+                raise InputError("this session is attached already; make a new one for a nested block")
+            self._adoptable = False
+            return self
         installed = installed or Installation(self.model)
         installed.sessions.append(self)
         if self.method.positions == "original":
