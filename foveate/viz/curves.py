@@ -1,7 +1,8 @@
-"""Curves: accuracy against kept tokens."""
+"""Curves: accuracy against kept tokens, and how the pocket model learnt."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,7 @@ def save_accuracy_curves(report: dict[str, Any], path: str | Path) -> None:
     ------
     MissingExtraError : matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "viz") from error
-    figure = Figure(figsize=(8, 5.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure((8, 5.2))
     full, low, high = (100 * x for x in report["full_accuracy"])
     axes.axhspan(low, high, color="black", alpha=0.08)
     axes.axhline(full, color="black", linewidth=1, label="all tokens")
@@ -53,3 +49,37 @@ def save_accuracy_curves(report: dict[str, Any], path: str | Path) -> None:
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, ncols=2)
     figure.savefig(path, dpi=150)
+
+
+def save_training_curve(log: Sequence[dict[str, Any]], path: str | Path, side: int = 24) -> None:
+    """Draw the log of ``foveate.pocket.train``: accuracy of answers on whole pictures, per family, over the steps.
+
+    Raises
+    ------
+    MissingExtraError : matplotlib is not installed.
+    """
+    figure, axes = _figure((9, 5.2))
+    names = sorted({key for line in log for key in line if key.startswith(f"{side}/answer/")})
+    window = 5  # lines of the log, 50 steps each
+    for number, name in enumerate(names):
+        steps = [line["step"] for line in log if name in line]
+        values = [100 * line[name] for line in log if name in line]
+        smooth = [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+        style = "-" if number < 6 else "--"
+        axes.plot(steps, smooth, style, linewidth=1.4, label=name.removeprefix(f"{side}/answer/"))
+    axes.set_xlabel("step")
+    axes.set_ylabel("answer tokens right on fresh whole pictures, % (mean of 250 steps)")
+    axes.set_ylim(0, 101)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure with one pair of axes."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "viz") from error
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots()
