@@ -279,6 +279,21 @@ def test_device_map():
         )
 
 
+def test_parts_on_disk(tmp_path):
+    """Weights that accelerate brings in when a part runs: nothing is on a device in between."""
+    from transformers import AutoModelForImageTextToText
+
+    places = {"model.vision_tower": "disk", "model.multi_modal_projector": "cpu", "model.language_model": "disk", "lm_head": "cpu"}
+    model = AutoModelForImageTextToText.from_pretrained(
+        zoo.saved("llava", "llama"), device_map=places, offload_folder=str(tmp_path)
+    ).eval()
+    assert any(p.is_meta for p in model.model.vision_tower.parameters())
+    inputs, options = zoo.batch(), dict(max_new_tokens=3, do_sample=False)
+    with foveate.PruMergePlus()(model) as offloaded, foveate.PruMergePlus()(zoo.load()) as whole:
+        assert torch.equal(model.generate(**inputs, **options), whole.model.generate(**inputs, **options))
+        assert offloaded.report.after == whole.report.after
+
+
 def test_copies_and_saving_of_an_attached_model(tmp_path):
     model, inputs = zoo.load(), zoo.batch()
     names = set(model.state_dict())

@@ -76,6 +76,16 @@ def test_a_report_is_of_the_last_call_only(session):
         assert first.images[0].scores is None
 
 
+def test_right_padding_is_noted():
+    model = zoo.load()
+    with foveate.PruMergePlus()(model) as session:
+        model.generate(**zoo.batch("left"), max_new_tokens=1)
+        assert session.report.warnings == []
+        model.generate(**zoo.batch("right"), max_new_tokens=1)
+    assert "padded on the right" in session.report.warnings[0]
+    assert "warning: " in str(session.report)
+
+
 def test_reports_hold_no_graph():
     model = zoo.load()
     with foveate.PruMergePlus()(model) as session:

@@ -220,6 +220,8 @@ class Session:
         layout = short.layout
         if layout is None:
             return self._run(ids, kwargs)
+        if bool((mask[:, -1] == 0).any()):
+            self.report.warnings.append("prompts were padded on the right; they were generated from as if padded on the left")
         outside = mask.shape[1] - ids.shape[1]
         whole = torch.cat([ids[:, :1].expand(-1, outside), ids], 1)
         short_ids = layout.take(whole, settings.filler(ids, mask[:, outside:]))[:, short.held if outside else 0 :]
