@@ -30,14 +30,18 @@ PHASES = (
     Mix(2000, {8: 0.25, 12: 0.3, 16: 0.3, 24: 0.15}, {8: 40, 12: 20, 16: 12, 24: 4}, language=False),
     Mix(1700, {8: 0.3, 12: 0.3, 16: 0.3, 24: 0.1}, {8: 14, 12: 8, 16: 5, 24: 3}),
     Mix(1300, {8: 0.3, 12: 0.3, 16: 0.3, 24: 0.1}, {8: 14, 12: 8, 16: 5, 24: 3}, calm=True),
-    Mix(2000, {12: 0.05, 16: 0.1, 24: 0.85}, {12: 8, 16: 5, 24: 3}, calm=True),
+    Mix(3500, {12: 0.05, 16: 0.1, 24: 0.85}, {12: 8, 16: 5, 24: 3}, calm=True),
 )
 WARM_UP = 40
+SLOWING = 1000
 
 
-def learning_rate_factor(step: int, steps: int, decay: int) -> float:
-    """Linear warm-up, constant, then linear to zero over the last ``decay`` steps."""
-    return min(1.0, (step + 1) / WARM_UP, max(0.0, (steps - step) / decay))
+def learning_rate_factor(step: int, total: int, final: int) -> float:
+    """Linear warm-up, constant, to two thirds over the 1000 steps before the last ``final`` ones, and to zero over these."""
+    start = total - final
+    if step >= start:
+        return 2 / 3 * (total - step) / final
+    return min(1.0, (step + 1) / WARM_UP, 1 - (step - start + SLOWING) / (3 * SLOWING))
 
 
 def optimizers(trainee: PocketTrainee, matrix_rate: float, rate: float) -> list[torch.optim.Optimizer]:
@@ -67,7 +71,6 @@ def train(
         2
     ].steps,
     final_steps: Annotated[int, typer.Option(help="Steps mostly on whole pictures.")] = PHASES[3].steps,
-    decay_steps: Annotated[int, typer.Option(help="Over how many last steps the learning rate falls to zero.")] = 3000,
     scale: Annotated[float, typer.Option(help="Factor on all batch sizes (a GPU wants 16 or more).")] = 1.0,
     matrix_rate: Annotated[float, typer.Option(help="Learning rate of Muon.")] = 0.012,
     rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 0.002,
@@ -105,7 +108,7 @@ def train(
     begun, total = time.time(), len(batches)
     loader = DataLoader(batches, batch_size=None, sampler=range(first, total), num_workers=loaders)
     for step, batch in enumerate(loader, first):
-        factor = learning_rate_factor(step, total, decay_steps)
+        factor = learning_rate_factor(step, total, final_steps)
         for optim, base in zip(optims, base_rates, strict=True):
             for group in optim.param_groups:
                 group["lr"] = base * factor
