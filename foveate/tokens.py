@@ -57,6 +57,10 @@ class EncoderTap:
     keys: Tensor
     heads: int
 
+    def float(self) -> EncoderTap:
+        """The same in float32, which scores are computed in."""
+        return EncoderTap(self.query.float(), self.keys.float(), self.heads)
+
 
 @dataclass(frozen=True)
 class VisualTokens:

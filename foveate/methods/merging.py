@@ -14,10 +14,11 @@ Similarity = Literal["cosine", "dot"]
 def similarity(keys: Tensor, index: Tensor, kind: Similarity) -> Tensor:
     """[B, M, N] similarity of the tokens at ``index`` [B, M] to all tokens, from keys [B, N, C], in float32."""
     keys = keys.float()
-    if kind == "cosine":
-        keys = F.normalize(keys, dim=-1)
-    centres = keys.gather(1, index[..., None].expand(-1, -1, keys.shape[-1]))
-    return centres @ keys.transpose(1, 2)
+    products = keys.gather(1, index[..., None].expand(-1, -1, keys.shape[-1])) @ keys.transpose(1, 2)
+    if kind == "dot":
+        return products
+    scale = keys.norm(dim=-1).clamp(min=1e-12).reciprocal()  # scaling the products is cheaper than scaling the keys
+    return products * scale[:, None] * scale.gather(1, index)[..., None]
 
 
 def nearest_neighbours(similar: Tensor, allowed: Tensor, k: int) -> Tensor:

@@ -92,7 +92,7 @@ class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.
         return (self.score_layer,)
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
-        tap, number = tokens.taps[self.score_layer], tokens.number
+        tap, number = tokens.taps[self.score_layer].float(), tokens.number
         scores = cls_attention(tap, self.attn_mode)
         budget = resolve_budget(self.budget, number)
         rest = self.merge and self.append_rest and budget != 1

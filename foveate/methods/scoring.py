@@ -26,10 +26,11 @@ def cls_attention(tap: EncoderTap, heads: Heads = "per_head_mean") -> Tensor:
     -------
     [B, N] float32; with the weight of [CLS] itself, which is left out, each row sums to 1.
     """
+    tap = tap.float()
     batch, length, channels = tap.keys.shape
     number = tap.heads if heads == "per_head_mean" else 1
     width = channels // number
-    query = tap.query.view(batch, number, 1, width).float()
-    keys = tap.keys.view(batch, length, number, width).transpose(1, 2).float()
+    query = tap.query.view(batch, number, 1, width)
+    keys = tap.keys.view(batch, length, number, width).transpose(1, 2)
     logits = (query @ keys.transpose(2, 3)) * width**-0.5
     return logits.softmax(-1).mean(1)[:, 0, 1:]
