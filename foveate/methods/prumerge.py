@@ -18,18 +18,16 @@ from ..tokens import EncoderLayer, Reduction, VisualTokens, resolve_budget
 from .base import TokenReducer
 from .merging import Similarity, kept_mask, nearest_neighbours, normalised, one_hot, rest_token, similarity
 from .scoring import Heads, cls_attention
-from .selection import iqr_fence, ranks, take_in_order
+from .selection import iqr_fence, order_keys, ranks, take_in_order
 
 
 class Choice(NamedTuple):
-    """``first`` [B, N] bool: chosen by attention; ``kept`` [B, N] bool: all that stay; ``most``: the largest number kept in an
-    image; ``fence`` [B] of adaptive selection.
-    """
+    """Which tokens stay."""
 
-    first: Tensor
-    kept: Tensor
-    most: int
-    fence: Tensor | None
+    first: Tensor  # [B, N] bool, chosen by attention
+    kept: Tensor  # [B, N] bool, all that stay
+    most: int  # the largest number kept in an image
+    fence: Tensor | None  # [B], of adaptive selection
 
 
 @dataclass(kw_only=True)
@@ -97,7 +95,8 @@ class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.
         budget = resolve_budget(self.budget, number)
         rest = self.merge and self.append_rest and budget != 1
         choice = self.choose(scores, tokens.grid, None if budget is None else budget - int(rest))
-        index, valid = take_in_order(self._keys(scores, choice), choice.most)
+        first = choice.first if self.order == "attention" else torch.zeros_like(choice.first)
+        index, valid = take_in_order(order_keys(scores, first, choice.kept), choice.most)
         if not self.merge:
             return Reduction(index, valid if budget is None else None, None, scores, choice.fence)
         weights = self._weights(tap.keys[:, 1:], scores, index, valid, self.merging(choice).gather(1, index))
@@ -110,12 +109,12 @@ class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.
 
     def choose(self, scores: Tensor, grid: tuple[int, int], slots: int | None) -> Choice:
         """Section 3.2: the outliers of each image, or the ``slots`` highest scores [B, N]."""
-        if slots is None:
-            counts, fence = self.outliers(scores)
-        else:
-            counts, fence = torch.full((len(scores),), slots, device=scores.device), None
+        if slots is not None:
+            first = ranks(scores) < slots
+            return Choice(first, first, slots, None)
+        counts, fence = self.outliers(scores)
         first = ranks(scores) < counts[:, None]
-        return Choice(first, first, int(counts.max()) if slots is None else slots, fence)
+        return Choice(first, first, int(counts.max()), fence)
 
     def merging(self, choice: Choice) -> Tensor:
         """[B, N] bool, which kept tokens are centres that others are merged into."""
@@ -131,13 +130,6 @@ class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.
             counts = (number * (counts.double() / pooled.shape[1])).long().expand(batch)
         return counts.clamp(min=min(self.min_tokens, number)), fence.expand(batch)
 
-    def _keys(self, scores: Tensor, choice: Choice) -> Tensor:
-        """[B, N] ordering keys for ``take_in_order``: the tokens chosen by attention before the others where ``order`` says so."""
-        number = scores.shape[1]
-        raster = torch.arange(number, device=scores.device).expand_as(choice.kept)
-        key = raster if self.order == "raster" else torch.where(choice.first, ranks(scores), number + raster)
-        return key.masked_fill(~choice.kept, 2 * number)
-
     def _weights(self, keys: Tensor, scores: Tensor, index: Tensor, valid: Tensor, centre: Tensor) -> Tensor:
         """[B, M, N] Eq. 4 and line 12 of Algorithm 1; rows outside ``centre`` [B, M] only copy their token."""
         own = one_hot(index, scores.shape[1])
@@ -145,5 +137,6 @@ class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.
         if self.neighbour_pool == "pruned":
             allowed = allowed & ~kept_mask(index, valid, scores.shape[1])[:, None]
         near = nearest_neighbours(similarity(keys, index, self.similarity), allowed, self.k) & centre[..., None]
-        weights = near * scores[:, None] + own * (self.include_self | ~centre[..., None])
+        alone = ~near.any(-1, keepdim=True)
+        weights = near * scores[:, None] + own * (self.include_self | alone)
         return normalised(weights) if self.normalise_weights else weights

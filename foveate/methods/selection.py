@@ -24,6 +24,16 @@ def ranks(scores: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
+def order_keys(scores: Tensor, first: Tensor, kept: Tensor) -> Tensor:
+    """Keys for ``take_in_order``: tokens in ``first`` by descending score, then the others in ``kept`` in raster order.
+
+    [B, N] scores, [B, N] bool, [B, N] bool -> [B, N] integers.
+    """
+    number = scores.shape[-1]
+    raster = torch.arange(number, device=scores.device).expand_as(kept)
+    return torch.where(first, ranks(scores), number + raster).masked_fill(~kept, 2 * number)
+
+
 def take_in_order(key: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` tokens with the smallest keys of each row, in the order of the keys.
 
