@@ -285,7 +285,7 @@ def test_training_resumes_where_it_stopped(tmp_path):
     whole, parts = (load_file(tmp_path / run / "checkpoint/model.safetensors") for run in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     for name in whole:  # a step changes most weights by 1e-4 and more
-        torch.testing.assert_close(whole[name], parts[name], atol=5e-6, rtol=0)
+        torch.testing.assert_close(whole[name], parts[name], atol=2e-5, rtol=0)
     log = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 4
     assert foveate.load_pocket(folder=tmp_path / "whole/model")[0].config.image_seq_length == GRID**2
