@@ -274,18 +274,25 @@ def _train(folder, *options: str) -> None:
 
 
 def test_training_resumes_where_it_stopped(tmp_path):
-    """Interrupted after two of four steps and continued, the weights equal those of a run in one piece, but for rounding."""
+    """Interrupted after two of four steps and continued, the weights equal those of a run in one piece, but for rounding.
+
+    Rounding is measured against what the two steps changed: Muon makes every direction of a gradient equally long, so
+    that the last bit of a sum can show in the fourth digit of a single weight.
+    """
     from safetensors.torch import load_file
 
     _train(tmp_path / "whole", "--save-every", "2")
     _train(tmp_path / "parts", "--save-every", "1", "--stop-after", "2")
     state = json.loads((tmp_path / "parts/checkpoint/step.json").read_text())
     assert state["step"] == 2
+    before = load_file(tmp_path / "parts/checkpoint/model.safetensors")
     _train(tmp_path / "parts", "--save-every", "2")
     whole, parts = (load_file(tmp_path / run / "checkpoint/model.safetensors") for run in ("whole", "parts"))
-    assert whole.keys() == parts.keys()
-    for name in whole:  # a step changes most weights by 1e-4 and more
-        torch.testing.assert_close(whole[name], parts[name], atol=2e-5, rtol=0)
+    assert whole.keys() == parts.keys() == before.keys()
+    for name in whole:
+        change = (whole[name] - before[name]).float().norm()
+        assert (whole[name] - parts[name]).float().norm() <= 0.05 * change, name
+    assert not all(torch.equal(whole[name], before[name]) for name in whole)
     log = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 4
     assert foveate.load_pocket(folder=tmp_path / "whole/model")[0].config.image_seq_length == GRID**2

@@ -87,10 +87,10 @@ def pocket_config() -> LlavaConfig:
 
 
 def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
-    """The untrained pocket model (float32)."""
-    torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(pocket_config())
-    with torch.no_grad():
+    """The untrained pocket model (float32); the caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        model = LlavaForConditionalGeneration(pocket_config())
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.6 * module.in_features**-0.5)

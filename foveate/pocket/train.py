@@ -106,7 +106,8 @@ def train(
     base_rates = (matrix_rate, rate)
     logged: dict[str, list[float]] = defaultdict(list)
     begun, total = time.time(), len(batches)
-    loader = DataLoader(batches, batch_size=None, sampler=range(first, total), num_workers=loaders)
+    own = torch.Generator()  # an iterator draws a seed; from the global state, that would differ in a resumed run
+    loader = DataLoader(batches, batch_size=None, sampler=range(first, total), num_workers=loaders, generator=own)
     for step, batch in enumerate(loader, first):
         factor = learning_rate_factor(step, total, final_steps)
         for optim, base in zip(optims, base_rates, strict=True):
