@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .api import Encoded, MethodInfo, attach, encode, methods
-from .engine.session import Session
+from .engine.session import Session, detach
 from .errors import CacheError, FoveateError, InputError, MissingExtraError, UnsupportedModelError
 from .methods.base import TokenReducer, get
 from .methods.baselines import Pool, Random, Sequential, Spatial
@@ -40,6 +40,7 @@ __all__ = [
     "UnsupportedModelError",
     "VisualTokens",
     "attach",
+    "detach",
     "encode",
     "get",
     "load_pocket",

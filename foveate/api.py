@@ -1,16 +1,19 @@
-"""The front door: attach, encode, get, methods."""
+"""The front door: attach, detach, encode, get, methods."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .engine.prompt import original_positions
-from .engine.seams import has_pixels
-from .engine.session import Session, shorten_prompt
+from .engine.families import innermost
+from .engine.prompt import filler, original_positions
+from .engine.seams import PER_TOKEN_INPUTS, has_pixels
+from .engine.session import Session
+from .engine.shortening import shorten_prompt
 from .errors import InputError
 from .methods.base import TokenReducer, get, presets, registered
 from .report import Clock, Report
@@ -36,11 +39,15 @@ def attach(model: Any, method: str | TokenReducer, **fields: Any) -> Session:
     InputError : unknown method or field, or a method is attached already.
     UnsupportedModelError : the model, or what the method needs of it, is not supported. The model is unchanged then.
     """
+    return Session(model, _built(method, fields)).attach()
+
+
+def _built(method: str | TokenReducer, fields: dict[str, Any]) -> TokenReducer:
     if isinstance(method, str):
-        method = get(method, **fields)
-    elif fields:
+        return get(method, **fields)
+    if fields:
         raise InputError(f"fields ({', '.join(fields)}) can only be given with the name of a method, not with an instance")
-    return Session(model, method).attach()
+    return method
 
 
 @dataclass(frozen=True)
@@ -68,13 +75,17 @@ def encode(model: Any, method: str | TokenReducer, **inputs: Any) -> Encoded:
     Parameters
     ----------
     model, method : as for ``attach``; nothing is attached.
-    **inputs : what the processor returned: ``input_ids``, ``attention_mask``, ``pixel_values`` ...
+    **inputs : what the processor returned: ``input_ids``, ``attention_mask``, ``pixel_values`` ...; and fields of the method, where
+        that is a name.
 
     Raises
     ------
-    InputError : there are no pictures, or placeholders and pictures do not fit.
+    InputError : there are no pictures, placeholders and pictures do not fit, or an argument is neither an input of the model nor a
+        field of the method.
     """
-    session = Session(model, get(method) if isinstance(method, str) else method)
+    known = {*inspect.signature(type(innermost(model)).forward).parameters, *PER_TOKEN_INPUTS}
+    fields = {name: inputs.pop(name) for name in list(inputs) if name not in known}
+    session = Session(model, _built(method, fields))
     parts, ids, mask = session.parts(), inputs.pop("input_ids", None), inputs.pop("attention_mask", None)
     if ids is None or not has_pixels(inputs):
         raise InputError("encode needs input_ids and pixel_values: pass what the processor returned for text and images")
@@ -83,9 +94,10 @@ def encode(model: Any, method: str | TokenReducer, **inputs: Any) -> Encoded:
     short = shorten_prompt(parts, session.method, ids, mask, inputs, report, pad_left=bool((mask[:, 0] == 0).any()))
     positions = original_positions(mask.bool())
     if short.layout is not None:
-        ids, mask = short.layout.take(ids, ids[:, :1]), short.layout.take(mask, 0)
+        short_mask = short.layout.take(mask, 0)
         original = session.method.positions == "original"
-        positions = short.layout.take(positions, 0) if original else original_positions(mask.bool())
+        positions = short.layout.take(positions, 0) if original else original_positions(short_mask.bool())
+        ids, mask = short.layout.take(ids, filler(ids, mask, parts.image_token)), short_mask
     prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     return Encoded(short.embeds, short.reduction, prompt, report)
 

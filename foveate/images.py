@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +34,12 @@ def open_picture(path: str | Path) -> Picture:
     """
     path, notes = Path(path), []
     try:
-        with Image.open(path) as opened:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(path)
+        with opened:
             frames = getattr(opened, "n_frames", 1)
-            if frames > 1:
+            if frames > 1 and opened.format != "MPO":  # the further frames of a phone's picture are previews
                 notes.append(f"{path.name} has {frames} frames; the first one is used")
             opened.seek(0)
             opened.load()
@@ -49,7 +53,9 @@ def open_picture(path: str | Path) -> Picture:
         raise InputError(f"{path} is not a picture that Pillow can read. Convert it to PNG or JPEG.") from error
     except Image.DecompressionBombError as error:
         raise InputError(f"{path} is too large to open safely ({error}). Scale it down first.") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:  # decoders of damaged files raise whatever their format makes them
+        if isinstance(error, OSError) and error.errno is not None:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
         raise InputError(f"{path} is damaged: {error}. Save it anew or use another copy.") from error
     if min(image.size) < SMALLEST:
         raise InputError(f"{path} is {image.width} x {image.height} pixels; at least {SMALLEST} x {SMALLEST} are needed")
@@ -58,7 +64,7 @@ def open_picture(path: str | Path) -> Picture:
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.asarray(image, np.float64)
+        pixels = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
         # 16-bit pictures use the whole range; others are stretched to what they hold
         top = 65535.0 if image.mode.startswith("I;16") or (image.mode == "I" and pixels.max(initial=0) <= 65535) else None
         low, high = (0.0, top) if top else (float(pixels.min(initial=0)), float(pixels.max(initial=0)))

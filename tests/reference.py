@@ -71,7 +71,7 @@ def rest(features: Tensor, scores: list[float], kept: list[int]) -> Tensor:
 
 
 def released_plus_pattern(number: int, count: int) -> list[int]:
-    """The uniform tokens of the released PruMerge+ for ``count`` outliers of ``number`` tokens."""
+    """The uniform tokens of the released PruMerge+ for ``count`` outliers of ``number`` tokens: from the ratio, not truncated."""
     step_length = int(1 / (count / number))
     return list(range(0, number - 1, max(1, int(step_length / 3))))
 
@@ -80,21 +80,21 @@ def released(features: Tensor, query: Tensor, keys: Tensor, heads: int, plus: bo
     """The released procedure for one image: kept indices in output order, and output tokens [m + 1, C]."""
     scores = attention_row(query, keys, heads, fused=True)
     patch_keys, number = keys[1:], len(features)
-    count = max(1, int(number * (outliers(scores) / number)))
-    kept = best(scores, count)
+    found = max(1, outliers(scores))
+    kept = best(scores, max(1, int(number * (found / number))))
     if plus:
-        kept = kept + [j for j in released_plus_pattern(number, count) if j not in kept]
+        kept = kept + [j for j in released_plus_pattern(number, found) if j not in kept]
     everything = list(range(number))
     tokens = [merged(features, patch_keys, scores, i, everything, min(k, number - 1), cosine=True, normalise=False) for i in kept]
     return kept, torch.stack([*tokens, rest(features, scores, kept)])
 
 
 def paper(
-    features: Tensor, query: Tensor, keys: Tensor, heads: int, plus_pattern: list[int] | None, k: int = 32
+    features: Tensor, query: Tensor, keys: Tensor, last_keys: Tensor, heads: int, plus_pattern: list[int] | None, k: int = 32
 ) -> tuple[list[int], Tensor]:
-    """Algorithm 1: kept indices in raster order, and output tokens."""
+    """Algorithm 1, with similarity from the keys of the last layer: kept indices in raster order, and output tokens."""
     scores = attention_row(query, keys, heads, fused=False)
-    patch_keys, number = keys[1:], len(features)
+    patch_keys, number = last_keys[1:], len(features)
     centres = best(scores, max(1, outliers(scores)))
     kept = sorted(set(centres) | set(plus_pattern or []))
     pruned = [j for j in range(number) if j not in kept]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,10 +31,6 @@ class Settings:
         pad = [token for token in self._ids("pad_token_id") if token not in self._ids("eos_token_id")]
         return torch.ones_like(ids) if not pad else (ids != pad[0]).long()
 
-    def filler(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """[B, 1] what to write into padding: the first token of each row, so that penalties on tokens seen stay the same."""
-        return ids.gather(1, mask.bool().long().argmax(1, keepdim=True))
-
     def lengths(self, removed: int) -> dict[str, int]:
         """``max_length`` and ``min_length`` count the prompt: what to pass for a prompt that is shorter by ``removed``."""
         changed = {}
@@ -44,57 +41,96 @@ class Settings:
         return changed
 
 
+@dataclass(frozen=True)
+class FullPrompt:
+    """The prompt [B, full] as the user gave it, where the sequences of ``generate`` begin with one of ``short`` tokens."""
+
+    ids: Tensor
+    short: int
+
+    def sequences(self, sequences: Tensor) -> Tensor:
+        """[n * B, short + new] -> [n * B, full + new]: the full prompt in front of what was generated."""
+        copies = sequences.shape[0] // self.ids.shape[0]
+        front = self.ids.repeat_interleave(copies, 0).to(sequences.device)
+        return torch.cat([front, sequences[:, self.short :]], 1)
+
+
 class _OnFullPrompt:
     """A callback of the user that sees sequences with the full prompt."""
 
-    def __init__(self, wrapped: Any, prompt: Tensor, short: int) -> None:
-        self.wrapped, self.prompt, self.short = wrapped, prompt, short
+    def __init__(self, wrapped: Any, prompt: FullPrompt) -> None:
+        self.wrapped, self.prompt = wrapped, prompt
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["wrapped"], name)
 
 
 class _Processor(_OnFullPrompt):
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
-        return self.wrapped(full_sequences(input_ids, self.prompt, self.short), scores)
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:  # transformers reads this signature
+        return self.wrapped(self.prompt.sequences(input_ids), scores)
 
 
 class _Criterion(_OnFullPrompt):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
-        return self.wrapped(full_sequences(input_ids, self.prompt, self.short), scores, **kwargs)
+        return self.wrapped(self.prompt.sequences(input_ids), scores, **kwargs)
 
 
-class _OnFullPromptStreamer:
+class _Processors(LogitsProcessorList):
+    prompt: FullPrompt
+    wrap = _Processor
+
+
+class _Criteria(StoppingCriteriaList):
+    prompt: FullPrompt
+    wrap = _Criterion
+
+
+def merged_with_callbacks(merge: Any, default_list: Any, custom_list: Any) -> Any:
+    """The list that ``generate`` makes of its own callbacks and the user's, with the user's seeing the full prompt.
+
+    Wrapped only here, behind the merge: a callback of the user replaces one of ``generate`` of the same type.
+    """
+    merged = merge(default_list, custom_list)
+    if not isinstance(custom_list, _Processors | _Criteria):
+        return merged
+    custom = {id(callback) for callback in custom_list}
+    wrap, prompt = custom_list.wrap, custom_list.prompt
+    return type(default_list)(wrap(callback, prompt) if id(callback) in custom else callback for callback in merged)
+
+
+class _Streamer:
     """A streamer of the user: what it is given first is the full prompt."""
 
     def __init__(self, wrapped: Any, prompt: Tensor) -> None:
         self.wrapped, self.prompt, self.first = wrapped, prompt, True
 
     def put(self, value: Tensor) -> None:
-        self.wrapped.put(self.prompt.cpu() if self.first else value)
+        self.wrapped.put(self.prompt.repeat_interleave(len(value) // len(self.prompt), 0).cpu() if self.first else value)
         self.first = False
 
     def end(self) -> None:
         self.wrapped.end()
 
 
-def full_sequences(sequences: Tensor, prompt: Tensor, short: int) -> Tensor:
-    """[n * B, short + new] -> [n * B, full + new]: the full prompt [B, full] in front of what was generated."""
-    copies = sequences.shape[0] // prompt.shape[0]
-    front = prompt.repeat_interleave(copies, 0).to(sequences.device)
-    return torch.cat([front, sequences[:, short:]], 1)
+def on_full_prompt(kwargs: dict[str, Any], prompt: FullPrompt, sequences: int) -> dict[str, Any]:
+    """The user's callbacks in ``kwargs``, made to see the full prompt.
 
-
-def on_full_prompt(kwargs: dict[str, Any], prompt: Tensor, short: int) -> dict[str, Any]:
-    """The user's callbacks in ``kwargs``, made to see the full prompt [B, full] in place of the short one."""
+    Parameters
+    ----------
+    kwargs : arguments of ``generate``.
+    prompt : in place of the short one.
+    sequences : rows per prompt that ``generate`` counts on their own (not beams).
+    """
     changed: dict[str, Any] = {}
-    if kwargs.get("logits_processor"):
-        changed["logits_processor"] = LogitsProcessorList(_Processor(f, prompt, short) for f in kwargs["logits_processor"])
-    if kwargs.get("stopping_criteria"):
-        changed["stopping_criteria"] = StoppingCriteriaList(_Criterion(f, prompt, short) for f in kwargs["stopping_criteria"])
+    for name, kind in (("logits_processor", _Processors), ("stopping_criteria", _Criteria)):
+        if kwargs.get(name):
+            changed[name] = kind(kwargs[name])
+            changed[name].prompt = prompt
     allowed = kwargs.get("prefix_allowed_tokens_fn")
     if allowed is not None:
-        changed["prefix_allowed_tokens_fn"] = lambda row, sequence: allowed(row, torch.cat([prompt[row], sequence[short:]]))
+        changed["prefix_allowed_tokens_fn"] = lambda row, sequence: allowed(
+            row, torch.cat([prompt.ids[row // sequences], sequence[prompt.short :]])
+        )
     if kwargs.get("streamer") is not None:
-        changed["streamer"] = _OnFullPromptStreamer(kwargs["streamer"], prompt)
+        changed["streamer"] = _Streamer(kwargs["streamer"], prompt.ids)
     return changed

@@ -141,7 +141,7 @@ def shorten(
     source = torch.arange(length, device=visual.device).expand(rows, -1).clone()
     keep = valid.clone()
     source[visual] = columns
-    keep[visual] &= stays
+    keep[visual] = stays  # also where a mask hides a placeholder: its features come all the same
     if cached is not None:
         keep[:, : cached.length] = False
     counts = keep.sum(1, keepdim=True)
@@ -157,3 +157,10 @@ def shorten(
 def original_positions(valid: Tensor) -> Tensor:
     """[B, T] position of each token in the full prompt, padding not counted (0 there)."""
     return (valid.long().cumsum(1) - 1).clamp(min=0)
+
+
+def filler(ids: Tensor, mask: Tensor, image_token: int) -> Tensor:
+    """[B, 1] what to write into padding: the first text token of each row, so that penalties on tokens seen stay the same."""
+    text = mask.bool() & (ids != image_token)
+    first = ids.gather(1, text.long().argmax(1, keepdim=True))
+    return torch.where(text.any(1, keepdim=True), first, 0 if image_token else 1)

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 RAW_INPUTS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
 PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
 PRE_ENCODED = "mm_encoder_outputs"
+MERGE_CALLBACKS = "_merge_criteria_processor_list"
 _LAYOUT = "_foveate_layout"
+_BUSY = "_foveate_busy"
+_REDUCED = "_foveate_reduced"
 
 
 def check_pre_encoded_input(model: PreTrainedModel) -> None:
@@ -46,7 +49,13 @@ def with_features(output: Any, features: list[Tensor]) -> Any:
     """The encoder output with other projected features, one tensor [m_i, D] per image."""
     changed = copy.copy(output)
     changed.pooler_output = features
+    changed.__dict__[_REDUCED] = True
     return changed
+
+
+def is_ours(pre_encoded: Any) -> bool:
+    """Whether encoded pictures come from another session of ours, as the assistant of assisted generation gets them."""
+    return bool(pre_encoded) and all(_REDUCED in getattr(output, "__dict__", {}) for output in pre_encoded.values())
 
 
 def find_cache(output: Any) -> Cache | None:
@@ -65,3 +74,19 @@ def layout_of(cache: Any) -> Layout | None:
 def mark(cache: Any, layout: Layout) -> None:
     """Remember on a cache how its prompt was shortened."""
     setattr(cache, _LAYOUT, layout)
+
+
+def forget_if_empty(cache: Any) -> None:
+    """A cache that was reset holds no prompt any more."""
+    if layout_of(cache) is not None and int(cache.get_seq_length()) == 0:
+        delattr(cache, _LAYOUT)
+
+
+def is_busy(cache: Any) -> bool:
+    """Whether ``generate`` works on this cache: its calls of ``forward`` are right as they are."""
+    return getattr(cache, _BUSY, False)
+
+
+def set_busy(cache: Any, busy: bool) -> None:
+    if cache is not None:
+        setattr(cache, _BUSY, busy)

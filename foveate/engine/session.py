@@ -3,128 +3,37 @@
 from __future__ import annotations
 
 import inspect
-import types
-from dataclasses import dataclass, replace
+import threading
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from ..errors import InputError
 from ..methods.base import TokenReducer
 from ..report import Clock, Report
-from ..tokens import Reduction
+from ..tokens import resolve_budget
 from .families import Anatomy, anatomy, innermost
-from .generation import Settings, full_sequences, on_full_prompt
+from .generation import FullPrompt, Settings, on_full_prompt
 from .guards import guard_positions
-from .prompt import Layout, cached_layout, image_rows, original_positions, shorten
-from .seams import PER_TOKEN_INPUTS, PRE_ENCODED, check_pre_encoded_input, find_cache, has_pixels, layout_of, mark
-from .vision import encode_and_reduce
-
-_ATTRIBUTE = "_foveate"
-
-
-class Installation:
-    """The hooks on one model, shared by nested sessions; the innermost one acts."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model: Any = model
-        self.sessions: list[Session] = []
-        self.previous = model.__dict__.get("generate")
-        model.__dict__["generate"] = types.MethodType(_generate, model)
-        model.__dict__[_ATTRIBUTE] = self
-        self.handles = [
-            model.register_forward_pre_hook(self.before_forward, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self.after_forward),
-        ]
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        del self.model.__dict__[_ATTRIBUTE]
-        if self.previous is None:
-            del self.model.__dict__["generate"]
-        else:
-            self.model.__dict__["generate"] = self.previous
-
-    def original_generate(self, **kwargs: Any) -> Any:
-        if self.previous is not None:
-            return self.previous(**kwargs)
-        return type(self.model).generate(self.model, **kwargs)
-
-    def before_forward(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.sessions[-1].before_forward(args, kwargs)
-
-    def after_forward(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        self.sessions[-1].after_forward(output)
-
-
-def _generate(model: nn.Module, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-    return model.__dict__[_ATTRIBUTE].sessions[-1].generate(inputs, *args, **kwargs)
-
-
-@dataclass(frozen=True)
-class ShortPrompt:
-    """A prompt after reduction.
-
-    Attributes
-    ----------
-    layout : None where nothing was removed, now or earlier.
-    held : columns of the short prompt that the cache holds.
-    embeds : visual tokens per image, in the space of the decoder.
-    reduction : of all images; None without pictures.
-    """
-
-    layout: Layout | None
-    held: int
-    embeds: list[Tensor]
-    reduction: Reduction | None
-
-
-def shorten_prompt(
-    parts: Anatomy, method: TokenReducer, ids: Tensor, mask: Tensor, kwargs: dict[str, Any], report: Report, *, pad_left: bool
-) -> ShortPrompt:
-    """Encode and reduce the pictures in ``kwargs`` and lay out the short prompt.
-
-    Parameters
-    ----------
-    parts : where the parts of the model are.
-    method : what reduces.
-    ids : [B, S] tokens: the whole prompt, or what the cache does not hold yet.
-    mask : [B, T] attention mask of the whole prompt, T >= S.
-    kwargs : further arguments; those that describe pictures are taken out, the encoded pictures put in.
-    report : filled in.
-    pad_left : on which side rows are padded.
-    """
-    cached = cached_layout(kwargs.get("past_key_values"), len(ids), method.settings(), ids.device)
-    past = 0 if cached is None else cached.length
-    held = 0 if cached is None else cached.gather.shape[1]
-    outside = mask.shape[1] - ids.shape[1]
-    if outside not in (0, past):
-        raise InputError(
-            f"attention_mask has {mask.shape[1]} columns, input_ids {ids.shape[1]} and the cache {past}: give either the whole "
-            "prompt or only its new tokens, with a mask for the whole prompt."
-        )
-    visual = torch.cat([ids.new_zeros(len(ids), outside), ids], 1) == parts.image_token
-    visual[:, :past] = False
-    report.decoder_layers = parts.decoder_layers
-    sizes: list[int] = []
-    kept: list[Tensor] = []
-    embeds: list[Tensor] = []
-    changed = cached is not None and cached.removed > 0
-    if has_pixels(kwargs):
-        visuals = encode_and_reduce(parts, method, kwargs, report.clock)
-        embeds, kept, changed = visuals.embeds, visuals.kept, changed or visuals.changed
-        sizes = [visuals.size] * len(embeds)
-        kwargs[PRE_ENCODED] = {"image": visuals.output}
-        report.rows, report.grid, report.reduction = image_rows(visual, sizes)[1], visuals.grid, visuals.reduction
-        report.before, report.after = sizes, [len(features) for features in embeds]
-    layout = None
-    if changed:
-        layout = shorten(visual, mask.bool(), sizes, kept, cached, method.settings(), pad_left=pad_left)
-    return ShortPrompt(layout, held, embeds, report.reduction)
+from .install import Installation, installed_on
+from .prompt import Layout, cached_layout, filler, original_positions
+from .seams import (
+    PER_TOKEN_INPUTS,
+    PRE_ENCODED,
+    check_pre_encoded_input,
+    find_cache,
+    forget_if_empty,
+    has_pixels,
+    is_busy,
+    is_ours,
+    layout_of,
+    mark,
+    set_busy,
+)
+from .shortening import shorten_prompt
 
 
 class Session:
@@ -132,19 +41,22 @@ class Session:
 
     Attributes
     ----------
-    report : what the last ``generate`` or ``forward`` did.
+    report : what the last ``generate``, or ``forward`` with pictures, did. Where several threads use a model, the last one of any of them.
     """
 
     def __init__(self, model: Any, method: TokenReducer) -> None:
         if not isinstance(method, TokenReducer):
-            raise InputError(f"{method!r} is not a method. Use a name or an instance, for example foveate.PruMergePlus().")
+            raise InputError(
+                f"a method was expected and not {type(method).__name__}. Give the model first, then a name or an instance such as "
+                "foveate.PruMergePlus()."
+            )
         self.method = method
         self.model = innermost(model)
         self.report = self._new_report()
         self._guards: list[Any] = []
         self._adoptable = False  # attached by attach(), so that a with block may take it over once
-        self._pending: Layout | None = None  # layout of the forward that runs now
-        self._prefill = False  # whether the next forward is the prefill of a generate
+        self._prefill: Report | None = None  # of the generate whose prefill comes next
+        self._shifts: dict[int, tuple[Tensor, int]] = {}  # by thread: what generate must add to positions behind its prompt
 
     def attach(self) -> Self:
         """Attach until ``detach()``.
@@ -154,17 +66,19 @@ class Session:
         InputError : a method is attached already.
         UnsupportedModelError : the model is not supported, or lacks what the method needs; nothing is changed then.
         """
-        installed = self.model.__dict__.get(_ATTRIBUTE)
+        installed = installed_on(self.model)
         if installed is not None:
             active = installed.sessions[-1].method.name
-            raise InputError(f"{active!r} is attached to this model already. Call detach() on its handle first.")
+            raise InputError(
+                f"{active!r} is attached to this model already. Call detach() on its handle, or foveate.detach(model), first."
+            )
         self.__enter__()
         self._adoptable = True
         return self
 
     def detach(self) -> None:
         """Restore the model. Detaching twice does nothing."""
-        installed = self.model.__dict__.get(_ATTRIBUTE)
+        installed = installed_on(self.model)
         if installed is None or self not in installed.sessions:
             return
         installed.sessions.remove(self)
@@ -177,10 +91,12 @@ class Session:
 
     def __enter__(self) -> Self:
         self.parts()
-        installed = self.model.__dict__.get(_ATTRIBUTE)
+        installed = installed_on(self.model)
         if installed is not None and self in installed.sessions:
             if not self._adoptable:
                 raise InputError("this session is attached already; make a new one for a nested block")
+            if installed.sessions[-1] is not self:
+                raise InputError("another method is attached inside this one; leave its block first")
             self._adoptable = False
             return self
         installed = installed or Installation(self.model)
@@ -201,53 +117,83 @@ class Session:
     def _new_report(self) -> Report:
         return Report(self.method.settings(), 0, Clock(self.model.device))
 
+    # -- generate
+
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's ``generate`` on a shorter prompt; sequences come back with the full prompt in front."""
-        names = ("generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
-        kwargs.update(zip(names, args, strict=False))
-        ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        self.report = self._new_report()
+        kwargs = {**dict(zip(list(inspect.signature(original).parameters), args, strict=False)), **kwargs}
+        inputs, named = kwargs.pop("inputs", None), kwargs.pop("input_ids", None)
+        ids = named if inputs is None else inputs
         cache = kwargs.get("past_key_values")
+        forget_if_empty(cache)
+        self.report = report = self._new_report()
+        if is_ours(kwargs.get(PRE_ENCODED)):  # the assistant of a model that has shortened the prompt already
+            return original(inputs=ids, **kwargs)
         self._refuse_encoded(kwargs)
         if ids is None or not (has_pixels(kwargs) or layout_of(cache) is not None):
             self._refuse_missing_pictures(ids, cache)
-            return self._run(ids, kwargs)
+            return self._run(original, ids, kwargs, report)
         settings = Settings(self.model, kwargs)
         mask = kwargs.get("attention_mask")
         mask = settings.infer_mask(ids) if mask is None else mask
-        short = shorten_prompt(self.parts(), self.method, ids, mask, kwargs, self.report, pad_left=True)
+        parts = self.parts()
+        short = shorten_prompt(parts, self.method, ids, mask, kwargs, report, pad_left=True)
         layout = short.layout
         if layout is None:
-            return self._run(ids, kwargs)
+            return self._run(original, ids, kwargs, report)
         if bool((mask[:, -1] == 0).any()):
-            self.report.warnings.append("prompts were padded on the right; they were generated from as if padded on the left")
+            report.warnings.append("prompts were padded on the right; they were generated from as if padded on the left")
         outside = mask.shape[1] - ids.shape[1]
-        whole = torch.cat([ids[:, :1].expand(-1, outside), ids], 1)
-        short_ids = layout.take(whole, settings.filler(ids, mask[:, outside:]))[:, short.held if outside else 0 :]
+        fill = filler(ids, mask[:, outside:], parts.image_token)
+        whole = torch.cat([fill.expand(-1, outside), ids], 1)
+        short_ids = layout.take(whole, fill)[:, short.held if outside else 0 :]
         self._follow(layout, mask, kwargs)
         kwargs.update(settings.lengths(ids.shape[1] - short_ids.shape[1]))
-        kwargs.update(on_full_prompt(kwargs, ids, short_ids.shape[1]))
-        result = self._run(short_ids, kwargs)
+        full, beams = FullPrompt(ids, short_ids.shape[1]), (settings["num_beams"] or 1) > 1
+        kwargs.update(on_full_prompt(kwargs, full, 1 if beams else settings["num_return_sequences"] or 1))
+        if self.method.positions == "original":
+            self._shift(kwargs["position_ids"], mask)
+        if cache is not None:
+            mark(cache, layout)  # at once: a generate that is interrupted leaves a cache that can still be continued
+        result = self._run(original, short_ids, kwargs, report)
         sequences = result if isinstance(result, Tensor) else result.sequences
-        reusable = replace(layout, reusable=len(sequences) == len(ids) and not (settings["num_beams"] or 1) > 1)
+        reusable = replace(layout, reusable=len(sequences) == len(ids) and not beams)
         for held in (cache, find_cache(result)):
             if held is not None:
                 mark(held, reusable)
-        full = full_sequences(sequences, ids, short_ids.shape[1])
         if isinstance(result, Tensor):
-            return full
-        result.sequences = full
+            return full.sequences(sequences)
+        result.sequences = full.sequences(sequences)
         return result
 
-    def _run(self, ids: Tensor | None, kwargs: dict[str, Any]) -> Any:
+    def _run(self, original: Any, ids: Tensor | None, kwargs: dict[str, Any], report: Report) -> Any:
         """Transformers' own generate, with the time of prefill and decode taken."""
-        self._prefill = True
+        self._prefill, cache = report, kwargs.get("past_key_values")
+        set_busy(cache, True)
         try:
-            return self.model.__dict__[_ATTRIBUTE].original_generate(inputs=ids, **kwargs)
+            return original(inputs=ids, **kwargs)
         finally:
-            self._prefill = False
-            self.report.clock.stop("decode")
+            self._prefill = None
+            self._shifts.pop(threading.get_ident(), None)
+            set_busy(cache, False)
+            report.clock.stop("decode")
+
+    def _shift(self, positions: Tensor, mask: Tensor) -> None:
+        """Where a prompt ends with a picture whose last tokens are gone, ``generate`` must go on from the end of the full prompt."""
+        missing = mask.long().sum(1, keepdim=True) - 1 - positions[:, -1:]
+        if bool((missing > 0).any()):
+            self._shifts[threading.get_ident()] = (missing, positions.shape[1])
+
+    @torch.compiler.disable
+    def _shifted(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        missing, prompt = self._shifts.get(threading.get_ident(), (None, 0))
+        positions = kwargs.get("position_ids")
+        if missing is None or positions is None:
+            return kwargs
+        start = prompt if positions.shape[1] >= prompt else 0
+        behind = positions[:, start:] + missing.repeat_interleave(len(positions) // len(missing), 0)
+        return {**kwargs, "position_ids": torch.cat([positions[:, :start], behind], 1)}
 
     def _refuse_missing_pictures(self, ids: Tensor | None, cache: Any) -> None:
         placeholders = 0 if ids is None else int((ids == self.parts().image_token).sum())
@@ -268,105 +214,146 @@ class Session:
 
     def _follow(self, layout: Layout, mask: Tensor, kwargs: dict[str, Any]) -> None:
         """Everything in ``kwargs`` that has one entry per token follows the layout."""
-        given = kwargs.get("position_ids")
-        if given is not None and self.method.positions == "compact":
-            raise InputError(
-                "position_ids cannot be given where the prompt is renumbered. Leave them out, or use positions='original'."
-            )
+        given, short_mask = kwargs.get("position_ids"), layout.take(mask, 0)
+        self._refuse_positions(given)
         if self.method.positions == "original":
-            kwargs["position_ids"] = layout.take(original_positions(mask.bool()) if given is None else given, 0)
-        kwargs["attention_mask"] = layout.take(mask, 0)
+            full = original_positions(mask.bool()) if given is None else given
+            full = nn.functional.pad(
+                full, (layout.length - full.shape[1], 0)
+            )  # of the new tokens only, where a cache has the others
+            kwargs["position_ids"] = layout.take(full, 0)
+        kwargs["attention_mask"] = short_mask
         for name in PER_TOKEN_INPUTS:
             if kwargs.get(name) is not None:
                 kwargs[name] = layout.take(kwargs[name], 0)
 
-    def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Shorten the prompt of a direct call; calls from ``generate`` come with encoded pictures and pass."""
-        if self._prefill and not torch.compiler.is_compiling():
-            self.report.clock.start("prefill")
-        layout = layout_of(kwargs.get("past_key_values"))
-        if not (args or has_pixels(kwargs)) and (layout is None or kwargs.get("position_ids") is not None):
-            return None
-        named = {**dict(zip(inspect.signature(type(self.model).forward).parameters, ("", *args), strict=False)), **kwargs}
-        named.pop("self")
-        if has_pixels(named):
-            return (), self._shorten_forward(named)
-        if layout is not None and named.get("position_ids") is None:
-            return (), self._continue_forward(named)
-        return None
-
-    @torch.compiler.disable
-    def _shorten_forward(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        self._refuse_encoded(kwargs)
-        ids, mask, labels = (kwargs.get(name) for name in ("input_ids", "attention_mask", "labels"))
-        if ids is None:
-            raise InputError("pixel_values without input_ids: there is no prompt that the pictures belong to.")
-        if mask is not None and mask.ndim != 2:
-            raise InputError(f"attention_mask has {mask.ndim} dimensions; shortening a prompt needs one of [batch, tokens]")
-        if labels is not None and labels.shape != ids.shape:
-            raise InputError(f"labels have shape {tuple(labels.shape)} and input_ids {tuple(ids.shape)}; both must be the same")
-        self.report = self._new_report()
-        past = layout_past(kwargs)
-        full_mask = torch.ones(len(ids), past + ids.shape[1], dtype=torch.long, device=ids.device) if mask is None else mask
-        left = bool((full_mask[:, 0] == 0).any())
-        short = shorten_prompt(self.parts(), self.method, ids, full_mask, kwargs, self.report, pad_left=left or past > 0)
-        self._pending = short.layout
-        self.report.clock.start("prefill")
-        if short.layout is None:
-            return kwargs
-        layout = short.layout
-        outside = full_mask.shape[1] - ids.shape[1]
-        new = replace(layout, gather=torch.where(layout.gather < 0, -1, layout.gather - outside)[:, short.held if outside else 0 :])
-        kwargs["input_ids"] = new.take(ids, ids[:, :1])
-        if labels is not None:
-            kwargs["labels"] = new.take(labels, -100)
-        self._follow(layout, full_mask, kwargs)
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = kwargs["position_ids"][:, -kwargs["input_ids"].shape[1] :]
-        return kwargs
-
-    @torch.compiler.disable
-    def _continue_forward(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """New text tokens on a shortened cache, called by hand: the mask may still count the full prompt."""
-        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-        cached = cached_layout(kwargs["past_key_values"], len(ids), self.method.settings(), ids.device)
-        if cached is None or ids is None:
-            return kwargs
-        layout = cached.extended(ids.shape[1])
-        new = ids.shape[1]
-        if mask is None:
-            mask = torch.ones(len(ids), layout.length, dtype=torch.long, device=ids.device)
-        if mask.shape[1] == layout.length:
-            self._follow(layout, mask, kwargs)
-        elif mask.shape[1] == layout.gather.shape[1]:
-            if self.method.positions == "original":
-                kwargs["position_ids"] = cached.real[:, None] + torch.arange(new, device=ids.device)
-        else:
+    def _refuse_positions(self, given: Tensor | None) -> None:
+        if given is not None and self.method.positions == "compact":
             raise InputError(
-                f"attention_mask has {mask.shape[1]} columns; expected {layout.length} for the full prompt and the new tokens "
-                f"(or {layout.gather.shape[1]} for the shortened one)"
+                "position_ids cannot be given where the prompt is renumbered. Leave them out, or use positions='original'."
             )
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = kwargs["position_ids"][:, -new:]
-        return kwargs
 
-    def after_forward(self, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        clock = self.report.clock
-        clock.stop("prefill")
-        if self._prefill:
-            self._prefill = False
-            clock.start("decode")
-        layout, self._pending = self._pending, None
+    # -- forward
+
+    def forward(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Shorten the prompt of a direct call; calls from ``generate`` come with encoded pictures and pass."""
+        if self._shifts:
+            kwargs = self._shifted(kwargs)
+        prefill = self._prefill
+        if prefill is not None and not torch.compiler.is_compiling():
+            self._prefill = None
+            prefill.clock.start("prefill")
+            output = original(*args, **kwargs)
+            prefill.clock.stop("prefill")
+            prefill.clock.start("decode")
+            return output
+        if not args:
+            cache = kwargs.get("past_key_values")
+            if is_busy(cache) or not (has_pixels(kwargs) or layout_of(cache) is not None):
+                return original(**kwargs)
+        return self._direct(original, args, kwargs)
+
+    def _direct(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the user's own that brings pictures, or goes on behind some."""
+        kwargs = {**dict(zip(list(inspect.signature(original).parameters), args, strict=False)), **kwargs}
+        layout, report = self._shorten(kwargs)
+        output = original(**kwargs)
+        self._finish(layout, report, output)
+        return output
+
+    @torch.compiler.disable
+    def _shorten(self, kwargs: dict[str, Any]) -> tuple[Layout | None, Report]:
+        """Change ``kwargs`` to a shorter prompt; the layout is what a cache that this call fills must be marked with."""
+        cache = kwargs.get("past_key_values")
+        forget_if_empty(cache)
+        if has_pixels(kwargs):
+            self.report = self._new_report()
+            return self._shorten_forward(kwargs, self.report), self.report
+        if layout_of(cache) is not None:
+            self._continue_forward(kwargs)
+        return None, self.report
+
+    @torch.compiler.disable
+    def _finish(self, layout: Layout | None, report: Report, output: Any) -> None:
+        report.clock.stop("prefill")
         cache = find_cache(output)
         if layout is not None and cache is not None:
             mark(cache, layout)
 
+    def _shorten_forward(self, kwargs: dict[str, Any], report: Report) -> Layout | None:
+        self._refuse_encoded(kwargs)
+        ids, mask, labels = (kwargs.get(name) for name in ("input_ids", "attention_mask", "labels"))
+        if ids is None:
+            raise InputError("pixel_values without input_ids: there is no prompt that the pictures belong to.")
+        if labels is not None and labels.shape != ids.shape:
+            raise InputError(f"labels have shape {tuple(labels.shape)} and input_ids {tuple(ids.shape)}; both must be the same")
+        parts, cache = self.parts(), kwargs.get("past_key_values")
+        if mask is not None and mask.ndim != 2:
+            cells = parts.grid(*kwargs["pixel_values"].shape[-2:])
+            if resolve_budget(self.method.budget, cells[0] * cells[1]) == cells[0] * cells[1] and layout_of(cache) is None:
+                return None
+            raise InputError(f"attention_mask has {mask.ndim} dimensions; shortening a prompt needs one of [batch, tokens]")
+        past = layout_past(cache)
+        full_mask = torch.ones(len(ids), past + ids.shape[1], dtype=torch.long, device=ids.device) if mask is None else mask
+        # the last column is what a decoding loop reads, unless the rows end in padding already, or a loss is all that is wanted
+        left = bool((full_mask[:, 0] == 0).any()) or past > 0 or (labels is None and bool(full_mask[:, -1].all()))
+        short = shorten_prompt(parts, self.method, ids, full_mask, kwargs, report, pad_left=left)
+        report.clock.start("prefill")
+        layout = short.layout
+        if layout is None:
+            return None
+        if isinstance(kwargs.get("logits_to_keep"), Tensor):
+            raise InputError("logits_to_keep as a tensor counts columns of the full prompt. Give an int, or leave it out.")
+        outside = full_mask.shape[1] - ids.shape[1]
+        new = replace(layout, gather=torch.where(layout.gather < 0, -1, layout.gather - outside)[:, short.held if outside else 0 :])
+        kwargs["input_ids"] = new.take(ids, filler(ids, full_mask[:, outside:], parts.image_token))
+        if labels is not None:
+            kwargs["labels"] = new.take(labels, -100)
+        self._follow(layout, full_mask, kwargs)
+        if self.method.positions == "compact":
+            hand_made = past > 0 and layout_of(cache) is None  # transformers numbers such a cache by its columns, padding too
+            kwargs["position_ids"] = original_positions(kwargs["attention_mask"].bool())
+            if hand_made:
+                kwargs["position_ids"] = kwargs["position_ids"] + (full_mask[:, :past] == 0).sum(1, keepdim=True)
+        kwargs["position_ids"] = kwargs["position_ids"][:, -kwargs["input_ids"].shape[1] :]
+        return layout
 
-def layout_past(kwargs: dict[str, Any]) -> int:
-    """Columns of the full prompt that the cache of a call stands for."""
-    cache = kwargs.get("past_key_values")
+    def _continue_forward(self, kwargs: dict[str, Any]) -> None:
+        """New text tokens on a shortened cache, called by hand: the mask may still count the full prompt."""
+        ids, mask, cache = kwargs.get("input_ids"), kwargs.get("attention_mask"), kwargs["past_key_values"]
+        if ids is None:
+            raise InputError("a conversation on a shortened cache goes on with input_ids; inputs_embeds cannot be followed there.")
+        cached = cached_layout(cache, len(ids), self.method.settings(), ids.device)
+        if cached is None:
+            return
+        new = ids.shape[1]
+        layout = cached.extended(new)
+        if mask is None:
+            mask = torch.ones(len(ids), layout.length, dtype=torch.long, device=ids.device)
+        if mask.shape[1] == layout.length:
+            self._follow(layout, mask, kwargs)
+        elif mask.shape[1] != layout.gather.shape[1]:
+            raise InputError(
+                f"attention_mask has {mask.shape[1]} columns; expected {layout.length} for the full prompt and the new tokens "
+                f"(or {layout.gather.shape[1]} for the shortened one)"
+            )
+        elif self.method.positions == "original" and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = cached.real[:, None] + torch.arange(new, device=ids.device)
+        if self.method.positions == "compact":
+            self._refuse_positions(kwargs.get("position_ids"))
+            kwargs["position_ids"] = original_positions(kwargs.get("attention_mask", mask).bool())
+        kwargs["position_ids"] = kwargs["position_ids"][:, -new:]
+
+
+def layout_past(cache: Any) -> int:
+    """Columns of the full prompt that a cache stands for."""
     held = 0 if cache is None else int(cache.get_seq_length())
     layout = layout_of(cache)
     return held if layout is None else held + layout.removed
+
+
+def detach(model: Any) -> None:
+    """Detach whatever is attached to a model; nothing is attached to most models, and nothing happens then."""
+    installed = installed_on(innermost(model))
+    while installed is not None and installed.sessions:
+        installed.sessions[-1].detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,13 +50,14 @@ def _taps(parts: Anatomy, layers: tuple[EncoderLayer, ...]) -> Iterator[dict[Enc
     """
     taps: dict[EncoderLayer, EncoderTap] = {}
     seen: dict[tuple[EncoderLayer, str], Tensor] = {}
-    heads, handles = {}, []
+    heads, handles, owner = {}, [], threading.get_ident()  # another thread may use the same model
     for name in layers:
         query, key, heads[name] = parts.projections(name)
         for module, what in ((query, "query"), (key, "key")):
 
             def record(_: Any, __: Any, out: Tensor, name: EncoderLayer = name, what: str = what) -> None:
-                seen[name, what] = out.detach()
+                if threading.get_ident() == owner:
+                    seen[name, what] = out.detach()
 
             handles.append(module.register_forward_hook(record))
     try:
@@ -70,8 +72,11 @@ def _taps(parts: Anatomy, layers: tuple[EncoderLayer, ...]) -> Iterator[dict[Enc
 def _projector_input(parts: Anatomy, skip: bool) -> Iterator[list[Tensor]]:
     """Record what enters the projector; with ``skip`` the projector sees one token per image, as its output is not used."""
     seen: list[Tensor] = []
+    owner = threading.get_ident()
 
     def record(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if threading.get_ident() != owner:
+            return None
         seen.append(args[0])
         return (args[0][:, :1], *args[1:]) if skip else None
 
@@ -144,10 +149,11 @@ def reduce(parts: Anatomy, method: TokenReducer, encoded: Encoded, clock: Clock)
     FoveateError : the method returned something that breaks its contract.
     """
     lead = encoded.lead
-    with clock.measure("selection"):
+    device = encoded.features.device.type
+    with clock.measure("selection"), torch.autocast(device, enabled=False):  # scores are float32 in mixed precision too
         reduction = method.reduce(VisualTokens(encoded.cells, encoded.grid, encoded.taps))
         reduced, valid = reduction.apply(encoded.cells), reduction.mask()
-        counts, in_place = _check(method, encoded.cells, reduction, valid)
+        counts, in_place = _check(method, encoded.cells, reduced, reduction, valid)
     with clock.measure("vision"):
         if in_place:
             return unchanged(encoded, list(parts.projector(encoded.features)))
@@ -179,13 +185,13 @@ def unchanged(encoded: Encoded, embeds: list[Tensor]) -> Visuals:
     return Visuals(output, embeds, keep_all(encoded.cells), kept, size, encoded.grid, changed=False)
 
 
-def _check(method: TokenReducer, features: Tensor, reduction: Reduction, valid: Tensor) -> tuple[list[int], bool]:
+def _check(method: TokenReducer, features: Tensor, reduced: Tensor, reduction: Reduction, valid: Tensor) -> tuple[list[int], bool]:
     """Counts per image and whether nothing changed, with one transfer from the device; the contract is checked on the way."""
     batch, number = features.shape[:2]
     index = reduction.index
     flags = torch.stack(
         [
-            torch.isfinite(reduction.scores if reduction.scores is not None else features).all(),
+            torch.isfinite(reduced).all() & (True if reduction.scores is None else torch.isfinite(reduction.scores).all()),
             ((index >= 0) & (index < number) | ~valid).all(),
             (index == torch.arange(index.shape[1], device=index.device)).all() & valid.all(),
         ]
@@ -196,6 +202,9 @@ def _check(method: TokenReducer, features: Tensor, reduction: Reduction, valid: 
             f"{method.name}: the vision encoder gave NaN or infinite values. Check the picture, and the dtype of the model "
             "(float16 overflows on some encoders: use bfloat16 or float32)."
         )
-    if not inside or len(index) != batch or min(counts) < 1:
-        raise FoveateError(f"{method.name} kept no token of an image, or one that does not exist. This is a fault of the method.")
+    if not inside or index.shape[0] != batch or index.shape[1] > number or min(counts) < 1:
+        raise FoveateError(
+            f"{method.name} kept no token of an image, more tokens than there are, or one that does not exist. "
+            "This is a fault of the method."
+        )
     return counts, bool(ordered) and index.shape[1] == number and reduction.weights is None

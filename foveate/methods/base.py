@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import InputError
@@ -15,6 +17,11 @@ if TYPE_CHECKING:
 
     from ..engine.session import Session
 
+_KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
+    int: ("a whole number", (Integral,)),
+    float: ("a number", (Real,)),
+    bool: ("True or False", (bool,)),
+}
 REGISTRY: dict[str, type[TokenReducer]] = {}
 
 
@@ -51,14 +58,20 @@ class TokenReducer:
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
+        if self.budget is not None:
+            self.budget = int(self.budget) if isinstance(self.budget, Integral) else float(self.budget)
         if self.budget is None and not self.adaptive:
             raise InputError(f"{self.name!r} has no rule of its own for how many tokens to keep. Give budget=, an int or a float.")
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            choices = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else ()
-            value = getattr(self, field.name)
-            if choices and value not in choices:
-                raise InputError(f"{self.name}: {field.name}={value!r}; choose one of {', '.join(map(repr, choices))}")
+            hint, value = hints[field.name], getattr(self, field.name)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise InputError(f"{self.name}: {field.name}={value!r}; choose one of {', '.join(map(repr, get_args(hint)))}")
+            kind, allowed = _KINDS.get(hint, ("", ()))
+            if hint in _KINDS and (not isinstance(value, allowed) or isinstance(value, bool) != (hint is bool)):
+                raise InputError(f"{self.name}: {field.name}={value!r}; expected {kind}")
+            if hint is float and not math.isfinite(value):
+                raise InputError(f"{self.name}: {field.name}={value!r}; expected a finite number")
 
     def encoder_layers(self) -> tuple[EncoderLayer, ...]:
         """Encoder layers whose [CLS] query and keys the method needs: an index, "last", or "aligned" (the layer that made the

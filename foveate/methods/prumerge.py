@@ -39,8 +39,9 @@ class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.
 
     Parameters
     ----------
-    score_layer : whose [CLS] attention and keys are used: "last" (the code), "aligned" = the layer that made the features
-        (the "penultimate layer" of the text), or an index.
+    score_layer : whose [CLS] attention is used: "last" (the code), "aligned" = the layer that made the features (the "penultimate
+        layer" of the text), or an index.
+    key_layer : whose keys say what is similar: "last" (the code, and section 3.3; line 1 of Algorithm 1 says penultimate).
     attn_mode : "per_head_mean" is the encoder's attention; "fused" treats all heads as one, as the code does.
     similarity : of keys, "cosine" (the code) or "dot" (Eq. 4).
     k : neighbours merged into each kept token (the code; the text gives none). Fewer where an image has fewer.
@@ -56,6 +57,7 @@ class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.
     """
 
     score_layer: EncoderLayer = "last"
+    key_layer: EncoderLayer = "last"
     attn_mode: Heads = "per_head_mean"
     similarity: Similarity = "cosine"
     k: int = 32
@@ -82,16 +84,15 @@ class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("k", "min_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{self.name}: {name}={getattr(self, name)}; it must be at least 1")
+        for name, least in (("k", 1), ("min_tokens", 1), ("iqr_factor", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{self.name}: {name}={getattr(self, name)}; it must be at least {least}")
 
     def encoder_layers(self) -> tuple[EncoderLayer, ...]:
-        return (self.score_layer,)
+        return tuple(dict.fromkeys((self.score_layer, self.key_layer)))
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
-        tap, number = tokens.taps[self.score_layer].float(), tokens.number
-        scores = cls_attention(tap, self.attn_mode)
+        scores, number = cls_attention(tokens.taps[self.score_layer], self.attn_mode), tokens.number
         budget = resolve_budget(self.budget, number)
         rest = self.merge and self.append_rest and budget != 1
         choice = self.choose(scores, tokens.grid, None if budget is None else budget - int(rest))
@@ -99,7 +100,9 @@ class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.
         index, valid = take_in_order(order_keys(scores, first, choice.kept), choice.most)
         if not self.merge:
             return Reduction(index, valid if budget is None else None, None, scores, choice.fence)
-        weights = self._weights(tap.keys[:, 1:], scores, index, valid, self.merging(choice).gather(1, index))
+        weights = self._weights(
+            tokens.taps[self.key_layer].keys[:, 1:], scores, index, valid, self.merging(choice).gather(1, index)
+        )
         if rest:
             place, dropped, row = rest_token(scores, choice.kept)
             row = normalised(row) if self.normalise_weights else row
@@ -112,7 +115,7 @@ class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.
         if slots is not None:
             first = ranks(scores) < slots
             return Choice(first, first, slots, None)
-        counts, fence = self.outliers(scores)
+        counts, _, fence = self.outliers(scores)
         first = ranks(scores) < counts[:, None]
         return Choice(first, first, int(counts.max()), fence)
 
@@ -120,15 +123,17 @@ class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.
         """[B, N] bool, which kept tokens are centres that others are merged into."""
         return choice.first
 
-    def outliers(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """How many scores of each row lie above the fence, at least ``min_tokens`` [B], and the fence [B]."""
+    def outliers(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How many scores of each row lie above the fence, at least ``min_tokens`` [B], as a share [B], and the fence [B]."""
         batch, number = scores.shape
         pooled = scores.reshape(1, -1) if self.iqr_scope == "batch" else scores
         fence = iqr_fence(pooled, self.iqr_factor)
         counts = (pooled > fence[:, None]).sum(-1)
-        if self.iqr_scope == "batch":  # the code turns the pooled count into a ratio and truncates it to a count per image
-            counts = (number * (counts.double() / pooled.shape[1])).long().expand(batch)
-        return counts.clamp(min=min(self.min_tokens, number)), fence.expand(batch)
+        share = counts.double() / pooled.shape[1]
+        if self.iqr_scope == "batch":  # the code truncates the pooled ratio to a count per image
+            counts, share = (number * share).long().expand(batch), share.expand(batch)
+        least = min(self.min_tokens, number)
+        return counts.clamp(min=least), share.clamp(min=least / number), fence.expand(batch)
 
     def _weights(self, keys: Tensor, scores: Tensor, index: Tensor, valid: Tensor, centre: Tensor) -> Tensor:
         """[B, M, N] Eq. 4 and line 12 of Algorithm 1; rows outside ``centre`` [B, M] only copy their token."""

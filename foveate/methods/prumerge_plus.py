@@ -25,8 +25,8 @@ class PruMergePlus(PruMerge, name="prumerge+", paper="https://arxiv.org/abs/2403
     ----------
     grid_factor : uniform tokens for each one chosen by attention: 1 in the text (2 m centres), 3 in the code, which is what gives
         the published 25 %.
-    max_uniform : uniform tokens are at most this share of all tokens; 0.25 is every second row and column, and denser patterns only
-        repeat what their neighbours say. Neither the text nor the code has such a limit (1.0).
+    max_uniform : without a budget, uniform tokens are at most this share of all tokens; 0.25 is every second row and column, and
+        denser patterns only repeat what their neighbours say. Neither the text nor the code has such a limit (1.0).
     spatial : "lattice" spreads them over rows and columns of any grid; "stride" takes every s-th token of the flattened grid with
         s = int(int(N / m) / grid_factor), as the code does, so that counts come in steps.
     merge_spatial : whether the uniform tokens merge neighbours too (the code) or not (line 9 of Algorithm 1).
@@ -62,9 +62,9 @@ class PruMergePlus(PruMerge, name="prumerge+", paper="https://arxiv.org/abs/2403
             pattern = self._fixed_pattern(grid, slots - share).to(scores.device, non_blocking=True)
             kept = ranks(-(place + scores.shape[1] * ~(first | pattern))) < slots
             return Choice(first, kept, slots, None)
-        counts, fence = self.outliers(scores)
+        counts, shares, fence = self.outliers(scores)
         first = place < counts[:, None]
-        kept = first | torch.stack([self._pattern(grid, m) for m in counts.tolist()]).to(scores.device)
+        kept = first | torch.stack([self._pattern(grid, share) for share in shares.tolist()]).to(scores.device)
         return Choice(first, kept, int(kept.sum(-1).max()), fence)
 
     def merging(self, choice: Choice) -> Tensor:
@@ -76,11 +76,11 @@ class PruMergePlus(PruMerge, name="prumerge+", paper="https://arxiv.org/abs/2403
         index = uniform_lattice(*grid, count) if self.spatial == "lattice" else uniform_stride(number, count)
         return index_mask(index, number)
 
-    def _pattern(self, grid: tuple[int, int], centres: int) -> Tensor:
-        """[N] bool, the uniform tokens beside ``centres`` chosen ones."""
+    def _pattern(self, grid: tuple[int, int], share: float) -> Tensor:
+        """[N] bool, the uniform tokens beside a ``share`` of the tokens chosen by attention."""
         number = grid[0] * grid[1]
         if self.spatial == "lattice":
-            return self._fixed_pattern(grid, round(min(centres * self.grid_factor, number * self.max_uniform)))
-        step = max(1, int(int(1 / (centres / number)) / self.grid_factor))
+            return self._fixed_pattern(grid, round(number * min(share * self.grid_factor, self.max_uniform)))
+        step = max(1, int(int(1 / share) / self.grid_factor))
         # the last token is never reached, as in the code
         return index_mask(torch.arange(0, max(1, number - 1), step), number)

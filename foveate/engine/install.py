@@ -1,0 +1,74 @@
+"""What is put on a model while a method is attached: three attributes of the instance, nothing on its class or its modules."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from .generation import merged_with_callbacks
+from .seams import MERGE_CALLBACKS
+
+if TYPE_CHECKING:
+    from .session import Session
+
+_ATTRIBUTE = "_foveate"
+
+
+class Installation:
+    """``generate`` and ``forward`` of one model, shared by nested sessions; the innermost one acts.
+
+    Attributes of the instance, because ``forward`` is also called without the module's hooks (by PEFT up to 0.20), and because
+    copies of the model get their own.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model: Any = model
+        self.sessions: list[Session] = []
+        self.previous: dict[str, Any] = {}
+        self.ours: dict[str, Any] = {}
+        for name in ("generate", "forward", MERGE_CALLBACKS):
+            self.previous[name] = model.__dict__.get(name)
+            self.ours[name] = model.__dict__[name] = _redirected(model, name)
+        model.__dict__[_ATTRIBUTE] = self
+
+    def remove(self) -> None:
+        del self.model.__dict__[_ATTRIBUTE]
+        for name, before in self.previous.items():
+            if self.model.__dict__.get(name) is not self.ours[name]:  # somebody has put something else there since
+                continue
+            if before is None:
+                del self.model.__dict__[name]
+            else:
+                self.model.__dict__[name] = before
+
+    def original(self, name: str) -> Any:
+        """The method as it was."""
+        before = self.previous[name]
+        return types.MethodType(getattr(type(self.model), name), self.model) if before is None else before
+
+
+def installed_on(model: Any) -> Installation | None:
+    """What is on a model, None if no method is attached."""
+    found: Installation | None = model.__dict__.get(_ATTRIBUTE)
+    return found
+
+
+def _redirected(model: PreTrainedModel, name: str) -> types.MethodType:
+    """A method of the model that asks the innermost session; without one, it is the class's own."""
+
+    @functools.wraps(getattr(type(model), name))
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        installed = getattr(self, _ATTRIBUTE, None)
+        if installed is None:  # kept from the time when a method was attached
+            return getattr(type(self), name)(self, *args, **kwargs)
+        original = installed.original(name)
+        if name == "generate":
+            return installed.sessions[-1].generate(original, args, kwargs)
+        if name == "forward":
+            return installed.sessions[-1].forward(original, args, kwargs)
+        return merged_with_callbacks(original, *args, **kwargs)
+
+    return types.MethodType(call, model)
