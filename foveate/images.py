@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,10 +35,9 @@ def open_picture(path: str | Path) -> Picture:
     """
     path, notes = Path(path), []
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(path)
-        with opened:
+        with warnings.catch_warnings(), ExitStack() as stack:
+            warnings.simplefilter("ignore")  # of large pictures, and of odd tags in files that can be read all the same
+            opened = stack.enter_context(Image.open(path))
             frames = getattr(opened, "n_frames", 1)
             if frames > 1 and opened.format != "MPO":  # the further frames of a phone's picture are previews
                 notes.append(f"{path.name} has {frames} frames; the first one is used")

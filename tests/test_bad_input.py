@@ -72,6 +72,24 @@ def test_broken_values(model, value, method):
         model.generate(**inputs, max_new_tokens=1)
 
 
+def test_features_that_overflow_where_scores_do_not():
+    """The features are broken, the attention of the layer the method reads is not."""
+    model = zoo.load()
+    with torch.no_grad():
+        model.model.vision_tower.encoder.layers[1].mlp.fc2.bias[0] = float("inf")
+    tower = model.model.vision_tower
+    tower.encoder.layers[2].layer_norm1.register_forward_hook(lambda _, __, out: torch.nan_to_num(out))
+    with foveate.PruMerge()(model), pytest.raises(foveate.InputError, match="NaN or infinite"):
+        model.generate(**zoo.batch(), max_new_tokens=1)
+
+
+def test_model_and_method_swapped(model):
+    with pytest.raises(foveate.InputError, match="not LlavaForConditionalGeneration"):
+        foveate.attach("prumerge", model)
+    with pytest.raises(foveate.InputError, match="a method was expected and not dict"):
+        foveate.attach(model, {})
+
+
 def test_embeddings_instead_of_pictures(model):
     inputs = zoo.batch()
     embeds = model.get_input_embeddings()(inputs["input_ids"])

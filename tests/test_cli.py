@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -50,13 +51,13 @@ def test_version_and_help():
     assert result.output.strip() == f"foveate {foveate.__version__}"
     top = CliRunner().invoke(cli.app, ["--help"]).output
     assert all(command in top for command in ("demo", "ask", "methods"))
-    assert "Example" in CliRunner().invoke(cli.app, ["ask", "--help"]).output
+    assert all("Example" in CliRunner().invoke(cli.app, [*command, "--help"]).output for command in ([], ["ask"], ["demo"]))
 
 
 def test_methods(capsys, monkeypatch):
     code, out, _ = invoke(capsys, monkeypatch, "methods")
     assert code == 0
-    assert all(name in out for name in ("prumerge+", "spatial", "[CLS]", "paper, released", "arxiv.org"))
+    assert all(name in out for name in ("prumerge+", "spatial", "[CLS]", "paper, released", "2403.15388"))
     code, out, _ = invoke(capsys, monkeypatch, "methods", "--json")
     assert {row["name"] for row in json.loads(out)} == {info.name for info in foveate.methods()}
 
@@ -71,11 +72,13 @@ def test_demo(capsys, monkeypatch, tmp_path):
         tokens = each["visual_tokens"]
         assert 576 == tokens["full"] > tokens["prumerge+"] > tokens["prumerge"] > 0
         assert each["prefill_flops"]["full"] > each["prefill_flops"]["prumerge+"]
-        with Image.open(each["picture"]) as picture:
+        with Image.open(each["picture"]) as picture, Image.open(each["scene"]) as scene:
             assert picture.width > picture.height > 300
+            assert scene.size == (192, 192)
     code, out, _ = invoke(capsys, monkeypatch, "demo", "--folder", str(tmp_path))
     assert code == 0
-    assert out.count("picture:") == 3
+    assert out.count("what they keep:") == 3
+    assert "Ask about one yourself:" in out
 
 
 def test_ask(capsys, monkeypatch, scene, tmp_path):
@@ -149,6 +152,8 @@ def test_words_the_pocket_model_does_not_know(capsys, monkeypatch, scene):
         (("ask", "{scene}", "what is it ?", "--method", "random"), "no rule of its own"),
         (("ask", "{scene}", " "), "the question is empty"),
         (("ask", "{scene}", "what is it ?", "--model", "{folder}"), "cannot be loaded"),
+        (("ask", "{scene}", "what is it ?", "--model", "./nowhere"), "there is no folder ./nowhere"),
+        (("ask", "{scene}", "what is <image> ?"), "which stands for the picture"),
     ],
 )
 def test_errors_are_two_lines_and_exit_code_2(capsys, monkeypatch, scene, arguments, message):
@@ -162,8 +167,72 @@ def test_errors_are_two_lines_and_exit_code_2(capsys, monkeypatch, scene, argume
 
 
 def test_wrong_usage_exits_with_2(capsys, monkeypatch):
-    for arguments in (("ask",), ("dance",), ("ask", "a.png", "why", "--max-new-tokens", "0")):
-        assert invoke(capsys, monkeypatch, *arguments)[0] == 2
+    for arguments in (("ask",), ("dance",), ("ask", "a.png", "why", "--max-new-tokens", "0"), ("demo", "--seed", "x")):
+        code, _, err = invoke(capsys, monkeypatch, *arguments)
+        assert code == 2
+        assert len(err.strip().splitlines()) == 1
+
+
+def test_markup_in_what_the_user_writes_is_text(capsys, monkeypatch, scene):
+    code, _, err = invoke(capsys, monkeypatch, "ask", str(scene), "[bold]what[/bold] is [/x] it ?")
+    assert code == 0
+    assert "'[bold]what[/bold]'" in err
+
+
+def test_saving(capsys, monkeypatch, scene, tmp_path):
+    """Checked before the model runs; formulas in a question are text."""
+    inside = tmp_path / "new" / "kept"
+    code, out, _ = invoke(capsys, monkeypatch, "ask", str(scene), r"what color is $\foo$ ?", "--save", str(inside), "--json")
+    assert code == 0
+    assert json.loads(out)["picture"] == str(inside.with_suffix(".png"))
+    assert inside.with_suffix(".png").exists()
+    for path, message in (
+        ("kept.xyz", "cannot be saved as '.xyz'"),
+        (str(tmp_path), "is a folder"),
+        ("/proc/no/k.png", "cannot make"),
+    ):
+        code, out, err = invoke(capsys, monkeypatch, "ask", str(scene), "what is it ?", "--save", path)
+        assert (code, out) == (2, "")
+        assert message in err
+    assert invoke(capsys, monkeypatch, "demo", "--folder", str(scene))[0] == 2
+
+
+def test_a_template_that_writes_the_first_token(scene, tmp_path):
+    """The tokenizer must not add another one."""
+    from tokenizers.processors import TemplateProcessing
+
+    from foveate.cli.answering import make_inputs
+
+    model, processor = foveate.load_pocket()
+    processor.tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    inputs, note = make_inputs(processor, model, Image.open(scene), "what is it ?")
+    assert note is None
+    assert (inputs["input_ids"] == 1).sum() == 1
+
+
+def test_what_nobody_expected_is_one_line(capsys, monkeypatch, scene):
+    def fail(*_, **__):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr("foveate.cli.answering.ask", fail)
+    code, _, err = invoke(capsys, monkeypatch, "ask", str(scene), "what is it ?")
+    assert code == 1
+    assert err.strip() == "error: ZeroDivisionError: by zero (foveate --debug with the same command shows where)"
+
+
+def test_a_checkpoint_with_missing_weights(capsys, monkeypatch, scene, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from foveate.pocket import WEIGHTS
+
+    folder = tmp_path / "half"
+    shutil.copytree(WEIGHTS, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop(next(name for name in weights if "projector" in name))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    code, out, err = invoke(capsys, monkeypatch, "ask", str(scene), "what is it ?", "--model", str(folder))
+    assert (code, out) == (2, "")
+    assert "is incomplete: 1 weights are missing" in err
 
 
 def test_debug_shows_the_traceback(capsys, monkeypatch):

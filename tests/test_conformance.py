@@ -167,6 +167,87 @@ def test_t3_generate_equals_a_forward_over_the_spliced_prompt(load, family, deco
         torch.testing.assert_close(logits[row], expected, atol=3e-4, rtol=3e-4)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_t3_for_every_method(load, variant):
+    """The same for each method and preset, with the cache that ``generate`` makes itself."""
+    model, inputs = load(), zoo.batch()
+    method = _build(variant)
+    encoded = foveate.encode(model, method, **inputs)
+    with method(model) as session:
+        sequences, logits = _generate(model, inputs)
+    images = session.report.images
+    for row in range(4):
+        mine = [i for i, image in enumerate(images) if image.row == row]
+        kept, embeds = [images[i].kept for i in mine], [encoded.embeds[i] for i in mine]
+        embeddings, _ = reference.spliced_embeddings(model, inputs, row, kept, embeds, zoo.IMAGE)
+        expected = reference.run_spliced(model, embeddings, torch.arange(embeddings.shape[1])[None], sequences[row, -NEW:].tolist())
+        torch.testing.assert_close(logits[row], expected, atol=3e-4, rtol=3e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_t8_compiled_and_static(load, variant):
+    model, inputs = zoo.load(), zoo.batch()
+    with _build(variant)(model):
+        expected = _generate(model, inputs)[0]
+        static = _generate(model, inputs, cache_implementation="static", disable_compile=True)[0]
+        logits = model(**inputs).logits
+        compiled = torch.compile(model, backend="eager")(**inputs).logits
+    assert torch.equal(static, expected)
+    torch.testing.assert_close(compiled, logits)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_t10_broken_pictures_are_refused(load, variant):
+    model, inputs = load(), zoo.batch()
+    inputs["pixel_values"][1, 0, 3, 3] = float("nan")
+    with _build(variant)(model), pytest.raises(foveate.InputError, match="NaN or infinite"):
+        model.generate(**inputs, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_t11_positions(load, variant, positions):
+    """Compact positions count what is left; original ones are where a token was in its row without padding."""
+    inputs = zoo.batch()
+    encoded = foveate.encode(load(), _build(variant, positions=positions), **inputs)
+    for row in range(4):
+        real = encoded.inputs["attention_mask"][row].bool()
+        found = encoded.inputs["position_ids"][row][real].tolist()
+        if positions == "compact":
+            assert found == list(range(len(found)))
+            continue
+        images = [image for image in encoded.report.images if image.row == row]
+        expected, number, at = [], 0, 0
+        ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
+        while at < len(ids):
+            if ids[at] == zoo.IMAGE:
+                expected += [at + cell for cell in images[number].kept]
+                number, at = number + 1, at + zoo.TOKENS
+            else:
+                expected.append(at)
+                at += 1
+        assert found == expected
+
+
+def test_nothing_asks_for_attention_matrices(load):
+    """Under SDPA an attention module that is asked for its weights returns them; none is."""
+    model, asked = load(), []
+
+    def look(_, __, kwargs, output):
+        asked.append(kwargs.get("output_attentions") or output[1] is not None)
+
+    handles = [
+        module.register_forward_hook(look, with_kwargs=True) for name, module in model.named_modules() if name.endswith("self_attn")
+    ]
+    for variant in VARIANTS:
+        with _build(variant)(model):
+            model.generate(**zoo.batch(), max_new_tokens=2)
+    for handle in handles:
+        handle.remove()
+    assert len(asked) > 6 * len(VARIANTS)
+    assert not any(asked)
+
+
 def _fingerprint(model) -> dict[str, object]:
     hooks = {
         name: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._forward_hooks_with_kwargs))

@@ -330,8 +330,13 @@ def test_pipeline():
     with foveate.PruMergePlus(budget=20)(model) as session:
         after = pipe(text=chat, max_new_tokens=4, return_full_text=False)
         assert session.report.after == [20]
-    assert isinstance(before[0]["generated_text"], str)
-    assert isinstance(after[0]["generated_text"], str)
+        inputs = processor.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        direct = model.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+    assert after[0]["generated_text"].strip() == processor.decode(direct, skip_special_tokens=True).strip()
+    plain = model.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+    assert before[0]["generated_text"].strip() == processor.decode(plain, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("needs_cls", [True, False])

@@ -116,3 +116,31 @@ def test_damaged_and_other_files(tmp_path):
     ):
         with pytest.raises(foveate.InputError, match=match):
             open_picture(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "gif", "bmp", "tiff", "webp", "ppm", "tga", "ico"])
+def test_any_damage_is_named_or_harmless(tmp_path, kind):
+    """Bytes changed and cut at random: a picture comes back, or our own error."""
+    whole = tmp_path / f"whole.{kind}"
+    Image.effect_noise((40, 40), 60).convert("RGB").save(whole)
+    random, data = np.random.default_rng(0), whole.read_bytes()
+    broken, refused = tmp_path / f"broken.{kind}", 0
+    for trial in range(40):
+        changed = bytearray(data)
+        for place in random.integers(0, len(data), 12 if trial % 2 else 3):
+            changed[place] = random.integers(256)
+        broken.write_bytes(bytes(changed[: random.integers(len(data) // 2, len(data) + 1)]))
+        try:
+            assert open_picture(broken).image.mode == "RGB"
+        except foveate.InputError:
+            refused += 1
+    assert refused > 0 or kind in ("bmp", "ppm", "tga")
+
+
+def test_pixels_that_are_no_numbers(tmp_path, recwarn):
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    values[0, 0], values[0, 1] = np.nan, np.inf
+    Image.fromarray(values).save(tmp_path / "float.tiff")
+    pixels = np.asarray(open_picture(tmp_path / "float.tiff").image)
+    assert (pixels.min(), pixels.max()) == (0, 255)
+    assert not recwarn.list

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -218,3 +219,29 @@ def test_source_map_of_a_merge():
     assert reduction.source_map(4).tolist() == [[0, 1, -1, 1]]
     half = Reduction(torch.tensor([[0, 3]]), torch.tensor([[True, False]]), weights)
     assert half.source_map(4).tolist() == [[0, 0, -1, -1]]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(k=2.5),
+        dict(k=True),
+        dict(k="3"),
+        dict(k=0),
+        dict(include_self="no"),
+        dict(iqr_factor="x"),
+        dict(iqr_factor=float("nan")),
+        dict(iqr_factor=-1.0),
+        dict(min_tokens=2.5),
+        dict(similarity="euclid"),
+    ],
+)
+def test_fields_are_checked_when_a_method_is_built(fields):
+    with pytest.raises(foveate.InputError, match=next(iter(fields))):
+        foveate.PruMerge(**fields)
+
+
+def test_numbers_of_numpy_are_numbers():
+    method = foveate.PruMergePlus(budget=np.int64(5), k=np.int32(3))
+    assert json.dumps(method.settings()["budget"]) == "5"
+    assert foveate.Spatial(budget=np.float32(0.5)).budget == 0.5

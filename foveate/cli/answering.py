@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,15 +43,32 @@ class Answer:
 
 def make_inputs(processor: Any, model: Any, image: Image.Image, question: str) -> tuple[dict[str, Any], str | None]:
     """Inputs for one picture and one question, and a note where the model brings no chat template of its own."""
-    note = None
-    if getattr(processor, "chat_template", None):
-        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-        text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    else:
-        text, note = PLAIN_PROMPT.format(question=question), "the processor has no chat template; the prompt of LLaVA-1.5 is used"
-    inputs = processor(text=text, images=image, return_tensors="pt").to(model.device)
+    token, note = getattr(processor, "image_token", None), None
+    if token and token in question:
+        raise InputError(f"the question holds {token!r}, which stands for the picture. Leave it out: the picture is put in front.")
+    try:
+        if getattr(processor, "chat_template", None):
+            content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,  # by the template, which knows whether it writes the first token itself
+                return_dict=True,
+                return_tensors="pt",
+            )
+        else:
+            note = "the processor has no chat template; the prompt of LLaVA-1.5 is used"
+            inputs = processor(text=PLAIN_PROMPT.format(question=question), images=image, return_tensors="pt")
+    except Exception as error:  # processors raise what their tokenizers and image processors make of it
+        raise InputError(f"the processor of this model cannot use the picture and the question: {first_line(error)}") from error
+    inputs = inputs.to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     return dict(inputs), note
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def ask(
@@ -77,17 +97,48 @@ def load_model(name: str | None) -> tuple[Any, Any]:
     ------
     InputError : the model cannot be loaded; the message gives the reason.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import is_accelerate_available
 
     from ..pocket import load_pocket
 
     if name is None:
-        return load_pocket()
+        with quiet_loading(bars=False):
+            return load_pocket()
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+        raise InputError(f"there is no folder {name}")
+    gpu = torch.cuda.is_available()
+    options: dict[str, Any] = {"device_map": "auto"} if gpu and is_accelerate_available() else {}
     try:
-        options: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", **options).eval()
-        return model, AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"the model {name!r} cannot be loaded: {reason}") from error
+        with quiet_loading():
+            model, found = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", output_loading_info=True, **options)
+            processor = AutoProcessor.from_pretrained(name)
+    except Exception as error:  # whatever a broken config, processor or weight file leads to
+        raise InputError(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise InputError(f"the model {name!r} is incomplete: {len(missing)} weights are missing, {missing[0]} for one")
+    return (model if options or not gpu else model.to("cuda")).eval(), processor
+
+
+@contextmanager
+def quiet_loading(bars: bool = True) -> Iterator[None]:
+    """Without the tables and retries that libraries report while they load, and without their progress ``bars`` if so wished.
+
+    Errors still come.
+    """
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    levels, shown = (logging.get_verbosity(), hub_logging.get_verbosity()), logging.is_progress_bar_enabled()
+    if not bars:
+        logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        logging.set_verbosity(levels[0])
+        hub_logging.set_verbosity(levels[1])

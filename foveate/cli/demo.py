@@ -13,11 +13,10 @@ from PIL import Image
 from ..methods.base import TokenReducer
 from ..methods.prumerge import PruMerge
 from ..methods.prumerge_plus import PruMergePlus
-from ..pocket import load_pocket
 from ..pocket.questions import Question, exam
 from ..pocket.scenes import LEVELS, Scene, draw_scene
-from ..viz.overlay import as_seen, save_figure
-from .answering import Answer, ask, make_inputs
+from ..viz.overlay import as_seen, picture_file, save_figure
+from .answering import Answer, ask, load_model, make_inputs
 
 SEED = 7
 
@@ -30,6 +29,7 @@ class Shown:
     question: str
     expected: str
     answers: dict[str, Answer]
+    scene: Path
     picture: Path
 
     def to_dict(self) -> dict[str, Any]:
@@ -41,6 +41,7 @@ class Shown:
             "visual_tokens": {name: answer.visual_tokens for name, answer in self.answers.items()},
             "prefill_seconds": {name: answer.prefill for name, answer in self.answers.items()},
             "prefill_flops": {name: answer.flops for name, answer in self.answers.items()},
+            "scene": str(self.scene),
             "picture": str(self.picture),
         }
 
@@ -58,9 +59,9 @@ def pick_scene(level: int, seed: int) -> tuple[Scene, Question]:
 
 def run_demo(folder: Path, seed: int, progress: Callable[[str], None]) -> list[Shown]:
     """Draw three scenes from plain to crowded, answer one question about each in three ways, and save a picture of each."""
-    folder.mkdir(parents=True, exist_ok=True)
+    kept_files = [picture_file(folder / f"kept-{level + 1}-{name}.png") for level, name in enumerate(LEVELS)]
     progress("loading the pocket model")
-    model, processor = load_pocket()
+    model, processor = load_model(None)
     shown: list[Shown] = []
     for level, name in enumerate(LEVELS):
         scene, question = pick_scene(level, seed)
@@ -70,9 +71,12 @@ def run_demo(folder: Path, seed: int, progress: Callable[[str], None]) -> list[S
         if not shown:
             ask(model, processor, inputs, None, new_tokens=2)  # warm-up, so that the first prefill is timed like the others
         answers = {key: ask(model, processor, inputs, method, new_tokens=8, repeats=3) for key, method in methods.items()}
-        picture = folder / f"scene-{level + 1}-{name}.png"
+        Image.fromarray(scene.image).save(folder / f"scene-{level + 1}-{name}.png")
         reports = {key: answer.report.images[0] for key, answer in answers.items() if answer.report}
         said = ", ".join(f"{key}: {answer.text}" for key, answer in answers.items())
-        save_figure(as_seen(inputs["pixel_values"][0], processor), reports, picture, f"{question.text}   {said}")
-        shown.append(Shown(name, question.text, question.answer, answers, picture))
+        title = f"{question.text}   {question.answer}   ({said})"
+        save_figure(as_seen(inputs["pixel_values"][0], processor), reports, kept_files[level], title)
+        shown.append(
+            Shown(name, question.text, question.answer, answers, folder / f"scene-{level + 1}-{name}.png", kept_files[level])
+        )
     return shown

@@ -11,10 +11,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer import Abort
 
 app = typer.Typer(
     name="foveate",
     help="Fewer visual tokens for vision-language models.",
+    epilog="Examples:  foveate demo  |  foveate ask foveate-demo/scene-1-plain.png 'what color is the star ?' --compare",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -55,7 +57,7 @@ def demo(
     from .demo import run_demo
 
     with err.status("starting") as status:
-        scenes = run_demo(folder, seed, lambda what: status.update(what))
+        scenes = run_demo(folder, seed, lambda what: status.update(escape(what)))
     if as_json:
         print(json.dumps({"scenes": [scene.to_dict() for scene in scenes]}))
         return
@@ -72,7 +74,9 @@ def demo(
             saved = "" if answer is full else _share(full.flops - answer.flops, full.flops)
             table.add_row("all tokens" if name == "full" else name, said, tokens, f"{1000 * answer.prefill:.1f} ms", saved)
         out.print(table)
-        out.print(f"picture: {scene.picture}\n", soft_wrap=True)
+        out.print(f"what they keep: {scene.picture}\n", soft_wrap=True, markup=False)
+    asked = scenes[0]
+    out.print(f"Ask about one yourself:  foveate ask {asked.scene} '{asked.question}' --compare", soft_wrap=True, markup=False)
 
 
 @app.command(
@@ -100,15 +104,16 @@ def ask_command(
         raise InputError("the question is empty")
     from ..images import open_picture
     from ..methods.base import get
-    from ..viz.overlay import as_seen, save_figure
+    from ..viz.overlay import as_seen, picture_file, save_figure
     from .answering import ask, load_model, make_inputs
 
     picture = open_picture(image)
+    save = save and picture_file(save)
     reducer = get(method, **({} if budget is None else {"budget": parse_budget(budget)}))
-    with err.status(f"loading {model or 'the pocket model'}") as status:
+    with err.status(escape(f"loading {model or 'the pocket model'}")) as status:
         loaded, processor = load_model(model)
         inputs, note = make_inputs(processor, loaded, picture.image, question)
-        notes = [*picture.notes, *([note] if note else []), *([] if model else _unknown_words(question))]
+        notes = [*picture.notes, *([note] if note else []), *([] if model else _unknown(picture.image, question))]
         status.update("answering")
         options: dict[str, Any] = {"new_tokens": max_new_tokens, "repeats": 3 if compare else 1}
         answers = {reducer.name: ask(loaded, processor, inputs, reducer, **options)}
@@ -139,10 +144,10 @@ def ask_command(
         print(json.dumps(document))
         return
     for line in notes:
-        err.print(f"note: {line}", style="yellow", soft_wrap=True)
+        err.print(f"note: {line}", style="yellow", soft_wrap=True, markup=False)
     if not compare:
         out.print(escape(chosen.text), style="bold", soft_wrap=True)
-        err.print(str(chosen.report), style="dim", soft_wrap=True)
+        err.print(str(chosen.report), style="dim", soft_wrap=True, markup=False)
     else:
         table = Table()
         for column in ("tokens chosen by", "answer", "visual tokens", "LLM prefill", "LLM GFLOPs"):
@@ -153,7 +158,7 @@ def ask_command(
             table.add_row(shown, escape(answer.text), str(answer.visual_tokens), f"{1000 * answer.prefill:.1f} ms", flops)
         out.print(table)
     if save:
-        err.print(f"picture: {save}", soft_wrap=True)
+        err.print(f"picture: {save}", soft_wrap=True, markup=False)
 
 
 @app.command("methods", epilog="Example:  foveate methods")
@@ -168,12 +173,12 @@ def methods_command(
         print(json.dumps([vars(info) for info in found]))
         return
     table = Table()
-    for column in ("name", "what it does", "where", "needs", "count", "presets", "paper"):
-        table.add_column(column, overflow="fold")
+    for column in ("name", "what it does", "needs", "count", "presets", "arXiv"):
+        table.add_column(column, overflow="fold", no_wrap=column not in ("what it does", "presets"))
     for info in found:
         needs = "[CLS]" if info.needs_cls else ""
-        count = "adaptive or budget" if info.adaptive else "budget"
-        row = (info.name, info.summary, info.stage, needs, count, ", ".join(info.presets), info.paper)
+        count = "adaptive" if info.adaptive else "budget"
+        row = (info.name, info.summary, needs, count, ", ".join(info.presets), info.paper.rpartition("/")[2])
         table.add_row(*(escape(cell) for cell in row))
     out.print(table)
 
@@ -193,29 +198,41 @@ def parse_budget(text: str) -> int | float:
         raise InputError(f"budget {text!r} is not a number. Use a count such as 144 or a fraction such as 0.25.") from error
 
 
-def _unknown_words(question: str) -> list[str]:
+def _unknown(image: Any, question: str) -> list[str]:
+    """What the pocket model cannot know."""
+    from ..pocket.scenes import SIDE
     from ..pocket.vocabulary import unknown_words
 
-    unknown = unknown_words(question)
-    if not unknown:
-        return []
-    listed = ", ".join(repr(word) for word in unknown)
-    return [f"the pocket model has never seen {listed}; ask as in 'what color is the star ?', or use --model for another model"]
+    notes, words = [], ", ".join(repr(word) for word in unknown_words(question))
+    if image.size != (SIDE, SIDE):
+        notes.append("the pocket model knows only its own drawn scenes (foveate demo saves some); use --model for photos")
+    if words:
+        notes.append(f"the pocket model has never seen {words}; ask as in 'what color is the star ?'")
+    return notes
 
 
 def run() -> None:
-    """Entry point: errors are one or two lines on stderr and exit code 2."""
+    """Entry point: errors are one or two lines on stderr; the exit code is 2 for bad input and 1 for what nobody expected."""
     from ..errors import FoveateError
 
+    code = 1
     try:
-        app()
-    except FoveateError as error:
+        sys.exit(app(standalone_mode=False) or 0)
+    except (KeyboardInterrupt, Abort):
+        sys.exit(130)
+    except Exception as error:
         if _state["debug"]:
             raise
-        err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        if isinstance(error, FoveateError):
+            message, code = str(error), 2
+        elif hasattr(error, "format_message"):  # of the command line itself; typer brings its own click or uses the installed one
+            message, code = error.format_message(), error.exit_code
+            message = message if "Usage:" in message else f"{message} (foveate --help shows how)"
+        else:
+            where = "foveate --debug with the same command shows where"
+            message = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')} ({where})"
+        err.print(message if "Usage:" in message else f"error: {message}", style="red", markup=False, soft_wrap=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class _Guards:
         return None
 
     def layer(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
-        """Flash attention looks again in every layer; rotary embeddings have been computed before, so a layer needs no positions."""
+        """Flash attention looks again in every layer, which needs no positions: its rotary embeddings are computed already."""
         if not self.active or kwargs.get("position_embeddings") is None or kwargs.get("position_ids") is None:
             return None
         kwargs["position_ids"] = None

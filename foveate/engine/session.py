@@ -41,7 +41,7 @@ class Session:
 
     Attributes
     ----------
-    report : what the last ``generate``, or ``forward`` with pictures, did. Where several threads use a model, the last one of any of them.
+    report : what the last ``generate``, or ``forward`` with pictures, did; where several threads use a model, of any of them.
     """
 
     def __init__(self, model: Any, method: TokenReducer) -> None:
@@ -180,7 +180,7 @@ class Session:
             report.clock.stop("decode")
 
     def _shift(self, positions: Tensor, mask: Tensor) -> None:
-        """Where a prompt ends with a picture whose last tokens are gone, ``generate`` must go on from the end of the full prompt."""
+        """Behind a prompt that ends with a picture whose last tokens are gone, ``generate`` goes on from its full length."""
         missing = mask.long().sum(1, keepdim=True) - 1 - positions[:, -1:]
         if bool((missing > 0).any()):
             self._shifts[threading.get_ident()] = (missing, positions.shape[1])

@@ -1,7 +1,8 @@
 """PruMerge: LLaVA-PruMerge, Shang et al., ICCV 2025 (arXiv 2403.15388).
 
-Tokens whose [CLS] attention is an outlier of its image stay (section 3.2); the others are merged into them by similarity of
-their keys (section 3.3). The released code differs from the text in several places: both are presets, each difference a field.
+Tokens whose [CLS] attention is an outlier of its image stay (section 3.2); the tokens nearest to them are merged into them, by
+similarity of their keys (section 3.3). The released code differs from the text in several places: both are presets, each
+difference a field.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ class Choice(NamedTuple):
 
 @dataclass(kw_only=True)
 class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.15388"):
-    """Adaptive selection by [CLS] attention outliers, and merging of the rest.
+    """Adaptive selection by [CLS] attention outliers; their nearest neighbours are merged into them.
 
-    The plain constructor keeps the outliers of each image on its own, in raster order, merges only dropped tokens into them and
-    leaves the scale of the tokens as it was. ``paper()`` follows the text, ``released()`` the authors' code.
+    The plain constructor keeps the outliers of each image on its own, in raster order, merges only dropped tokens into them (a
+    dropped token that is near to none of them is gone) and leaves the scale of the tokens as it was. ``paper()`` follows the text,
+    ``released()`` the authors' code.
 
     Parameters
     ----------

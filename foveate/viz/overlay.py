@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..errors import MissingExtraError
+from ..errors import InputError, MissingExtraError
 from ..report import ImageReport
 
 DIMMED = 0.28  # brightness of dropped patches
-TINT = 0.35  # share of colour in patches that were merged into a kept one
+LEGEND = "coloured edge: kept; tint: merged into\nthe kept token of that colour; dark: dropped"
+TINT = 0.25  # share of colour in patches that were merged into a kept one
 
 
 def as_seen(pixel_values: Tensor, processor: Any) -> Image.Image:
@@ -60,6 +61,42 @@ def overlay(picture: Image.Image, report: ImageReport, side: int = 480) -> Image
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
+def picture_file(path: str | Path) -> Path:
+    """Where ``save_figure`` will write, checked before anything is computed; without an ending, it is a PNG.
+
+    Raises
+    ------
+    InputError : the folder cannot be made, or the ending is of no kind of picture.
+    MissingExtraError : matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "viz") from error
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a picture")
+    path = path if path.suffix else path.with_suffix(".png")
+    kinds = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise InputError(f"a picture cannot be saved as {path.suffix!r}; use one of {', '.join(sorted(kinds))}")
+    make_folder(path.parent)
+    return path
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it.
+
+    Raises
+    ------
+    InputError : it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
+
+
 def save_figure(picture: Image.Image, reports: Mapping[str, ImageReport], path: str | Path, title: str = "") -> None:
     """One panel with the picture, one per method with what it kept, and one with the sorted scores.
 
@@ -81,11 +118,14 @@ def save_figure(picture: Image.Image, reports: Mapping[str, ImageReport], path: 
         axis.imshow(overlay(picture, report))
         axis.set_title(f"{name}: {report.after} of {report.before} tokens")
     for axis in axes[: 1 + len(reports)]:
-        axis.set_axis_off()
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_frame_on(False)
+    axes[0].set_xlabel(LEGEND, fontsize=8, color="0.35")
     if scored:
         _draw_scores(axes[-1], scored)
     if title:
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=110)
 
 
