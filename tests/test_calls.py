@@ -368,3 +368,156 @@ def test_encode_takes_the_fields_of_a_method(model):
         foveate.encode(model, "prumerge+", nonsense=1, **inputs)
     with pytest.raises(foveate.InputError, match="only be given with the name"):
         foveate.encode(model, foveate.PruMerge(), budget=5, **inputs)
+
+
+def logits_of(model, **options):
+    return torch.stack(model.generate(**{**OPTIONS, **options}, return_dict_in_generate=True, output_logits=True).logits)
+
+
+def test_attaching_again_after_somebody_wrapped_forward():
+    """accelerate puts hooks and mixed precision around ``forward``, and keeps what it found there."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    model, inputs = zoo.load(), zoo.batch()
+    with torch.no_grad():
+        full = model(**inputs).logits.shape[1]
+        with foveate.PruMergePlus()(model):
+            short = model(**inputs).logits.shape[1]
+            add_hook_to_module(model, ModelHook())
+            assert model(**inputs).logits.shape[1] == short
+        assert model(**inputs).logits.shape[1] == full
+        for _ in range(2):
+            with foveate.PruMergePlus()(model):
+                assert model(**inputs).logits.shape[1] == short
+                add_hook_to_module(model, ModelHook())  # starts from what the first hook wrapped
+                assert model(**inputs).logits.shape[1] == short
+        remove_hook_from_module(model)
+        assert model(**inputs).logits.shape[1] == full
+        with foveate.PruMergePlus()(model):
+            assert model(**inputs).logits.shape[1] == short
+
+
+def test_a_turn_that_failed_can_be_repeated(model):
+    inputs, cache = zoo.batch(rows=(0,)), new_cache(model)
+    with foveate.PruMergePlus()(model):
+        first = model.generate(**inputs, past_key_values=cache, **OPTIONS)
+        ids = torch.cat([first, torch.tensor([[50, 51]])], 1)
+        with pytest.raises(ValueError, match="mistyped"):
+            model.generate(ids, past_key_values=cache, mistyped=1, **OPTIONS)
+        later = logits_of(model, input_ids=ids, past_key_values=cache)
+        anew = logits_of(model, input_ids=ids, pixel_values=inputs["pixel_values"])
+    torch.testing.assert_close(later, anew, **CLOSE)
+
+
+def test_a_second_turn_that_ends_with_a_picture(model):
+    method, pixels = foveate.Spatial(budget=4, positions="original"), zoo.pictures(2)
+    first, cache = torch.tensor([zoo.prompt(1, 2, 3, 1)]), new_cache(model)
+    with method(model):
+        said = model.generate(first, pixel_values=pixels[:1], past_key_values=cache, **OPTIONS)
+        ids = torch.cat([said, torch.tensor([[50, 51] + [zoo.IMAGE] * zoo.TOKENS])], 1)
+        later = logits_of(model, input_ids=ids, pixel_values=pixels[1:], past_key_values=cache)
+        anew = logits_of(model, input_ids=ids, pixel_values=pixels)
+        lookup = model.generate(ids, pixel_values=pixels, prompt_lookup_num_tokens=3, **OPTIONS)
+        assert torch.equal(lookup, model.generate(ids, pixel_values=pixels, **OPTIONS))
+    torch.testing.assert_close(later, anew, **CLOSE)
+
+
+def test_given_positions_with_an_offset(model):
+    """Rotary embeddings only know differences, so an offset changes nothing."""
+    inputs = {"input_ids": torch.tensor([[1, 20, 21, 22] + [zoo.IMAGE] * zoo.TOKENS]), "pixel_values": zoo.pictures(1)}
+    with foveate.Spatial(budget=4, positions="original")(model):
+        plain = logits_of(model, **inputs)
+        moved = logits_of(model, **inputs, position_ids=torch.arange(4 + zoo.TOKENS)[None] + 7)
+    torch.testing.assert_close(plain, moved, atol=2e-3, rtol=2e-3)
+
+
+class During(BaseStreamer):
+    """Does something else with the same model while it generates."""
+
+    def __init__(self, act, at=0):
+        self.act, self.at, self.count = act, at, 0
+
+    def put(self, _):
+        if self.count == self.at:
+            self.act()
+        self.count += 1
+
+    def end(self):
+        pass
+
+
+def test_direct_calls_while_another_generate_runs(model):
+    inputs, lengths = zoo.batch(rows=(0,)), []
+    with torch.no_grad(), foveate.PruMergePlus()(model):
+        expected = model(**inputs).logits.shape[1]
+        for at in (0, 2):
+            model.generate(**inputs, streamer=During(lambda: lengths.append(model(**inputs).logits.shape[1]), at), **OPTIONS)
+    assert lengths == [expected] * 2
+
+
+def test_a_generate_inside_another(model):
+    inputs = {"input_ids": torch.tensor([[1, 20, 21, 22] + [zoo.IMAGE] * zoo.TOKENS]), "pixel_values": zoo.pictures(1)}
+    with foveate.Spatial(budget=4, positions="original")(model):
+        alone = model.generate(**inputs, **OPTIONS)
+        inner = []
+        outer = model.generate(**inputs, streamer=During(lambda: inner.append(model.generate(**inputs, **OPTIONS)), 2), **OPTIONS)
+    assert torch.equal(outer, alone)
+    assert torch.equal(inner[0], alone)
+
+
+def test_a_cache_copied_while_generate_runs(model):
+    inputs, cache, copies = zoo.batch(rows=(0,)), new_cache(model), []
+    with torch.no_grad(), foveate.PruMergePlus(positions="original")(model):
+        model.generate(**inputs, past_key_values=cache, streamer=During(lambda: copies.append(copy.deepcopy(cache)), 1), **OPTIONS)
+        by_hand = new_cache(model)
+        model(**inputs, past_key_values=by_hand)
+        token = torch.tensor([[33]])
+        found, expected = (model(input_ids=token, past_key_values=c).logits for c in (copies[0], by_hand))
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_a_padded_text_cache_that_later_gets_pictures(model, positions):
+    """transformers numbers a cache filled by hand by its columns; everything that follows must go on from there."""
+    text = zoo.pad([[1, 20, 21, 22, 23], [1, 30]])
+    later, pixels, token = [zoo.prompt(1, 2, 3, 5)[1:], zoo.prompt(1, 2, 3, 6)[1:]], zoo.pictures(2), torch.tensor([[33], [44]])
+
+    def steps(rows):
+        cache, mask = new_cache(model), text["attention_mask"][rows]
+        ids = text["input_ids"][rows]
+        if len(rows) == 1:
+            ids, mask = ids[:, mask[0].bool()], mask[:, mask[0].bool()]
+        model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+        mask = torch.cat([mask, torch.ones(len(rows), len(later[0]), dtype=torch.long)], 1)
+        new = torch.tensor([later[row] for row in rows])
+        first = model(input_ids=new, attention_mask=mask, pixel_values=pixels[rows], past_key_values=cache).logits[:, -1]
+        mask = torch.cat([mask, torch.ones(len(rows), 1, dtype=torch.long)], 1)
+        return first, model(input_ids=token[rows], attention_mask=mask, past_key_values=cache).logits[:, -1]
+
+    with torch.no_grad(), foveate.PruMergePlus(positions=positions)(model):
+        together = steps([0, 1])
+        for row in (0, 1):
+            for mine, alone in zip(together, steps([row]), strict=True):
+                torch.testing.assert_close(mine[row], alone[0], **CLOSE)
+
+
+def test_text_compiles_as_one_graph():
+    model, text = zoo.load(), torch.tensor([[1, 20, 21, 22]])
+    with torch.no_grad(), foveate.PruMergePlus()(model):
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(input_ids=text, use_cache=False).logits, model(input_ids=text, use_cache=False).logits)
+
+
+def test_what_cannot_work_says_so():
+    model, inputs = zoo.load(), zoo.batch(rows=(0,))
+    with foveate.PruMergePlus()(model), pytest.raises(foveate.UnsupportedModelError, match="DataParallel"):
+        model._replicate_for_data_parallel()
+    length = inputs["input_ids"].shape[1]
+    packed = {"input_ids": inputs["input_ids"].repeat(1, 2), "pixel_values": zoo.pictures(2), "use_cache": False}
+    packed["position_ids"] = torch.arange(length).repeat(2)[None]
+    with foveate.PruMergePlus(positions="original")(model), pytest.raises(foveate.InputError, match="packed prompts"):
+        model(**packed)
+    model.model.vision_tower.compile(backend="eager")
+    model(**inputs)
+    with foveate.PruMergePlus()(model), pytest.raises(foveate.UnsupportedModelError, match="compiled by itself"):
+        model(**inputs)

@@ -20,6 +20,12 @@ def _increasing(positions: Tensor) -> bool:
     return bool((positions.diff(dim=-1) > 0).all())
 
 
+@torch.compiler.disable
+def _padded(mask: Any) -> bool:
+    """Whether positions repeat because of padding, and not because sequences are packed."""
+    return isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
+
+
 class _Guards:
     """The hooks of one decoder; ``active`` is found once per forward and read by every layer."""
 
@@ -33,8 +39,7 @@ class _Guards:
         if positions is None or embeds is None:
             self.active = False
             return None
-        padded = isinstance(mask, Tensor)  # padding repeats positions; sequences with a mask are not packed
-        self.active = padded or positions.shape[-1] == 1 or _increasing(positions)
+        self.active = positions.shape[-1] == 1 or _increasing(positions) or _padded(mask)
         if self.active and mask is None and cache is None:
             kwargs["attention_mask"] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
             return args, kwargs

@@ -1,4 +1,4 @@
-"""What is put on a model while a method is attached: three attributes of the instance, nothing on its class or its modules."""
+"""What is put on a model while a method is attached: a few attributes of the instance, nothing on its class or its modules."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from ..errors import UnsupportedModelError
 from .generation import merged_with_callbacks
 from .seams import MERGE_CALLBACKS
 
@@ -29,7 +30,9 @@ class Installation:
         self.sessions: list[Session] = []
         self.previous: dict[str, Any] = {}
         self.ours: dict[str, Any] = {}
-        for name in ("generate", "forward", MERGE_CALLBACKS):
+        # accelerate's hooks keep the forward they wrap here, and start from it when they are put on anew
+        forward = "_old_forward" if "_old_forward" in model.__dict__ else "forward"
+        for name in ("generate", forward, MERGE_CALLBACKS, "_replicate_for_data_parallel"):
             self.previous[name] = model.__dict__.get(name)
             self.ours[name] = model.__dict__[name] = _redirected(model, name)
         model.__dict__[_ATTRIBUTE] = self
@@ -47,7 +50,7 @@ class Installation:
     def original(self, name: str) -> Any:
         """The method as it was."""
         before = self.previous[name]
-        return types.MethodType(getattr(type(self.model), name), self.model) if before is None else before
+        return functools.partial(getattr(type(self.model), name), self.model) if before is None else before
 
 
 def installed_on(model: Any) -> Installation | None:
@@ -58,17 +61,22 @@ def installed_on(model: Any) -> Installation | None:
 
 def _redirected(model: PreTrainedModel, name: str) -> types.MethodType:
     """A method of the model that asks the innermost session; without one, it is the class's own."""
+    of_class = getattr(type(model), name.replace("_old_forward", "forward"))
 
-    @functools.wraps(getattr(type(model), name))
+    @functools.wraps(of_class)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         installed = getattr(self, _ATTRIBUTE, None)
-        if installed is None:  # kept from the time when a method was attached
-            return getattr(type(self), name)(self, *args, **kwargs)
+        if installed is None or installed.ours.get(name) is None or installed.ours[name].__func__ is not call:
+            return of_class(self, *args, **kwargs)  # kept by somebody from the time when a method was attached
         original = installed.original(name)
         if name == "generate":
             return installed.sessions[-1].generate(original, args, kwargs)
-        if name == "forward":
-            return installed.sessions[-1].forward(original, args, kwargs)
-        return merged_with_callbacks(original, *args, **kwargs)
+        if name == MERGE_CALLBACKS:
+            return merged_with_callbacks(original, *args, **kwargs)
+        if name == "_replicate_for_data_parallel":
+            raise UnsupportedModelError(
+                "nn.DataParallel copies the model on every call; use DistributedDataParallel or accelerate."
+            )
+        return installed.sessions[-1].forward(original, args, kwargs)
 
     return types.MethodType(call, model)

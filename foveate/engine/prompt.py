@@ -24,6 +24,8 @@ class Layout:
     real : [B] tokens of the full prompt that are not padding.
     method : settings of the method that made it.
     reusable : False where a cache cannot be continued (beams, several sequences per prompt).
+    ahead : [B, 1] by how much positions are ahead of what the mask counts: transformers numbered the padding of a cache that was
+        filled by hand before. None = not at all.
     """
 
     gather: Tensor
@@ -31,6 +33,7 @@ class Layout:
     real: Tensor
     method: dict[str, Any]
     reusable: bool = True
+    ahead: Tensor | None = None
 
     @property
     def removed(self) -> int:

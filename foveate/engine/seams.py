@@ -23,7 +23,6 @@ PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
 PRE_ENCODED = "mm_encoder_outputs"
 MERGE_CALLBACKS = "_merge_criteria_processor_list"
 _LAYOUT = "_foveate_layout"
-_BUSY = "_foveate_busy"
 _REDUCED = "_foveate_reduced"
 
 
@@ -82,11 +81,9 @@ def forget_if_empty(cache: Any) -> None:
         delattr(cache, _LAYOUT)
 
 
-def is_busy(cache: Any) -> bool:
-    """Whether ``generate`` works on this cache: its calls of ``forward`` are right as they are."""
-    return getattr(cache, _BUSY, False)
-
-
-def set_busy(cache: Any, busy: bool) -> None:
-    if cache is not None:
-        setattr(cache, _BUSY, busy)
+def restore(cache: Any, layout: Layout | None) -> None:
+    """Mark a cache as it was marked before."""
+    if layout is not None:
+        mark(cache, layout)
+    elif layout_of(cache) is not None:
+        delattr(cache, _LAYOUT)

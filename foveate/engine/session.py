@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -27,12 +26,12 @@ from .seams import (
     find_cache,
     forget_if_empty,
     has_pixels,
-    is_busy,
     is_ours,
     layout_of,
     mark,
-    set_busy,
+    restore,
 )
+from .shifts import Shifts, missing_positions
 from .shortening import shorten_prompt
 
 
@@ -56,7 +55,8 @@ class Session:
         self._guards: list[Any] = []
         self._adoptable = False  # attached by attach(), so that a with block may take it over once
         self._prefill: Report | None = None  # of the generate whose prefill comes next
-        self._shifts: dict[int, tuple[Tensor, int]] = {}  # by thread: what generate must add to positions behind its prompt
+        self._busy: set[int] = set()  # caches that generate works on: its calls of forward are right as they are
+        self._shifts = Shifts()
 
     def attach(self) -> Self:
         """Attach until ``detach()``.
@@ -148,15 +148,22 @@ class Session:
         fill = filler(ids, mask[:, outside:], parts.image_token)
         whole = torch.cat([fill.expand(-1, outside), ids], 1)
         short_ids = layout.take(whole, fill)[:, short.held if outside else 0 :]
+        given = kwargs.get("position_ids")
         self._follow(layout, mask, kwargs)
+        missing = missing_positions(mask, given, kwargs["position_ids"]) if self.method.positions == "original" else None
         kwargs.update(settings.lengths(ids.shape[1] - short_ids.shape[1]))
         full, beams = FullPrompt(ids, short_ids.shape[1]), (settings["num_beams"] or 1) > 1
         kwargs.update(on_full_prompt(kwargs, full, 1 if beams else settings["num_return_sequences"] or 1))
-        if self.method.positions == "original":
-            self._shift(kwargs["position_ids"], mask)
+        earlier = layout_of(cache)
         if cache is not None:
             mark(cache, layout)  # at once: a generate that is interrupted leaves a cache that can still be continued
-        result = self._run(original, short_ids, kwargs, report)
+        try:
+            with self._shifts.during(missing, short_ids.shape[1]):
+                result = self._run(original, short_ids, kwargs, report)
+        except BaseException:
+            if cache is not None and int(cache.get_seq_length()) < layout.gather.shape[1]:  # the prompt did not get into it
+                restore(cache, earlier)
+            raise
         sequences = result if isinstance(result, Tensor) else result.sequences
         reusable = replace(layout, reusable=len(sequences) == len(ids) and not beams)
         for held in (cache, find_cache(result)):
@@ -170,30 +177,13 @@ class Session:
     def _run(self, original: Any, ids: Tensor | None, kwargs: dict[str, Any], report: Report) -> Any:
         """Transformers' own generate, with the time of prefill and decode taken."""
         self._prefill, cache = report, kwargs.get("past_key_values")
-        set_busy(cache, True)
+        self._busy.add(id(cache))
         try:
             return original(inputs=ids, **kwargs)
         finally:
             self._prefill = None
-            self._shifts.pop(threading.get_ident(), None)
-            set_busy(cache, False)
+            self._busy.discard(id(cache))
             report.clock.stop("decode")
-
-    def _shift(self, positions: Tensor, mask: Tensor) -> None:
-        """Behind a prompt that ends with a picture whose last tokens are gone, ``generate`` goes on from its full length."""
-        missing = mask.long().sum(1, keepdim=True) - 1 - positions[:, -1:]
-        if bool((missing > 0).any()):
-            self._shifts[threading.get_ident()] = (missing, positions.shape[1])
-
-    @torch.compiler.disable
-    def _shifted(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        missing, prompt = self._shifts.get(threading.get_ident(), (None, 0))
-        positions = kwargs.get("position_ids")
-        if missing is None or positions is None:
-            return kwargs
-        start = prompt if positions.shape[1] >= prompt else 0
-        behind = positions[:, start:] + missing.repeat_interleave(len(positions) // len(missing), 0)
-        return {**kwargs, "position_ids": torch.cat([positions[:, :start], behind], 1)}
 
     def _refuse_missing_pictures(self, ids: Tensor | None, cache: Any) -> None:
         placeholders = 0 if ids is None else int((ids == self.parts().image_token).sum())
@@ -218,9 +208,8 @@ class Session:
         self._refuse_positions(given)
         if self.method.positions == "original":
             full = original_positions(mask.bool()) if given is None else given
-            full = nn.functional.pad(
-                full, (layout.length - full.shape[1], 0)
-            )  # of the new tokens only, where a cache has the others
+            # the user's may be of the new tokens only, where a cache has the others
+            full = nn.functional.pad(full, (layout.length - full.shape[1], 0))
             kwargs["position_ids"] = layout.take(full, 0)
         kwargs["attention_mask"] = short_mask
         for name in PER_TOKEN_INPUTS:
@@ -237,21 +226,20 @@ class Session:
 
     def forward(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Shorten the prompt of a direct call; calls from ``generate`` come with encoded pictures and pass."""
+        cache = kwargs.get("past_key_values")
+        if args or has_pixels(kwargs) or (layout_of(cache) is not None and id(cache) not in self._busy):
+            return self._direct(original, args, kwargs)
         if self._shifts:
-            kwargs = self._shifted(kwargs)
+            kwargs = self._shifts.applied(kwargs)
         prefill = self._prefill
         if prefill is not None and not torch.compiler.is_compiling():
             self._prefill = None
             prefill.clock.start("prefill")
-            output = original(*args, **kwargs)
+            output = original(**kwargs)
             prefill.clock.stop("prefill")
             prefill.clock.start("decode")
             return output
-        if not args:
-            cache = kwargs.get("past_key_values")
-            if is_busy(cache) or not (has_pixels(kwargs) or layout_of(cache) is not None):
-                return original(**kwargs)
-        return self._direct(original, args, kwargs)
+        return original(**kwargs)
 
     def _direct(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the user's own that brings pictures, or goes on behind some."""
@@ -309,14 +297,23 @@ class Session:
         kwargs["input_ids"] = new.take(ids, filler(ids, full_mask[:, outside:], parts.image_token))
         if labels is not None:
             kwargs["labels"] = new.take(labels, -100)
+        given, earlier = kwargs.get("position_ids"), layout_of(cache)
+        if given is not None and mask is None and bool((given.diff(dim=-1) <= 0).any()):
+            raise InputError("position_ids begin anew: packed prompts cannot be shortened. Give each prompt a row of its own.")
         self._follow(layout, full_mask, kwargs)
+        ahead = None if earlier is None else earlier.ahead
+        if past > 0 and earlier is None:  # transformers numbers a cache that was filled by hand by its columns, padding too
+            ahead = (full_mask[:, :past] == 0).sum(1, keepdim=True)
+        self._number(kwargs, kwargs["attention_mask"], given, ahead, kwargs["input_ids"].shape[1])
+        return replace(layout, ahead=ahead)
+
+    def _number(self, kwargs: dict[str, Any], mask: Tensor, given: Tensor | None, ahead: Tensor | None, new: int) -> None:
+        """Position ids of the ``new`` last tokens of a direct call."""
         if self.method.positions == "compact":
-            hand_made = past > 0 and layout_of(cache) is None  # transformers numbers such a cache by its columns, padding too
-            kwargs["position_ids"] = original_positions(kwargs["attention_mask"].bool())
-            if hand_made:
-                kwargs["position_ids"] = kwargs["position_ids"] + (full_mask[:, :past] == 0).sum(1, keepdim=True)
-        kwargs["position_ids"] = kwargs["position_ids"][:, -kwargs["input_ids"].shape[1] :]
-        return layout
+            kwargs["position_ids"] = original_positions(mask.bool())
+        kwargs["position_ids"] = kwargs["position_ids"][:, -new:]
+        if given is None and ahead is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + ahead
 
     def _continue_forward(self, kwargs: dict[str, Any]) -> None:
         """New text tokens on a shortened cache, called by hand: the mask may still count the full prompt."""
@@ -326,7 +323,8 @@ class Session:
         cached = cached_layout(cache, len(ids), self.method.settings(), ids.device)
         if cached is None:
             return
-        new = ids.shape[1]
+        new, given = ids.shape[1], kwargs.get("position_ids")
+        self._refuse_positions(given)
         layout = cached.extended(new)
         if mask is None:
             mask = torch.ones(len(ids), layout.length, dtype=torch.long, device=ids.device)
@@ -337,12 +335,9 @@ class Session:
                 f"attention_mask has {mask.shape[1]} columns; expected {layout.length} for the full prompt and the new tokens "
                 f"(or {layout.gather.shape[1]} for the shortened one)"
             )
-        elif self.method.positions == "original" and kwargs.get("position_ids") is None:
+        elif self.method.positions == "original" and given is None:
             kwargs["position_ids"] = cached.real[:, None] + torch.arange(new, device=ids.device)
-        if self.method.positions == "compact":
-            self._refuse_positions(kwargs.get("position_ids"))
-            kwargs["position_ids"] = original_positions(kwargs.get("attention_mask", mask).bool())
-        kwargs["position_ids"] = kwargs["position_ids"][:, -new:]
+        self._number(kwargs, kwargs.get("attention_mask", mask), given, cached.ahead, new)
 
 
 def layout_past(cache: Any) -> int:

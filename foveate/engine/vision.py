@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FoveateError, InputError
+from ..errors import FoveateError, InputError, UnsupportedModelError
 from ..methods.base import TokenReducer
 from ..report import Clock
 from ..tokens import EncoderLayer, EncoderTap, Reduction, VisualTokens, keep_all, resolve_budget
@@ -62,6 +62,10 @@ def _taps(parts: Anatomy, layers: tuple[EncoderLayer, ...]) -> Iterator[dict[Enc
             handles.append(module.register_forward_hook(record))
     try:
         yield taps
+        if len(seen) < 2 * len(layers):
+            raise UnsupportedModelError(
+                "the vision encoder shows no queries and keys: is it compiled by itself? Compile the whole model instead."
+            )
         taps.update({name: EncoderTap(seen[name, "query"][:, 0], seen[name, "key"], heads[name]) for name in layers})
     finally:
         for handle in handles:

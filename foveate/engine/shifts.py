@@ -1,0 +1,63 @@
+"""Positions behind a prompt that ends with a picture whose last tokens are gone.
+
+``generate`` counts on from the last position it was given. Where kept tokens hold their original positions, that is the last kept
+token of the picture, and what follows has to go on from the end of the full prompt.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Shifts:
+    """What to add, for the ``generate`` that runs in each thread."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, tuple[Tensor, int]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._open)
+
+    @contextmanager
+    def during(self, missing: Tensor | None, prompt: int) -> Iterator[None]:
+        """Add ``missing`` [B, 1] to positions of columns from ``prompt`` on; None adds nothing. Blocks may be nested."""
+        thread = threading.get_ident()
+        outer = self._open.pop(thread, None)
+        if missing is not None and bool((missing > 0).any()):
+            self._open[thread] = (missing, prompt)
+        try:
+            yield
+        finally:
+            self._open.pop(thread, None)
+            if outer is not None:
+                self._open[thread] = outer
+
+    @torch.compiler.disable
+    def applied(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward of ``generate``, with shifted positions."""
+        missing, prompt = self._open.get(threading.get_ident(), (None, 0))
+        positions, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
+        if missing is None or positions is None:
+            return kwargs
+        first = 0 if cache is None else int(cache.get_seq_length())
+        behind = torch.arange(first, first + positions.shape[1], device=positions.device) >= prompt
+        return {**kwargs, "position_ids": positions + missing.repeat_interleave(len(positions) // len(missing), 0) * behind}
+
+
+def missing_positions(mask: Tensor, given: Tensor | None, short: Tensor) -> Tensor:
+    """[B, 1] how far the last of the ``short`` positions [B, T'] is in front of the last one of the full prompt.
+
+    ``mask`` [B, T] of the full prompt; ``given`` the user's positions of all or of its last columns, None = counted by the mask.
+    """
+    real = mask.bool()
+    if given is None:
+        last = real.long().sum(1, keepdim=True) - 1
+    else:
+        last = given.expand(len(real), -1).masked_fill(~real[:, -given.shape[1] :], -1).amax(1, keepdim=True)
+    return last - short[:, -1:]
