@@ -147,6 +147,17 @@ def test_more_than_97_outliers_keep_all_but_the_last_token():
     assert not choice.kept[0, 575]
 
 
+def test_an_image_of_which_nothing_is_dropped_has_no_rest_token():
+    """More than 97 outliers, the last token among them: everything stays, and the column of the rest token is empty."""
+    query, keys = torch.ones(2, 16), torch.randn(2, 577, 16) * 0.01
+    keys[0, -100:] += 1.5
+    keys[1, 1:20] += 1.5
+    visual = VisualTokens(torch.randn(2, 576, 16), (24, 24), {"last": EncoderTap(query, keys, 4)})
+    reduction = PruMergePlus.released(iqr_scope="image").reduce(visual)
+    assert reduction.mask().sum(1)[0] == 576
+    assert reduction.mask().sum(1)[1] < 200
+
+
 @pytest.mark.parametrize("cls", [PruMerge, PruMergePlus])
 @pytest.mark.parametrize("preset", ["plain", "paper", "released"])
 def test_a_batch_equals_its_images(cls, preset):

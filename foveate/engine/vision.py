@@ -206,7 +206,7 @@ def _check(method: TokenReducer, features: Tensor, reduced: Tensor, reduction: R
             f"{method.name}: the vision encoder gave NaN or infinite values. Check the picture, and the dtype of the model "
             "(float16 overflows on some encoders: use bfloat16 or float32)."
         )
-    if not inside or index.shape[0] != batch or index.shape[1] > number or min(counts) < 1:
+    if not inside or index.shape[0] != batch or not 1 <= min(counts) <= max(counts) <= number:
         raise FoveateError(
             f"{method.name} kept no token of an image, more tokens than there are, or one that does not exist. "
             "This is a fault of the method."
