@@ -98,7 +98,7 @@ def load_model(name: str | None) -> tuple[Any, Any]:
     InputError : the model cannot be loaded; the message gives the reason.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import is_accelerate_available
+    from transformers.utils.import_utils import is_accelerate_available
 
     from ..pocket import load_pocket
 
@@ -111,12 +111,13 @@ def load_model(name: str | None) -> tuple[Any, Any]:
     options: dict[str, Any] = {"device_map": "auto"} if gpu and is_accelerate_available() else {}
     try:
         with quiet_loading():
-            model, found = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", output_loading_info=True, **options)
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", output_loading_info=True, **options)
             processor = AutoProcessor.from_pretrained(name)
     except Exception as error:  # whatever a broken config, processor or weight file leads to
         raise InputError(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
-    if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
         raise InputError(f"the model {name!r} is incomplete: {len(missing)} weights are missing, {missing[0]} for one")
     return (model if options or not gpu else model.to("cuda")).eval(), processor
 

@@ -226,7 +226,7 @@ def run() -> None:
         if isinstance(error, FoveateError):
             message, code = str(error), 2
         elif hasattr(error, "format_message"):  # of the command line itself; typer brings its own click or uses the installed one
-            message, code = error.format_message(), error.exit_code
+            message, code = error.format_message(), getattr(error, "exit_code", 2)
             message = message if "Usage:" in message else f"{message} (foveate --help shows how)"
         else:
             where = "foveate --debug with the same command shows where"
