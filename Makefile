@@ -1,5 +1,6 @@
 # make demo    set everything up and show the pocket model answering with a fraction of the visual tokens
 # make test    set everything up and run the tests
+# make test-oldest   the engine's tests with the oldest transformers it supports
 # make lint    ruff and mypy
 # make bench   the benchmarks of the README, with ledgers in benchmarks/results
 # make wheel   build the wheel
@@ -13,7 +14,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test test-oldest lint bench wheel clean
 
 $(VENV)/base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +31,13 @@ demo: $(VENV)/base
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+$(VENV)/oldest/transformers: $(VENV)/dev
+	$(PIP) --no-deps --target $(VENV)/oldest transformers==5.18.0
+	touch $@
+
+test-oldest: $(VENV)/oldest/transformers
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n 2 $(addprefix tests/test_, $(addsuffix .py, seams generation calls forward report bad_input))
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check
