@@ -34,11 +34,24 @@ def one_hot(index: Tensor, tokens: int) -> Tensor:
     return F.one_hot(index, tokens).float()
 
 
-def kept_mask(index: Tensor, valid: Tensor, tokens: int) -> Tensor:
-    """[B, N] bool, the tokens at which a valid output sits."""
-    target = index.masked_fill(~valid, tokens)
-    mask = torch.zeros(len(index), tokens + 1, dtype=torch.bool, device=index.device)
-    return mask.scatter(1, target, True)[:, :tokens]
+def neighbour_weights(
+    similar: Tensor, scores: Tensor, index: Tensor, allowed: Tensor, centre: Tensor, k: int, include_self: bool
+) -> Tensor:
+    """[B, M, N] each output is its own token plus its ``k`` nearest ones weighted by their scores (PruMerge, Algorithm 1, line 12).
+
+    Parameters
+    ----------
+    similar : [B, M, N] of the outputs to all tokens.
+    scores : [B, N].
+    index : [B, M] the token at which an output sits.
+    allowed : [B, N] bool, tokens that may be merged into others.
+    centre : [B, M] bool; outputs that are no centres only copy their token.
+    k : neighbours, fewer where fewer are allowed.
+    include_self : whether the own token counts, with weight 1; it does where there is no neighbour.
+    """
+    own = one_hot(index, scores.shape[1])
+    near = nearest_neighbours(similar, allowed[:, None] & (own == 0), k) & centre[..., None]
+    return near * scores[:, None] + own * (include_self | ~near.any(-1, keepdim=True))
 
 
 def normalised(weights: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing_extensions import Self
 from ..errors import InputError
 from ..tokens import EncoderLayer, Reduction, VisualTokens, resolve_budget
 from .base import TokenReducer
-from .merging import Similarity, kept_mask, nearest_neighbours, normalised, one_hot, rest_token, similarity
+from .merging import Similarity, normalised, rest_token
 from .scoring import Heads, cls_attention
 from .selection import iqr_fence, order_keys, ranks, take_in_order
 
@@ -136,14 +136,3 @@ class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.
             counts, share = (number * share).long().expand(batch), share.expand(batch)
         least = min(self.min_tokens, number)
         return counts.clamp(min=least), share.clamp(min=least / number), fence.expand(batch)
-
-    def _weights(self, keys: Tensor, scores: Tensor, index: Tensor, valid: Tensor, centre: Tensor) -> Tensor:
-        """[B, M, N] Eq. 4 and line 12 of Algorithm 1; rows outside ``centre`` [B, M] only copy their token."""
-        own = one_hot(index, scores.shape[1])
-        allowed = own == 0
-        if self.neighbour_pool == "pruned":
-            allowed = allowed & ~kept_mask(index, valid, scores.shape[1])[:, None]
-        near = nearest_neighbours(similarity(keys, index, self.similarity), allowed, self.k) & centre[..., None]
-        alone = ~near.any(-1, keepdim=True)
-        weights = near * scores[:, None] + own * (self.include_self | alone)
-        return normalised(weights) if self.normalise_weights else weights
