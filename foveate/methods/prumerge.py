@@ -102,9 +102,10 @@ class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.
         index, valid = take_in_order(order_keys(scores, first, choice.kept), choice.most)
         if not self.merge:
             return Reduction(index, valid if budget is None else None, None, scores, choice.fence)
-        weights = self._weights(
-            tokens.taps[self.key_layer].keys[:, 1:], scores, index, valid, self.merging(choice).gather(1, index)
-        )
+        similar = similarity(tokens.taps[self.key_layer].keys[:, 1:], index, self.similarity)
+        pool = ~choice.kept if self.neighbour_pool == "pruned" else torch.ones_like(choice.kept)
+        weights = neighbour_weights(similar, scores, index, pool, self.merging(choice).gather(1, index), self.k, self.include_self)
+        weights = normalised(weights) if self.normalise_weights else weights
         if rest:
             place, dropped, row = rest_token(scores, choice.kept)
             row = normalised(row) if self.normalise_weights else row
