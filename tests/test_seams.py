@@ -38,6 +38,20 @@ def test_seam_generate_is_found_on_the_instance():
     assert isinstance(GenerationMixin.generate, type(lambda: None))
 
 
+def test_seam_generate_merges_callbacks_in_one_place():
+    merge = getattr(GenerationMixin, seams.MERGE_CALLBACKS, None)
+    assert merge is not None, f"generate lost {seams.MERGE_CALLBACKS}"
+    assert list(inspect.signature(merge).parameters) == ["self", "default_list", "custom_list"]
+
+
+def test_seam_wrappers_of_forward():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    assert hasattr(torch.nn.Module, seams.REPLICATE), "torch copies modules for DataParallel in another way"
+    module = add_hook_to_module(torch.nn.Linear(1, 1), ModelHook())
+    assert seams.WRAPPED_FORWARD in module.__dict__, "accelerate keeps the forward it wraps elsewhere"
+
+
 def test_seam_caches_take_an_attribute():
     for cache in (DynamicCache(), StaticCache(config=zoo.text_config("llama"), max_cache_len=8)):
         seams.mark(cache, "layout")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from .generation import merged_with_callbacks
-from .seams import MERGE_CALLBACKS
+from .seams import MERGE_CALLBACKS, REPLICATE, WRAPPED_FORWARD
 
 if TYPE_CHECKING:
     from .session import Session
@@ -30,9 +30,8 @@ class Installation:
         self.sessions: list[Session] = []
         self.previous: dict[str, Any] = {}
         self.ours: dict[str, Any] = {}
-        # accelerate's hooks keep the forward they wrap here, and start from it when they are put on anew
-        forward = "_old_forward" if "_old_forward" in model.__dict__ else "forward"
-        for name in ("generate", forward, MERGE_CALLBACKS, "_replicate_for_data_parallel"):
+        forward = WRAPPED_FORWARD if WRAPPED_FORWARD in model.__dict__ else "forward"
+        for name in ("generate", forward, MERGE_CALLBACKS, REPLICATE):
             self.previous[name] = model.__dict__.get(name)
             self.ours[name] = model.__dict__[name] = _redirected(model, name)
         model.__dict__[_ATTRIBUTE] = self
@@ -61,7 +60,7 @@ def installed_on(model: Any) -> Installation | None:
 
 def _redirected(model: PreTrainedModel, name: str) -> types.MethodType:
     """A method of the model that asks the innermost session; without one, it is the class's own."""
-    of_class = getattr(type(model), name.replace("_old_forward", "forward"))
+    of_class = getattr(type(model), "forward" if name == WRAPPED_FORWARD else name)
 
     @functools.wraps(of_class)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +72,7 @@ def _redirected(model: PreTrainedModel, name: str) -> types.MethodType:
             return installed.sessions[-1].generate(original, args, kwargs)
         if name == MERGE_CALLBACKS:
             return merged_with_callbacks(original, *args, **kwargs)
-        if name == "_replicate_for_data_parallel":
+        if name == REPLICATE:
             raise UnsupportedModelError(
                 "nn.DataParallel copies the model on every call; use DistributedDataParallel or accelerate."
             )

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 RAW_INPUTS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
 PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
 PRE_ENCODED = "mm_encoder_outputs"
-MERGE_CALLBACKS = "_merge_criteria_processor_list"
+MERGE_CALLBACKS = "_merge_criteria_processor_list"  # of transformers' generate
+REPLICATE = "_replicate_for_data_parallel"  # of torch
+WRAPPED_FORWARD = "_old_forward"  # where accelerate's hooks keep the forward they wrap, and start from when they are put on anew
 _LAYOUT = "_foveate_layout"
 _REDUCED = "_foveate_reduced"
 
