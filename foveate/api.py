@@ -15,12 +15,12 @@ from .engine.seams import PER_TOKEN_INPUTS, has_pixels
 from .engine.session import Session
 from .engine.shortening import shorten_prompt
 from .errors import InputError
-from .methods.base import TokenReducer, get, presets, registered
-from .report import Clock, Report
+from .methods.base import Method, get, presets, registered
+from .report import Report
 from .tokens import Reduction
 
 
-def attach(model: Any, method: str | TokenReducer, **fields: Any) -> Session:
+def attach(model: Any, method: str | Method, **fields: Any) -> Session:
     """Attach a method to a model until ``detach()``.
 
     Parameters
@@ -42,7 +42,7 @@ def attach(model: Any, method: str | TokenReducer, **fields: Any) -> Session:
     return Session(model, _built(method, fields)).attach()
 
 
-def _built(method: str | TokenReducer, fields: dict[str, Any]) -> TokenReducer:
+def _built(method: str | Method, fields: dict[str, Any]) -> Method:
     if isinstance(method, str):
         return get(method, **fields)
     if fields:
@@ -69,7 +69,7 @@ class Encoded:
 
 
 @torch.no_grad()
-def encode(model: Any, method: str | TokenReducer, **inputs: Any) -> Encoded:
+def encode(model: Any, method: str | Method, **inputs: Any) -> Encoded:
     """Encode pictures, reduce their visual tokens and shorten the prompt, without running the decoder.
 
     Parameters
@@ -90,14 +90,16 @@ def encode(model: Any, method: str | TokenReducer, **inputs: Any) -> Encoded:
     if ids is None or not has_pixels(inputs):
         raise InputError("encode needs input_ids and pixel_values: pass what the processor returned for text and images")
     mask = torch.ones_like(ids) if mask is None else mask
-    report = Report(session.method.settings(), 0, Clock(ids.device))
+    report = session.new_report()
     short = shorten_prompt(parts, session.method, ids, mask, inputs, report, pad_left=bool((mask[:, 0] == 0).any()))
     positions = original_positions(mask.bool())
     if short.layout is not None:
         short_mask = short.layout.take(mask, 0)
-        original = session.method.positions == "original"
+        original = session.front.positions == "original"
         positions = short.layout.take(positions, 0) if original else original_positions(short_mask.bool())
         ids, mask = short.layout.take(ids, filler(ids, mask, parts.image_token)), short_mask
+    if session.method.inside_decoder():
+        report.warnings.append(f"{session.method.name} also acts inside the decoder; encode does not run it")
     prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     return Encoded(short.embeds, short.reduction, prompt, report)
 
@@ -122,6 +124,6 @@ def methods() -> list[MethodInfo]:
         example = cls() if cls.adaptive else cls(budget=1)
         summary = (cls.__doc__ or "").strip().splitlines()[0]
         found.append(
-            MethodInfo(name, summary, cls.stage, bool(example.encoder_layers()), cls.adaptive, presets(cls), cls.reference)
+            MethodInfo(name, summary, cls.stage, bool(example.before_decoder().encoder_layers(24)), cls.adaptive, presets(cls), cls.reference)
         )
     return found

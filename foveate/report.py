@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -59,6 +59,34 @@ class Clock:
 
 
 @dataclass(frozen=True)
+class CutRecord:
+    """What was left before one decoder layer.
+
+    Attributes
+    ----------
+    layer : the layer.
+    image, column : [B, M] the image of its row and the column of its prompt of each token that is left; image -1 = no visual token.
+    seen_image, seen_column, scores : [B, S] the same, and the importance, of the tokens that were there before; scores may be None.
+    """
+
+    layer: int
+    image: Tensor
+    column: Tensor
+    seen_image: Tensor
+    seen_column: Tensor
+    scores: Tensor | None
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One image from a decoder layer on: ``kept`` grid cells, and the ``scores`` of the cells that came that far."""
+
+    layer: int
+    kept: list[int]
+    scores: dict[int, float] | None
+
+
+@dataclass(frozen=True)
 class ImageReport:
     """One image.
 
@@ -71,6 +99,7 @@ class ImageReport:
     source : [rows * columns] the output token (index into ``kept``) that each cell went to, -1 = dropped.
     scores : [rows * columns] importance, where the method has one.
     threshold : the score from which tokens were kept, where the method has such a value.
+    stages : what was left of it from a decoder layer on, for each cut inside the decoder.
     """
 
     row: int
@@ -81,6 +110,7 @@ class ImageReport:
     source: list[int]
     scores: list[float] | None
     threshold: float | None
+    stages: list[StageReport] = field(default_factory=list)
 
 
 @dataclass
@@ -99,6 +129,14 @@ class Report:
     grid: tuple[int, int] = (0, 0)
     reduction: Reduction | None = None
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    cuts: list[CutRecord] = field(default_factory=list)
+    placeholders: Tensor | None = None  # [B, S] image of its row that each column of the prompt belongs to, -1 = none
+    copies: int = 1  # rows of the decoder for each row of the prompt (beams)
+
+    def begin(self, placeholders: Tensor, copies: int) -> None:
+        """A decoder with cuts starts to read the prompt."""
+        self.cuts, self.placeholders, self.copies = [], placeholders, copies
 
     @property
     def images(self) -> list[ImageReport]:
@@ -118,14 +156,39 @@ class Report:
                 source=_renumbered(sources[i], valid[i]),
                 scores=None if reduction.scores is None else reduction.scores[i].tolist(),
                 threshold=None if reduction.threshold is None else float(reduction.threshold[i]),
+                stages=[self._stage(cut, row, self.rows[:i].count(row), reduction.index[i][valid[i]]) for cut in self.cuts],
             )
             for i, row in enumerate(self.rows)
         ]
 
+    def _stage(self, cut: CutRecord, row: int, number: int, cells: Tensor) -> StageReport:
+        """What one cut left of the image of that ``number`` in a row, whose tokens sit at ``cells``."""
+        if self.placeholders is None:
+            return StageReport(cut.layer, cells.tolist(), None)
+        places = (self.placeholders[row] == number).nonzero().flatten().tolist()
+        lead = len(places) - len(cells)  # tokens in front of the grid, such as [CLS], have no cell
+        cell = dict(zip(places[lead:], cells.tolist(), strict=True))
+        line, scores = row * self.copies, None
+        left = cut.column[line][cut.image[line] == number].tolist()
+        if cut.scores is not None:
+            mine = cut.seen_image[line] == number
+            pairs = zip(cut.seen_column[line][mine].tolist(), cut.scores[line][mine].tolist(), strict=True)
+            scores = {cell[column]: score for column, score in pairs if column in cell}
+        return StageReport(cut.layer, [cell[column] for column in left if column in cell], scores)
+
     @property
     def layers(self) -> list[int]:
         """Visual tokens of the whole batch that each decoder layer processed."""
-        return [sum(self.after)] * self.decoder_layers
+        counts, cuts = [sum(self.after)] * self.decoder_layers, sorted(self.cuts, key=lambda cut: cut.layer)
+        for cut in cuts:
+            left = int((cut.image[:: self.copies] >= 0).sum())
+            counts[cut.layer :] = [left] * (self.decoder_layers - cut.layer)
+        return counts
+
+    @property
+    def mean_tokens(self) -> float:
+        """Visual tokens per image, averaged over decoder layers."""
+        return sum(self.layers) / max(1, len(self.layers) * len(self.after))
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -135,10 +198,11 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         return {
             "method": self.method,
-            "images": [vars(image) for image in self.images],
+            "images": [asdict(image) for image in self.images],
             "layers": self.layers,
             "seconds": self.seconds,
             "warnings": self.warnings,
+            "notes": self.notes,
         }
 
     def to_json(self, **options: Any) -> str:
@@ -151,8 +215,12 @@ class Report:
         each = ", ".join(f"{b} -> {a}" for b, a in zip(self.before, self.after, strict=True))
         total = f" ({100 * sum(self.after) / sum(self.before):.1f} % kept)"
         times = ", ".join(f"{part} {1000 * span:.1f} ms" for part, span in self.seconds.items())
-        noted = "".join(f"\nwarning: {warning}" for warning in self.warnings)
-        return f"{name}: visual tokens {each}{total} in {self.decoder_layers} decoder layers; {times}{noted}"
+        layers = self.layers
+        steps = [(layer, count) for layer, count in enumerate(layers) if layer and count != layers[layer - 1]]
+        inside = "".join(f", {count} from decoder layer {layer} on" for layer, count in steps)
+        inside += f", {self.mean_tokens:.1f} per image on average over layers" if steps else ""
+        noted = "".join(f"\nwarning: {warning}" for warning in self.warnings) + "".join(f"\nnote: {note}" for note in self.notes)
+        return f"{name}: visual tokens {each}{total} in {self.decoder_layers} decoder layers{inside}; {times}{noted}"
 
 
 def _renumbered(source: list[int], valid: Tensor) -> list[int]:

@@ -96,6 +96,23 @@ class Anatomy:
     def decoder_layers(self) -> int:
         return int(self.model.config.get_text_config().num_hidden_layers)
 
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model without its head; its blocks are at ``layers``."""
+        decoder: nn.Module = self.model.get_decoder()
+        _part(decoder, "layers", "decoder layers")
+        _part(decoder, "rotary_emb", "rotary embeddings")
+        return decoder
+
+    def special_tokens(self) -> tuple[int, ...]:
+        """Ids of the tokens that begin and end texts, as far as the configs name them."""
+        found: set[int] = set()
+        for config in (self.model.config, self.model.config.get_text_config(), self.model.generation_config):
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                value = getattr(config, name, None)
+                found |= set(value if isinstance(value, list | tuple) else [] if value is None else [value])
+        return tuple(sorted(found))
+
     def feature_layer(self) -> int:
         """Index of the encoder layer whose output the projector reads."""
         chosen = self.model.config.vision_feature_layer
@@ -130,8 +147,8 @@ class Anatomy:
         return height // rows, width // columns
 
 
-def anatomy(model: Any, layers: tuple[EncoderLayer, ...] = ()) -> Anatomy:
-    """Find the parts of a model, wrapped or not, and check that it has the encoder ``layers`` a method needs.
+def anatomy(model: Any) -> Anatomy:
+    """Find the parts of a model, wrapped or not.
 
     Raises
     ------
@@ -154,10 +171,7 @@ def anatomy(model: Any, layers: tuple[EncoderLayer, ...] = ()) -> Anatomy:
         )
     if any(p.is_meta for p in tower.parameters()) and not _offloaded(tower):
         raise UnsupportedModelError("the weights of the model are not loaded (meta tensors). Load them before attaching.")
-    found = Anatomy(model, family, TOWERS[tower_type], tower, _part(model.base_model, family.projector, "projector"))
-    for layer in layers:
-        found.projections(layer)
-    return found
+    return Anatomy(model, family, TOWERS[tower_type], tower, _part(model.base_model, family.projector, "projector"))
 
 
 def _offloaded(module: nn.Module) -> bool:

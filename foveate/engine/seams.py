@@ -9,14 +9,16 @@ import copy
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from ..errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from .prompt import Layout
+    from .stages import HeldCuts
 
 RAW_INPUTS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
 PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
@@ -25,6 +27,7 @@ MERGE_CALLBACKS = "_merge_criteria_processor_list"  # of transformers' generate
 REPLICATE = "_replicate_for_data_parallel"  # of torch
 WRAPPED_FORWARD = "_old_forward"  # where accelerate's hooks keep the forward they wrap, and start from when they are put on anew
 _LAYOUT = "_foveate_layout"
+_CUTS = "_foveate_cuts"
 _REDUCED = "_foveate_reduced"
 
 
@@ -77,10 +80,21 @@ def mark(cache: Any, layout: Layout) -> None:
     setattr(cache, _LAYOUT, layout)
 
 
+def cuts_of(cache: Any) -> HeldCuts | None:
+    """What was removed between the decoder layers that filled a cache, None if nothing."""
+    return getattr(cache, _CUTS, None)
+
+
+def mark_cuts(cache: Any, cuts: HeldCuts) -> None:
+    """Remember on a cache what its layers hold."""
+    setattr(cache, _CUTS, cuts)
+
+
 def forget_if_empty(cache: Any) -> None:
     """A cache that was reset holds no prompt any more."""
-    if layout_of(cache) is not None and int(cache.get_seq_length()) == 0:
-        delattr(cache, _LAYOUT)
+    for name in (_LAYOUT, _CUTS):
+        if getattr(cache, name, None) is not None and int(cache.get_seq_length()) == 0:
+            delattr(cache, name)
 
 
 def restore(cache: Any, layout: Layout | None) -> None:
@@ -89,3 +103,35 @@ def restore(cache: Any, layout: Layout | None) -> None:
         mark(cache, layout)
     elif layout_of(cache) is not None:
         delattr(cache, _LAYOUT)
+
+
+def layer_windows(config: Any) -> list[int | None]:
+    """How far back each decoder layer sees, None = everything."""
+    kinds, options = get_layer_types_and_kwargs(config)
+    each = [options] * len(kinds) if isinstance(options, dict) else options  # one dict for all layers before transformers 5.23
+    return [option.get("sliding_window") if "sliding" in kind else None for kind, option in zip(kinds, each, strict=True)]
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """Name of the kind of each decoder layer, such as "full_attention"."""
+    return list(get_layer_types_and_kwargs(config)[0])
+
+
+def attention_of(layer: nn.Module) -> nn.Module:
+    """The attention module of a decoder layer."""
+    attention = getattr(layer, "self_attn", None)
+    if not isinstance(attention, nn.Module) or not hasattr(attention, "config"):
+        raise UnsupportedModelError(f"{type(layer).__name__} has no attention module at 'self_attn' whose queries can be read.")
+    return attention
+
+
+def rotary(decoder: Any, hidden: Tensor, positions: Tensor, kind: str) -> Any:
+    """Rotary embeddings of a layer of this kind at ``positions`` [B, M]."""
+    takes_kind = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+    return decoder.rotary_emb(hidden, positions, kind) if takes_kind else decoder.rotary_emb(hidden, positions)
+
+
+def cached_keys(cache: Any, layer: int) -> Tensor | None:
+    """[B, G, n, d] keys that a cache holds of a layer, None if none."""
+    keys = cache.layers[layer].keys if cache is not None and layer < len(cache.layers) else None
+    return keys if isinstance(keys, torch.Tensor) and keys.numel() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..errors import InputError
-from ..methods.base import TokenReducer
+from ..methods.base import Method
 from ..report import Clock, Report
 from ..tokens import resolve_budget
+from .decoder import DecoderCuts
 from .families import Anatomy, anatomy, innermost
 from .generation import FullPrompt, Settings, on_full_prompt
 from .guards import guard_positions
@@ -32,7 +34,7 @@ from .seams import (
     restore,
 )
 from .shifts import Shifts, missing_positions
-from .shortening import shorten_prompt
+from .shortening import expected_prompt, shorten_prompt
 
 
 class Session:
@@ -43,15 +45,16 @@ class Session:
     report : what the last ``generate``, or ``forward`` with pictures, did; where several threads use a model, of any of them.
     """
 
-    def __init__(self, model: Any, method: TokenReducer) -> None:
-        if not isinstance(method, TokenReducer):
+    def __init__(self, model: Any, method: Method) -> None:
+        if not isinstance(method, Method):
             raise InputError(
                 f"a method was expected and not {type(method).__name__}. Give the model first, then a name or an instance such as "
                 "foveate.PruMergePlus()."
             )
-        self.method = method
+        self.method, self.front = method, method.before_decoder()
         self.model = innermost(model)
-        self.report = self._new_report()
+        self.report = self.new_report()
+        self._cuts: DecoderCuts | None = None
         self._guards: list[Any] = []
         self._adoptable = False  # attached by attach(), so that a with block may take it over once
         self._prefill: Report | None = None  # of the generate whose prefill comes next
@@ -86,11 +89,15 @@ class Session:
         for guard in self._guards:
             guard.remove()
         self._guards = []
+        if self._cuts is not None:
+            self._cuts.remove()
         if not installed.sessions:
             installed.remove()
+        elif installed.sessions[-1]._cuts is not None:
+            installed.sessions[-1]._cuts.install()
 
     def __enter__(self) -> Self:
-        self.parts()
+        parts = self.parts()
         installed = installed_on(self.model)
         if installed is not None and self in installed.sessions:
             if not self._adoptable:
@@ -99,10 +106,17 @@ class Session:
                 raise InputError("another method is attached inside this one; leave its block first")
             self._adoptable = False
             return self
+        inside = self.method.inside_decoder()
+        cuts = DecoderCuts(parts.decoder, inside, self.method.settings()) if inside else None
         installed = installed or Installation(self.model)
+        if installed.sessions and installed.sessions[-1]._cuts is not None:
+            installed.sessions[-1]._cuts.remove()  # the innermost method acts
         installed.sessions.append(self)
-        if self.method.positions == "original":
+        if self.front.positions == "original":
             self._guards = guard_positions(self.model)
+        if cuts is not None:
+            cuts.install()
+        self._cuts = cuts
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -110,12 +124,15 @@ class Session:
 
     def parts(self) -> Anatomy:
         """Where the parts of the model are, checked against what the method needs."""
-        parts = anatomy(self.model, self.method.encoder_layers())
+        parts = anatomy(self.model)
+        for layer in self.front.encoder_layers(len(parts.layers)):
+            parts.projections(layer)
         check_pre_encoded_input(self.model)
         return parts
 
-    def _new_report(self) -> Report:
-        return Report(self.method.settings(), 0, Clock(self.model.device))
+    def new_report(self) -> Report:
+        """An empty report of this method."""
+        return Report(self.method.settings(), 0, Clock(self.model.device), notes=self.method.notes())
 
     # -- generate
 
@@ -127,7 +144,7 @@ class Session:
         ids = named if inputs is None else inputs
         cache = kwargs.get("past_key_values")
         forget_if_empty(cache)
-        self.report = report = self._new_report()
+        self.report = report = self.new_report()
         if is_ours(kwargs.get(PRE_ENCODED)):  # the assistant of a model that has shortened the prompt already
             return original(inputs=ids, **kwargs)
         self._refuse_encoded(kwargs)
@@ -141,7 +158,8 @@ class Session:
         short = shorten_prompt(parts, self.method, ids, mask, kwargs, report, pad_left=True)
         layout = short.layout
         if layout is None:
-            return self._run(original, ids, kwargs, report)
+            with self._expecting(parts, ids[:, short.held if mask.shape == ids.shape else 0 :], mask, report):
+                return self._run(original, ids, kwargs, report)
         if bool((mask[:, -1] == 0).any()):
             report.warnings.append("prompts were padded on the right; they were generated from as if padded on the left")
         outside = mask.shape[1] - ids.shape[1]
@@ -150,15 +168,16 @@ class Session:
         short_ids = layout.take(whole, fill)[:, short.held if outside else 0 :]
         given = kwargs.get("position_ids")
         self._follow(layout, mask, kwargs)
-        missing = missing_positions(mask, given, kwargs["position_ids"]) if self.method.positions == "original" else None
+        missing = missing_positions(mask, given, kwargs["position_ids"]) if self.front.positions == "original" else None
         kwargs.update(settings.lengths(ids.shape[1] - short_ids.shape[1]))
         full, beams = FullPrompt(ids, short_ids.shape[1]), (settings["num_beams"] or 1) > 1
         kwargs.update(on_full_prompt(kwargs, full, 1 if beams else settings["num_return_sequences"] or 1))
         earlier = layout_of(cache)
         if cache is not None:
             mark(cache, layout)  # at once: a generate that is interrupted leaves a cache that can still be continued
+        new = short_ids[:, 0 if outside else short.held :]
         try:
-            with self._shifts.during(missing, short_ids.shape[1]):
+            with self._shifts.during(missing, short_ids.shape[1]), self._expecting(parts, new, kwargs["attention_mask"], report):
                 result = self._run(original, short_ids, kwargs, report)
         except BaseException:
             if cache is not None and int(cache.get_seq_length()) < layout.gather.shape[1]:  # the prompt did not get into it
@@ -179,11 +198,20 @@ class Session:
         self._prefill, cache = report, kwargs.get("past_key_values")
         self._busy.add(id(cache))
         try:
-            return original(inputs=ids, **kwargs)
+            result = original(inputs=ids, **kwargs)
+            if self._cuts is not None:
+                self._cuts.finish(find_cache(result) or cache, ids, result, Settings(self.model, kwargs)["num_beams"])
+            return result
         finally:
             self._prefill = None
             self._busy.discard(id(cache))
             report.clock.stop("decode")
+
+    def _expecting(self, parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, labels: Tensor | None = None) -> Any:
+        """Within this, the decoder reads these new tokens of the short prompt; ``mask`` is of the whole of it."""
+        if self._cuts is None or not report.after:
+            return nullcontext()
+        return self._cuts.expecting(expected_prompt(parts, ids, mask, report, labels), report)
 
     def _refuse_missing_pictures(self, ids: Tensor | None, cache: Any) -> None:
         placeholders = 0 if ids is None else int((ids == self.parts().image_token).sum())
@@ -206,7 +234,7 @@ class Session:
         """Everything in ``kwargs`` that has one entry per token follows the layout."""
         given, short_mask = kwargs.get("position_ids"), layout.take(mask, 0)
         self._refuse_positions(given)
-        if self.method.positions == "original":
+        if self.front.positions == "original":
             full = original_positions(mask.bool()) if given is None else given
             # the user's may be of the new tokens only, where a cache has the others
             full = nn.functional.pad(full, (layout.length - full.shape[1], 0))
@@ -217,7 +245,7 @@ class Session:
                 kwargs[name] = layout.take(kwargs[name], 0)
 
     def _refuse_positions(self, given: Tensor | None) -> None:
-        if given is not None and self.method.positions == "compact":
+        if given is not None and self.front.positions == "compact":
             raise InputError(
                 "position_ids cannot be given where the prompt is renumbered. Leave them out, or use positions='original'."
             )
@@ -244,22 +272,31 @@ class Session:
     def _direct(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the user's own that brings pictures, or goes on behind some."""
         kwargs = {**dict(zip(list(inspect.signature(original).parameters), args, strict=False)), **kwargs}
-        layout, report = self._shorten(kwargs)
-        output = original(**kwargs)
+        layout, report, reading = self._shorten(kwargs)
+        with reading:
+            output = original(**kwargs)
         self._finish(layout, report, output)
         return output
 
     @torch.compiler.disable
-    def _shorten(self, kwargs: dict[str, Any]) -> tuple[Layout | None, Report]:
-        """Change ``kwargs`` to a shorter prompt; the layout is what a cache that this call fills must be marked with."""
+    def _shorten(self, kwargs: dict[str, Any]) -> tuple[Layout | None, Report, Any]:
+        """Change ``kwargs`` to a shorter prompt.
+
+        Returns the layout that a cache which this call fills must be marked with, the report, and the context to call in.
+        """
         cache = kwargs.get("past_key_values")
         forget_if_empty(cache)
         if has_pixels(kwargs):
-            self.report = self._new_report()
-            return self._shorten_forward(kwargs, self.report), self.report
+            self.report = report = self.new_report()
+            past = 0 if cache is None else int(cache.get_seq_length())
+            layout = self._shorten_forward(kwargs, report)
+            ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+            mask = torch.ones(len(ids), past + ids.shape[1], device=ids.device) if mask is None else mask
+            ids = ids[:, max(0, ids.shape[1] + past - mask.shape[1]) :] if past else ids
+            return layout, report, self._expecting(self.parts(), ids, mask, report, kwargs.get("labels"))
         if layout_of(cache) is not None:
             self._continue_forward(kwargs)
-        return None, self.report
+        return None, self.report, nullcontext()
 
     @torch.compiler.disable
     def _finish(self, layout: Layout | None, report: Report, output: Any) -> None:
@@ -278,7 +315,8 @@ class Session:
         parts, cache = self.parts(), kwargs.get("past_key_values")
         if mask is not None and mask.ndim != 2:
             cells = parts.grid(*kwargs["pixel_values"].shape[-2:])
-            if resolve_budget(self.method.budget, cells[0] * cells[1]) == cells[0] * cells[1] and layout_of(cache) is None:
+            whole = resolve_budget(self.front.budget, cells[0] * cells[1]) == cells[0] * cells[1]
+            if whole and self._cuts is None and layout_of(cache) is None:
                 return None
             raise InputError(f"attention_mask has {mask.ndim} dimensions; shortening a prompt needs one of [batch, tokens]")
         past = layout_past(cache)
@@ -309,7 +347,7 @@ class Session:
 
     def _number(self, kwargs: dict[str, Any], mask: Tensor, given: Tensor | None, ahead: Tensor | None, new: int) -> None:
         """Position ids of the ``new`` last tokens of a direct call."""
-        if self.method.positions == "compact":
+        if self.front.positions == "compact":
             kwargs["position_ids"] = original_positions(mask.bool())
         kwargs["position_ids"] = kwargs["position_ids"][:, -new:]
         if given is None and ahead is not None:
@@ -335,7 +373,7 @@ class Session:
                 f"attention_mask has {mask.shape[1]} columns; expected {layout.length} for the full prompt and the new tokens "
                 f"(or {layout.gather.shape[1]} for the shortened one)"
             )
-        elif self.method.positions == "original" and given is None:
+        elif self.front.positions == "original" and given is None:
             kwargs["position_ids"] = cached.real[:, None] + torch.arange(new, device=ids.device)
         self._number(kwargs, kwargs.get("attention_mask", mask), given, cached.ahead, new)
 

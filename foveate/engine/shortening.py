@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..methods.base import TokenReducer
+from ..methods.base import Method
 from ..report import Report
 from ..tokens import Reduction
 from .families import Anatomy
 from .prompt import Layout, cached_layout, image_rows, shorten
 from .seams import PRE_ENCODED, has_pixels
+from .stages import Prompt
 from .vision import encode_and_reduce
+
+IGNORED = -100  # the label of what is not taught
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class ShortPrompt:
 
 
 def shorten_prompt(
-    parts: Anatomy, method: TokenReducer, ids: Tensor, mask: Tensor, kwargs: dict[str, Any], report: Report, *, pad_left: bool
+    parts: Anatomy, method: Method, ids: Tensor, mask: Tensor, kwargs: dict[str, Any], report: Report, *, pad_left: bool
 ) -> ShortPrompt:
     """Encode and reduce the pictures in ``kwargs`` and lay out the short prompt.
 
@@ -68,7 +71,7 @@ def shorten_prompt(
     embeds: list[Tensor] = []
     changed = cached is not None and cached.removed > 0
     if has_pixels(kwargs):
-        visuals = encode_and_reduce(parts, method, kwargs, report.clock)
+        visuals = encode_and_reduce(parts, method.before_decoder(), kwargs, report.clock)
         embeds, kept, changed = visuals.embeds, visuals.kept, changed or visuals.changed
         sizes = [visuals.size] * len(embeds)
         kwargs[PRE_ENCODED] = {"image": visuals.output}
@@ -78,3 +81,29 @@ def shorten_prompt(
     if changed:
         layout = shorten(visual, mask.bool(), sizes, kept, cached, method.settings(), pad_left=pad_left)
     return ShortPrompt(layout, held, embeds, report.reduction)
+
+
+def expected_prompt(parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, labels: Tensor | None = None) -> Prompt:
+    """What the decoder is about to read, for methods that act inside it.
+
+    Parameters
+    ----------
+    ids : [B, S] the new tokens of the short prompt.
+    mask : [B, past + S] its attention mask, what a cache holds included.
+    report : knows how many tokens each image has.
+    labels : [B, S] of a training step; what they teach is not part of the question.
+    """
+    past, real = mask.shape[1] - ids.shape[1], mask.bool()
+    visual = ids == parts.image_token
+    sizes = torch.tensor(report.after, device=ids.device)
+    image = torch.full_like(ids, -1)
+    numbers = torch.tensor([report.rows[:i].count(row) for i, row in enumerate(report.rows)], device=ids.device)
+    image[visual] = numbers.repeat_interleave(sizes)
+    valid, column = real[:, past:], torch.arange(ids.shape[1], device=ids.device)
+    asked = valid
+    if labels is not None:
+        behind = (visual.long().cumsum(1) > 0) & (labels != IGNORED)
+        asked = valid & (behind.long().cumsum(1) == 0)
+    last = (column * asked).amax(1)
+    special = torch.isin(ids, torch.tensor(parts.special_tokens(), device=ids.device))
+    return Prompt(image, valid, special, last, past, real[:, :past])

@@ -177,7 +177,7 @@ def encode_and_reduce(parts: Anatomy, method: TokenReducer, kwargs: dict[str, An
     rows, columns = parts.grid(*kwargs["pixel_values"].shape[-2:])
     reduces = resolve_budget(method.budget, rows * columns) != rows * columns
     with clock.measure("vision"):
-        encoded = encode(parts, method.encoder_layers() if reduces else (), kwargs, project=not reduces)
+        encoded = encode(parts, method.encoder_layers(len(parts.layers)) if reduces else (), kwargs, project=not reduces)
     return reduce(parts, method, encoded, clock) if reduces else unchanged(encoded, list(encoded.output.pooler_output))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from ..cuts import Cut, PromptTokens
 from ..errors import InputError
 from ..tokens import Budget, EncoderLayer, Reduction, VisualTokens, check_budget
 
@@ -22,38 +23,42 @@ _KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
     float: ("a number", (Real,)),
     bool: ("True or False", (bool,)),
 }
-REGISTRY: dict[str, type[TokenReducer]] = {}
+REGISTRY: dict[str, type[Method]] = {}
 
 
 @dataclass(kw_only=True)
-class TokenReducer:
-    """A method that reduces visual tokens between the vision encoder and the projector.
+class Method:
+    """What every method is: a dataclass whose fields are its hyper-parameters.
 
-    A subclass is a dataclass whose fields are its hyper-parameters; it implements ``reduce`` and registers itself by naming
-    itself in its class statement: ``class Mine(TokenReducer, name="mine", paper="...")``.
+    A subclass registers itself by naming itself in its class statement: ``class Mine(TokenReducer, name="mine", paper="...")``.
+    Most derive from ``TokenReducer`` or ``DecoderReducer``; one that acts in both places derives from this class and says what it
+    is made of.
 
     Parameters
     ----------
     budget : visual tokens kept per image: None = the method's own adaptive rule, an int = a count, a float in (0, 1] = a
         fraction. A budget that covers all tokens leaves the model exactly as it is, for merging methods too.
-    positions : "compact" renumbers the shortened prompt, "original" lets kept tokens keep their places.
+    positions : "compact" renumbers what is left of the prompt, "original" lets kept tokens keep their places.
     """
 
     name: ClassVar[str] = ""
-    stage: ClassVar[str] = "before the projector"
+    stage: ClassVar[str] = ""
     reference: ClassVar[str] = ""
     adaptive: ClassVar[bool] = True
+    reconstruction: ClassVar[str] = ""  # what of it no paper or code told; goes into every report
 
     budget: Budget = None
     positions: Literal["compact", "original"] = "compact"
 
-    def __init_subclass__(cls, *, name: str = "", paper: str = "", adaptive: bool = True, **kwargs: Any) -> None:
+    def __init_subclass__(
+        cls, *, name: str = "", paper: str = "", adaptive: bool = True, reconstruction: str = "", **kwargs: Any
+    ) -> None:
         super().__init_subclass__(**kwargs)
         if not name:
             return
         if name in REGISTRY and REGISTRY[name].__qualname__ != cls.__qualname__:
             raise InputError(f"a method named {name!r} is already registered ({REGISTRY[name].__module__}); choose another name")
-        cls.name, cls.reference, cls.adaptive = name, paper, adaptive
+        cls.name, cls.reference, cls.adaptive, cls.reconstruction = name, paper, adaptive, reconstruction
         REGISTRY[name] = cls
 
     def __post_init__(self) -> None:
@@ -73,15 +78,19 @@ class TokenReducer:
             if hint is float and not math.isfinite(value):
                 raise InputError(f"{self.name}: {field.name}={value!r}; expected a finite number")
 
-    def encoder_layers(self) -> tuple[EncoderLayer, ...]:
-        """Encoder layers whose [CLS] query and keys the method needs: an index, "last", or "aligned" (the layer that made the
-        features). Empty: the method needs no [CLS] token.
-        """
-        return ()
+    def check_range(self, **least: float) -> None:
+        """Raise ``InputError`` where a field is below the given value."""
+        for field, bound in least.items():
+            if getattr(self, field) < bound:
+                raise InputError(f"{self.name}: {field}={getattr(self, field)}; it must be at least {bound}")
 
-    def reduce(self, tokens: VisualTokens) -> Reduction:
-        """Choose and merge. Row b of a batch must equal the same image alone."""
-        raise TypeError(f"{type(self).__name__} does not implement reduce(tokens)")
+    def before_decoder(self) -> TokenReducer:
+        """What acts between the vision encoder and the projector."""
+        raise TypeError(f"{type(self).__name__} does not implement before_decoder()")
+
+    def inside_decoder(self) -> tuple[DecoderReducer, ...]:
+        """What acts between decoder layers."""
+        return ()
 
     def __call__(self, model: PreTrainedModel) -> Session:
         """``with method(model) as session:`` applies the method inside the block and restores the model afterwards."""
@@ -93,8 +102,97 @@ class TokenReducer:
         """Name and fields, JSON-able."""
         return {"name": self.name, **dataclasses.asdict(self)}
 
+    def notes(self) -> list[str]:
+        """What every report of the method has to say."""
+        return [f"{self.name}: {self.reconstruction}"] if self.reconstruction else []
 
-def registered() -> dict[str, type[TokenReducer]]:
+
+@dataclass(kw_only=True)
+class TokenReducer(Method):
+    """A method that reduces visual tokens between the vision encoder and the projector; it implements ``reduce``."""
+
+    stage: ClassVar[str] = "before the projector"
+
+    def before_decoder(self) -> TokenReducer:
+        return self
+
+    def encoder_layers(self, depth: int) -> tuple[EncoderLayer, ...]:
+        """Layers of an encoder of ``depth`` layers whose [CLS] query and keys the method needs: an index, "last", or "aligned"
+        (the layer that made the features). Empty: the method needs no [CLS] token.
+        """
+        return ()
+
+    def reduce(self, tokens: VisualTokens) -> Reduction:
+        """Choose and merge. Row b of a batch must equal the same image alone."""
+        raise TypeError(f"{type(self).__name__} does not implement reduce(tokens)")
+
+
+@dataclass(kw_only=True)
+class DecoderReducer(Method):
+    """A method that drops visual tokens between decoder layers, while the prompt is read; it implements ``cuts`` and ``cut``.
+
+    Layers before the first cut see all tokens, and their caches hold all of them. Decoder layer 0 always does.
+    """
+
+    stage: ClassVar[str] = "inside the decoder"
+    reads: ClassVar[Literal["previous", "own", "nothing"]] = "previous"  # whose queries and keys ``cut`` gets
+    removes_text: ClassVar[bool] = False  # only then may ``cut`` leave out text, and never the protected one
+
+    positions: Literal["compact", "original"] = "original"
+
+    def before_decoder(self) -> TokenReducer:
+        return TokenReducer(budget=1.0)
+
+    def inside_decoder(self) -> tuple[DecoderReducer, ...]:
+        return (self,)
+
+    def cuts(self, layers: int) -> tuple[int, ...]:
+        """The decoder layers, of ``layers``, before which the method acts; from 1 on."""
+        raise TypeError(f"{type(self).__name__} does not implement cuts(layers)")
+
+    def cut(self, tokens: PromptTokens) -> Cut:
+        """What stays before layer ``tokens.layer``. Row b of a batch must equal the same prompt alone."""
+        raise TypeError(f"{type(self).__name__} does not implement cut(tokens)")
+
+
+@dataclass(kw_only=True)
+class Compose(Method):
+    """Several methods together: at most one token reducer, and decoder reducers at different layers.
+
+    ``Compose(PruMergePlus(), FastV(budget=0.5))``: budgets of decoder reducers count what the token reducer left.
+    """
+
+    name: ClassVar[str] = "compose"
+    stage: ClassVar[str] = "before the projector and inside the decoder"
+
+    methods: tuple[Method, ...] = ()
+
+    def __init__(self, *methods: Method) -> None:
+        wrong = [method for method in methods if not isinstance(method, Method)]
+        if not methods or wrong:
+            raise InputError(f"Compose takes methods, such as foveate.PruMergePlus(), and got {wrong or 'none'}")
+        fronts = [method.before_decoder() for method in methods]
+        fronts = [front for front in fronts if type(front) is not TokenReducer]
+        if len(fronts) > 1:
+            names = " and ".join(front.name for front in fronts)
+            raise InputError(f"{names} both act before the projector; Compose takes one method there, and others inside the decoder")
+        self.methods, self._front = methods, fronts[0] if fronts else TokenReducer(budget=1.0)
+        self.budget, self.positions = None, self._front.positions
+
+    def before_decoder(self) -> TokenReducer:
+        return self._front
+
+    def inside_decoder(self) -> tuple[DecoderReducer, ...]:
+        return tuple(reducer for method in self.methods for reducer in method.inside_decoder())
+
+    def settings(self) -> dict[str, Any]:
+        return {"name": self.name, "methods": [method.settings() for method in self.methods]}
+
+    def notes(self) -> list[str]:
+        return [note for method in self.methods for note in method.notes()]
+
+
+def registered() -> dict[str, type[Method]]:
     """All methods by name."""
     from . import _load_all
 
@@ -102,7 +200,7 @@ def registered() -> dict[str, type[TokenReducer]]:
     return dict(sorted(REGISTRY.items()))
 
 
-def get(name: str, **fields: Any) -> TokenReducer:
+def get(name: str, **fields: Any) -> Method:
     """Build a method by name.
 
     Parameters
@@ -125,10 +223,10 @@ def get(name: str, **fields: Any) -> TokenReducer:
     unknown = [field for field in fields if field not in allowed]
     if unknown:
         raise InputError(f"{base!r} has no field {unknown[0]!r}; its fields: {', '.join(allowed)}")
-    method: TokenReducer = (getattr(cls, preset) if preset else cls)(**fields)
+    method: Method = (getattr(cls, preset) if preset else cls)(**fields)
     return method
 
 
-def presets(cls: type[TokenReducer]) -> tuple[str, ...]:
+def presets(cls: type[Method]) -> tuple[str, ...]:
     """Names of the presets of a method: its class methods ``paper`` and ``released``, where it has them."""
     return tuple(preset for preset in ("paper", "released") if inspect.ismethod(getattr(cls, preset, None)))

@@ -90,7 +90,7 @@ class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.
             if getattr(self, name) < least:
                 raise InputError(f"{self.name}: {name}={getattr(self, name)}; it must be at least {least}")
 
-    def encoder_layers(self) -> tuple[EncoderLayer, ...]:
+    def encoder_layers(self, depth: int) -> tuple[EncoderLayer, ...]:
         return tuple(dict.fromkeys((self.score_layer, self.key_layer)))
 
     def reduce(self, tokens: VisualTokens) -> Reduction:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..cuts import DecoderTap
 from ..tokens import EncoderTap
 
 Heads = Literal["per_head_mean", "fused"]
@@ -34,3 +35,27 @@ def cls_attention(tap: EncoderTap, heads: Heads = "per_head_mean") -> Tensor:
     keys = tap.keys.view(batch, length, number, width).transpose(1, 2)
     logits = (query @ keys.transpose(2, 3)) * width**-0.5
     return logits.softmax(-1).mean(1)[:, 0, 1:]
+
+
+def prompt_attention(tap: DecoderTap, rows: Tensor) -> Tensor:
+    """Attention of a few tokens to all tokens of the call, as the decoder layer computes it: O(N) for each row.
+
+    Parameters
+    ----------
+    tap : queries and keys of the layer.
+    rows : [B, R] tokens of this call that look.
+
+    Returns
+    -------
+    [B, H, R, S] float32; with the weight of what a cache holds of earlier turns, which is left out, each row sums to 1.
+    """
+    batch, heads, length, width = tap.query.shape
+    groups = tap.keys.shape[1]
+    index = rows[:, None, :, None].expand(-1, heads, -1, width)
+    query = tap.query.gather(2, index).float().reshape(batch, groups, -1, width)
+    logits = (query @ tap.keys.float().transpose(2, 3)) * tap.scale
+    logits = logits.view(batch, heads, rows.shape[1], -1)
+    if tap.softcap is not None:
+        logits = tap.softcap * (logits / tap.softcap).tanh()
+    logits = logits.masked_fill(~tap.visible(rows)[:, None], torch.finfo(torch.float32).min)
+    return logits.softmax(-1)[..., -length:]

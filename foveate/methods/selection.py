@@ -7,6 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
+from ..tokens import Budget
+
 
 def iqr_fence(scores: Tensor, factor: float = 1.5) -> Tensor:
     """Upper fence of Tukey's outlier rule, Q3 + ``factor`` * (Q3 - Q1), for each row.
@@ -94,3 +96,24 @@ def index_mask(index: Tensor, tokens: int) -> Tensor:
     mask = torch.zeros(tokens, dtype=torch.bool)
     mask[index] = True
     return mask
+
+
+def counts_of_images(budget: Budget, initial: Tensor) -> Tensor:
+    """[B, I] tokens to keep of images that had ``initial`` [B, I] ones; all where ``budget`` is None."""
+    if budget is None:
+        return initial
+    wanted = torch.full_like(initial, int(budget)) if isinstance(budget, int) else (budget * initial.double()).round().long()
+    return wanted.clamp(min=1).minimum(initial)
+
+
+def best_of_images(scores: Tensor, of_image: Tensor, counts: Tensor) -> Tensor:
+    """[B, S] bool, of each image its tokens with the highest scores; ties go to the earlier token.
+
+    Parameters
+    ----------
+    scores : [B, S].
+    of_image : [B, I, S] bool, the tokens of each image.
+    counts : [B, I] how many to take.
+    """
+    mine = scores[:, None].expand_as(of_image).masked_fill(~of_image, float("-inf"))
+    return ((ranks(mine) < counts[..., None]) & of_image).any(1)

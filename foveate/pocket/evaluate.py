@@ -100,7 +100,7 @@ class Evaluator:
 
     def __init__(self, model: Any, data: TestSet, chunk: int = 12) -> None:
         self.model, self.data, self.chunk = model, data, chunk
-        self.parts: Anatomy = anatomy(model, LAYERS)
+        self.parts: Anatomy = anatomy(model)
         self.clock = Clock(model.device)
         self.encoded: list[Encoded] = []
         self.text: list[dict[str, Tensor]] = []

@@ -1,0 +1,102 @@
+"""What a method inside the decoder sees (``PromptTokens``) and what it returns (``Cut``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DecoderTap:
+    """Queries and keys of one decoder layer as its attention uses them: rotated, not scaled.
+
+    Attributes
+    ----------
+    query : [B, H, S, d] of the tokens of this call.
+    keys : [B, G, K, d], G heads that share queries evenly. The last S are the tokens of this call, before them is what a cache
+        holds of earlier turns.
+    scale : of the products.
+    softcap : bound of the scaled products (Gemma 2), None = unbounded.
+    columns : [B, K] where each key stands in the prompt, -1 = padding; the order of causality.
+    window : how far back the layer sees, in columns; None = everything.
+    """
+
+    query: Tensor
+    keys: Tensor
+    scale: float
+    softcap: float | None
+    columns: Tensor
+    window: int | None
+
+    def visible(self, rows: Tensor) -> Tensor:
+        """[B, R, K] bool, which keys the tokens at ``rows`` [B, R] of this call may see."""
+        current = self.columns[:, -self.query.shape[2] :]
+        at = current.gather(1, rows)[..., None]
+        seen = (self.columns >= 0)[:, None] & (self.columns[:, None] <= at)
+        return seen if self.window is None else seen & (self.columns[:, None] > at - self.window)
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """The tokens of B prompts, about to enter a decoder layer; rows of a batch are padded to S.
+
+    Attributes
+    ----------
+    hidden : [B, S, D].
+    image : [B, S] the image of its row that a visual token belongs to, counted from 0; -1 for text and padding.
+    valid : [B, S] bool, no padding.
+    question : [B, S] bool, text that can see visual tokens: behind the first one of its row, up to the end of the prompt, special
+        tokens not counted.
+    protected : [B, S] bool, text that is never removed: special tokens, everything in front of the first image, the last token.
+    last : [B] the last token of the prompt. In training, the last one before the answer.
+    columns : [B, S] where the token was in ``start``.
+    initial : [B, I] visual tokens that each image had before the first layer; 0 where a row has fewer images.
+    layer, layers : the layer the tokens enter, of how many.
+    tap : queries and keys the method reads; None in ``start`` or if it reads nothing.
+    start : the same prompt before the first layer.
+    """
+
+    hidden: Tensor
+    image: Tensor
+    valid: Tensor
+    question: Tensor
+    protected: Tensor
+    last: Tensor
+    columns: Tensor
+    initial: Tensor
+    layer: int
+    layers: int
+    tap: DecoderTap | None = None
+    start: PromptTokens | None = None
+
+    @property
+    def visual(self) -> Tensor:
+        """[B, S] bool."""
+        return self.image >= 0
+
+    @property
+    def of_image(self) -> Tensor:
+        """[B, I, S] bool, which tokens each image still has."""
+        numbers = torch.arange(self.initial.shape[1], device=self.image.device)
+        return self.image[:, None] == numbers[:, None]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What stays.
+
+    Attributes
+    ----------
+    keep : [B, S] bool. Text and padding are the engine's business: what is said of them counts for nothing, but where a method
+        removes text.
+    scores : [B, S] importance, for reports and pictures, or None.
+    target, mix : [B, R] and [B, R, S]: the kept token at ``target[b, r]`` becomes ``mix[b, r] @ hidden[b]``; rows of zeros change
+        nothing. None: no token changes.
+    """
+
+    keep: Tensor
+    scores: Tensor | None = None
+    target: Tensor | None = None
+    mix: Tensor | None = None

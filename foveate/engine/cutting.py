@@ -1,0 +1,155 @@
+"""Asking a method what stays before a decoder layer, checking its answer, and laying out what runs from there on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cuts import Cut, DecoderTap, PromptTokens
+from ..errors import FoveateError, InputError
+from ..methods.base import DecoderReducer
+from ..report import CutRecord
+from .attention import OnlyRecording
+from .run import Prefill
+from .seams import cached_keys, mark_cuts
+from .stages import Stage, take
+
+
+def cut_before(
+    run: Prefill, layer: int, reducer: DecoderReducer, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """Hidden states [B, M, D] -> [B, M', D] of what stays before a layer."""
+    if layer not in run.decided:  # gradient checkpointing comes here twice
+        run.decided.add(layer)
+        with torch.no_grad(), run.report.clock.measure("selection"):
+            _decide(run, layer, reducer, module, hidden.detach(), kwargs)
+    stage, cut = run.stages.get(layer), run.mixes.get(layer)
+    if stage is None:
+        return hidden
+    if cut is not None:
+        hidden = _mixed(hidden, cut)
+    return take(hidden, stage.order)
+
+
+def _mixed(hidden: Tensor, cut: Cut) -> Tensor:
+    """Hidden states with the tokens at ``cut.target`` replaced by their mixes."""
+    target, mix = cut.target, cut.mix
+    if target is None or mix is None:
+        return hidden
+    mixed = mix.to(hidden) @ hidden
+    spare = target.masked_fill((mix == 0).all(-1), hidden.shape[1])  # rows of zeros go to a column that is cut off again
+    longer = nn.functional.pad(hidden, (0, 0, 0, 1))
+    return longer.scatter(1, spare[..., None].expand_as(mixed), mixed)[:, :-1]
+
+
+def _decide(
+    run: Prefill, layer: int, reducer: DecoderReducer, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]
+) -> None:
+    before = run.stage(layer)
+    tokens = _tokens(run, layer, reducer, module, hidden, kwargs)
+    with torch.autocast(hidden.device.type, enabled=False):  # scores are float32 in mixed precision too
+        cut = reducer.cut(tokens)
+    keep, counts, changed = _checked(reducer, tokens, cut)
+    if not changed and before is None and (run.earlier is None or not run.earlier.held):
+        return
+    run.stages[layer] = stage = _laid_out(run, layer, reducer, tokens, keep, counts)
+    if cut.mix is not None:
+        run.mixes[layer] = cut
+    left = take(tokens.image, stage.order).masked_fill(~stage.valid, -1)
+    run.report.cuts.append(CutRecord(layer, left, stage.index, tokens.image, tokens.columns, cut.scores))
+    run.note_columns(layer)
+    run.hold(layer, stage)
+    if run.cuts is not None:
+        mark_cuts(run.cache, run.cuts)
+
+
+def _checked(reducer: DecoderReducer, tokens: PromptTokens, cut: Cut) -> tuple[Tensor, list[int], bool]:
+    """What really stays [B, S], how many in each row, and whether anything changes; with one transfer from the device."""
+    if cut.keep.shape != tokens.valid.shape or cut.keep.dtype != torch.bool:
+        raise FoveateError(f"{reducer.name} returned no mask of its {tuple(tokens.valid.shape)} tokens. This is a fault of the method.")
+    text = tokens.valid & ~tokens.visual
+    stays = tokens.protected if reducer.removes_text else text
+    keep = (cut.keep & (text | tokens.visual) & tokens.valid) | stays
+    values = tokens.hidden if cut.scores is None else cut.scores.masked_fill(~tokens.visual, 0)
+    flags = torch.stack([torch.isfinite(values).all(), (keep == tokens.valid).all()])
+    *counts, finite, same = torch.cat([keep.sum(1), flags]).tolist()
+    if not finite:
+        raise InputError(
+            f"{reducer.name}: NaN or infinite values before decoder layer {tokens.layer}. Check the inputs, and the dtype of the "
+            "model (float16 overflows in some decoders: use bfloat16 or float32)."
+        )
+    return keep, counts, not same or cut.mix is not None
+
+
+def _laid_out(
+    run: Prefill, layer: int, reducer: DecoderReducer, tokens: PromptTokens, keep: Tensor, counts: list[int]
+) -> Stage:
+    """What runs from ``layer`` on, aligned to the right."""
+    width, before, held = max(*counts, 1), run.stage(layer), run.held(layer)
+    order = keep.long().argsort(dim=1, stable=True)[:, -width:]
+    index, valid = take(tokens.columns, order), take(keep, order)
+    original = run.positions.to(index.device).expand(run.rows, -1)
+    earlier = None if held is None else held.shift
+    positions, shift = None, earlier
+    if reducer.positions == "compact":
+        real = run.prompt.valid.long()
+        first, last = real.argmax(1, keepdim=True), run.width - 1 - real.flip(1).argmax(1, keepdim=True)
+        start = original.gather(1, first) - (0 if earlier is None else earlier)
+        positions = (start + valid.long().cumsum(1) - 1).clamp(min=0)
+        shift = original.gather(1, last) - positions[:, -1:]
+    elif before is not None and before.positions is not None:
+        positions, shift = take(before.positions, order), before.shift
+    elif earlier is not None:
+        positions = (take(original, index) - earlier).clamp(min=0)
+    return Stage(layer, order, index, valid, min(counts) == width, positions, shift)
+
+
+def _tokens(
+    run: Prefill, layer: int, reducer: DecoderReducer, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]
+) -> PromptTokens:
+    """What the method sees."""
+    start, before = run.tokens, run.stage(layer)
+    here = start
+    if before is not None:
+        index, valid = before.index, before.valid
+        here = replace(
+            start,
+            image=take(start.image, index).masked_fill(~valid, -1),
+            valid=valid,
+            question=take(start.question, index) & valid,
+            protected=take(start.protected, index) & valid,
+            last=((index <= start.last[:, None]) & valid).long().cumsum(1).argmax(1),
+            columns=index,
+        )
+    if reducer.reads == "nothing":
+        return replace(here, hidden=hidden, layer=layer, start=start)
+    source = layer - (reducer.reads == "previous")
+    if reducer.reads == "own":
+        _run_dry(run, layer, module, hidden, kwargs)
+    recorded = run.recorded.pop(source)
+    columns = run.columns[source][:, -recorded.keys.shape[2] :].to(hidden.device)
+    tap = DecoderTap(*(part.to(hidden.device) if isinstance(part, Tensor) else part for part in recorded), columns, run.window(source))
+    return replace(here, hidden=hidden, layer=layer, tap=tap, start=start)
+
+
+def _run_dry(run: Prefill, layer: int, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    """The layer's own queries and keys for the tokens that are about to be cut: it runs up to its attention."""
+    stage = run.stage(layer)
+    run.note_columns(layer)
+    inputs = {**kwargs, **({} if stage is None else run.inputs(layer, stage, hidden, kwargs))}
+    inputs |= {"past_key_values": None, "attention_mask": None}
+    inputs.pop("hidden_states", None)
+    run.dry = True
+    try:
+        module.forward(hidden, **inputs)
+    except OnlyRecording:
+        pass
+    finally:
+        run.dry = False
+    earlier = cached_keys(run.cache, layer)
+    if earlier is not None:
+        recorded = run.recorded[layer]
+        run.recorded[layer] = recorded._replace(keys=torch.cat([earlier.to(recorded.keys), recorded.keys], 2))

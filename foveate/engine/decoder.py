@@ -1,0 +1,205 @@
+"""Dropping visual tokens between decoder layers: from a cut on, layers run and cache fewer tokens.
+
+Hooks on the stock decoder and its layers compact hidden states, masks and rotary embeddings; the last layer's output is laid out
+again as the prompt was. A layer's cache holds what the layer ran. Decoding steps get masks of their own for every cut.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import CacheError, InputError, UnsupportedModelError
+from ..methods.base import DecoderReducer
+from ..report import Report
+from .attention import OnlyRecording, Recorded, Tap
+from .cutting import cut_before
+from .run import DecoderKind, Prefill, Run
+from .seams import attention_of, cuts_of, mark_cuts
+from .stages import HeldCuts, Prompt, place
+
+_RUN = "_foveate_run"
+
+
+class DecoderCuts:
+    """The decoder reducers of one session on one decoder."""
+
+    def __init__(self, decoder: nn.Module, reducers: Sequence[DecoderReducer], settings: dict[str, Any]) -> None:
+        self.decoder: Any = decoder
+        self.layers, self.settings = self.decoder.layers, settings
+        self.plan = self._planned(reducers)
+        self.first = min(self.plan, default=len(self.layers))
+        reading = {layer - (reducer.reads == "previous") for layer, reducer in self.plan.items() if reducer.reads != "nothing"}
+        self.tapped = {layer: attention_of(self.layers[layer]) for layer in sorted(reading)}
+        self.kind = DecoderKind(decoder)
+        self._handles: list[RemovableHandle] = []
+        self._taps: list[Tap] = []
+        self._runs: dict[int, Run] = {}
+        self._restoring: dict[int, Prefill] = {}
+        self._expected: dict[int, tuple[Prompt, Report]] = {}
+
+    def _planned(self, reducers: Sequence[DecoderReducer]) -> dict[int, DecoderReducer]:
+        """The reducer that acts before each layer."""
+        plan: dict[int, DecoderReducer] = {}
+        for reducer in reducers:
+            for layer in reducer.cuts(len(self.layers)):
+                if layer in plan:
+                    raise InputError(f"{plan[layer].name!r} and {reducer.name!r} both cut before decoder layer {layer}")
+                if not 1 <= layer < len(self.layers):
+                    raise InputError(
+                        f"{reducer.name}: a cut before decoder layer {layer}; this decoder can be cut before layers 1 to "
+                        f"{len(self.layers) - 1} (layer 0 always reads the whole prompt)"
+                    )
+                plan[layer] = reducer
+        return dict(sorted(plan.items()))
+
+    def install(self) -> None:
+        """Put the hooks on the model."""
+        if self._handles or not self.plan:
+            return
+        hook = self.decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self._handles = [hook, self.decoder.register_forward_hook(self._end, always_call=True)]
+        for number, layer in enumerate(self.layers):
+            if number >= self.first or number in self.tapped:
+                before = functools.partial(self._before_layer, number)
+                self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        self._handles.append(self.layers[-1].register_forward_hook(self._restore))
+        self._taps = [Tap(module, functools.partial(self._record, number)) for number, module in self.tapped.items()]
+
+    def remove(self) -> None:
+        for part in (*self._handles, *self._taps):
+            part.remove()
+        self._handles, self._taps = [], []
+
+    @contextmanager
+    def expecting(self, prompt: Prompt, report: Report) -> Iterator[None]:
+        """Inside the block, a forward that begins where ``prompt`` begins reads it."""
+        thread = threading.get_ident()
+        outer = self._expected.get(thread)
+        self._expected[thread] = (prompt, report)
+        try:
+            yield
+        finally:
+            del self._expected[thread]
+            if outer is not None:
+                self._expected[thread] = outer
+
+    def finish(self, cache: Any, ids: Tensor | None, result: Any, beams: int | None) -> None:
+        """After a ``generate``: a cache of beams, or of several sequences per prompt, cannot be continued."""
+        cuts = cuts_of(cache)
+        sequences = result if isinstance(result, Tensor) else result.sequences
+        if cuts is not None and ((beams or 1) > 1 or ids is None or len(sequences) != len(ids)):
+            mark_cuts(cache, replace(cuts, reusable=False))
+
+    # -- hooks
+
+    @torch.compiler.disable
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What kind of forward this is."""
+        thread = threading.get_ident()
+        self._runs.pop(thread, None)
+        self._restoring.pop(thread, None)
+        hidden, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        expected, earlier = self._expected.get(thread), cuts_of(cache)
+        if hidden is None or (expected is None and earlier is None):
+            return
+        if earlier is not None and earlier.method != self.settings:
+            raise CacheError("this cache was made with another method inside the decoder, or other settings. Start a new cache.")
+        if earlier is not None and not earlier.reusable:
+            raise CacheError("a cache of beam search or of several sequences per prompt cannot be continued. Start a new cache.")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        rows, width = hidden.shape[:2]
+        positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        if positions is None:
+            positions = torch.arange(past, past + width, device=hidden.device)[None]
+        flat = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        common = (self.kind, cache, earlier, past, rows, width, positions, flat)
+        if expected is not None and expected[0].past <= past < expected[0].past + expected[0].width:
+            prompt, report = expected
+            self._check(cache, mask, prompt, past, width)
+            report.begin(prompt.image, copies=rows // len(prompt.image))
+            whole = prompt.resized(rows, width, hidden.device)
+            cuts = None if cache is None else HeldCuts(self.settings) if earlier is None else earlier.copy()
+            tokens = whole.tokens(hidden.detach(), len(self.layers))
+            self._runs[thread] = Prefill(
+                *common, prompt=whole, asked=prompt.width, tokens=tokens, report=report, cuts=cuts
+            )
+        elif earlier is not None:
+            self._runs[thread] = Run(*common)
+
+    def _check(self, cache: Any, mask: Any, prompt: Prompt, past: int, width: int) -> None:
+        """Raise where a prompt comes in a form that cannot be cut."""
+        name = self.settings["name"]
+        if getattr(cache, "is_compileable", False):
+            raise InputError(
+                f"{name!r} removes tokens between decoder layers, and a static cache has one length for all layers. "
+                "Leave cache_implementation out (a dynamic cache)."
+            )
+        if past != prompt.past or width < prompt.width:
+            raise InputError(f"{name!r} has to see the whole prompt at once, and it came in pieces. Leave prefill_chunk_size out.")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            raise InputError(f"{name!r} makes the masks of decoder layers itself and needs attention_mask as [batch, tokens].")
+        if "flex" in self.kind.implementation:
+            raise UnsupportedModelError(f"{name!r} does not support flex attention. Use attn_implementation='sdpa'.")
+
+    @torch.compiler.disable
+    def _end(self, *_: Any) -> None:
+        self._runs.pop(threading.get_ident(), None)
+        self._restoring.pop(threading.get_ident(), None)
+
+    @torch.compiler.disable
+    def _before_layer(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = self._current(kwargs)
+        if run is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if not isinstance(run, Prefill):
+            changed = run.continued(layer, hidden, kwargs)
+            return None if changed is None else (args, {**kwargs, **changed})
+        if layer in self.plan:
+            hidden = cut_before(run, layer, self.plan[layer], module, hidden, kwargs)
+        run.note_columns(layer)
+        if layer == len(self.layers) - 1:
+            self._restoring[threading.get_ident()] = run
+        stage = run.stage(layer)
+        if stage is None:
+            return None
+        kwargs = {**kwargs, **run.inputs(layer, stage, hidden, kwargs)}
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def _current(self, kwargs: dict[str, Any]) -> Run | None:
+        """The run of this thread, or the one a layer belongs to that gradient checkpointing calls again in the backward pass."""
+        run, embeddings = self._runs.get(threading.get_ident()), kwargs.get("position_embeddings")
+        if embeddings is None:
+            return run
+        if run is None:
+            return getattr(embeddings[0], _RUN, None)
+        if self.decoder.training:
+            setattr(embeddings[0], _RUN, run)
+        return run
+
+    @torch.compiler.disable
+    def _restore(self, _: nn.Module, __: Any, output: Any) -> Any:
+        """The last layer's output in the columns of the prompt; those of removed tokens hold zeros."""
+        run = self._restoring.pop(threading.get_ident(), None)
+        stage = None if run is None else run.stage(len(self.layers) - 1)
+        if run is None or stage is None:
+            return None
+        return (place(output[0], stage, run.width), *output[1:]) if isinstance(output, tuple) else place(output, stage, run.width)
+
+    @torch.compiler.disable
+    def _record(self, layer: int, recorded: Recorded) -> None:
+        run = self._runs.get(threading.get_ident())
+        if not isinstance(run, Prefill):
+            return
+        run.recorded[layer] = recorded
+        if run.dry:
+            raise OnlyRecording
