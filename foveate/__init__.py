@@ -3,12 +3,15 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from .api import Encoded, MethodInfo, attach, encode, methods
+from .cuts import Cut, DecoderTap, PromptTokens
 from .engine.session import Session, detach
 from .errors import CacheError, FoveateError, InputError, MissingExtraError, UnsupportedModelError
-from .methods.base import TokenReducer, get
+from .methods.base import Compose, DecoderReducer, Method, TokenReducer, get
 from .methods.baselines import Pool, Random, Sequential, Spatial
+from .methods.fastv import FastV
 from .methods.prumerge import PruMerge
 from .methods.prumerge_plus import PruMergePlus
+from .methods.pyramiddrop import PyramidDrop
 from .pocket import load_pocket
 from .report import ImageReport, Report
 from .tokens import EncoderTap, Reduction, VisualTokens
@@ -20,16 +23,24 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 __all__ = [
     "CacheError",
+    "Compose",
+    "Cut",
+    "DecoderReducer",
+    "DecoderTap",
     "Encoded",
     "EncoderTap",
+    "FastV",
     "FoveateError",
     "ImageReport",
     "InputError",
+    "Method",
     "MethodInfo",
     "MissingExtraError",
     "Pool",
+    "PromptTokens",
     "PruMerge",
     "PruMergePlus",
+    "PyramidDrop",
     "Random",
     "Reduction",
     "Report",

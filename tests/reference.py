@@ -168,3 +168,62 @@ def run_spliced(model, embeddings: Tensor, positions: Tensor, tokens: list[int])
         embeddings = torch.cat([embeddings, new], 1)
         positions = torch.cat([positions, positions[:, -1:] + 1], 1)
     return torch.stack(found)
+
+
+class Masked:
+    """An unmodified model in which visual tokens are hidden as keys from a layer on, and keep running.
+
+    Parameters
+    ----------
+    kept : {layer: columns of the prompt that are left from there on}.
+    compact : from a cut on, what is left of the prompt is numbered anew.
+    """
+
+    def __init__(self, model, kept: dict[int, list[int]], prompt: int, compact: bool) -> None:
+        self.model, self.kept, self.prompt, self.compact = model, kept, prompt, compact
+        self.decoder = model.get_decoder()
+        self.hidden: dict[int, Tensor] = {}
+
+    def _before(self, layer: int, module, args, kwargs):
+        start = max((at for at in self.kept if at <= layer), default=None)
+        self.hidden[layer] = args[0] if args else kwargs["hidden_states"]
+        if start is None:
+            return None
+        length = self.hidden[layer].shape[1]
+        left = [*self.kept[start], *range(self.prompt, length)]
+        gone = torch.ones(length, dtype=torch.bool)
+        gone[left] = False
+        hide = gone & ~torch.eye(length, dtype=torch.bool)  # a dropped token sees itself, or its softmax is not a number
+        mask = kwargs["attention_mask"].masked_fill(hide, torch.finfo(self.hidden[layer].dtype).min)
+        changed = {"attention_mask": mask}
+        if self.compact:
+            places = torch.zeros(1, length, dtype=torch.long)
+            places[0, left] = torch.arange(len(left))
+            kind = getattr(self.decoder.config, "layer_types", None)
+            extra = (kind[layer],) if self.decoder.config.model_type.startswith("gemma3") else ()
+            changed["position_embeddings"] = self.decoder.rotary_emb(self.hidden[layer], places, *extra)
+        return args, {**kwargs, **changed}
+
+    @torch.no_grad()
+    def logits(self, embeddings: Tensor, tokens: list[int], places: Tensor | None = None) -> Tensor:
+        """Logits [len(tokens), V] before each of ``tokens``: full forwards, no cache. ``places`` [1, T] where tokens are, by default
+        one behind the other."""
+        table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        handles = [
+            module.register_forward_pre_hook(lambda m, a, k, number=number: self._before(number, m, a, k), with_kwargs=True)
+            for number, module in enumerate(self.decoder.layers)
+        ]
+        try:
+            found = []
+            places = torch.arange(embeddings.shape[1])[None] if places is None else places
+            for token in tokens:
+                ones = torch.ones(embeddings.shape[:2], dtype=torch.long)  # or gaps between positions would look like packed prompts
+                output = self.decoder(inputs_embeds=embeddings, position_ids=places, attention_mask=ones, use_cache=False)
+                hidden = output.last_hidden_state[0, -1]
+                found.append(head(hidden))
+                embeddings = torch.cat([embeddings, table(torch.tensor([[token]]))], 1)
+                places = torch.cat([places, places[:, -1:] + 1], 1)
+            return torch.stack(found)
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -16,14 +16,19 @@ from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
     SiglipVisionConfig,
 )
 
@@ -39,7 +44,7 @@ def text_config(kind: str) -> PreTrainedConfig:
     shared = dict(
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=3,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
@@ -55,6 +60,13 @@ def text_config(kind: str) -> PreTrainedConfig:
         "qwen2": Qwen2Config,
         "mistral": functools.partial(MistralConfig, sliding_window=40),  # shorter than the full prompts
         "gemma": GemmaConfig,
+        "qwen3": Qwen3Config,
+        "gemma2": functools.partial(Gemma2Config, sliding_window=40, query_pre_attn_scalar=16),  # every other layer has a window
+        "gemma3": functools.partial(
+            Gemma3TextConfig, sliding_window=40, query_pre_attn_scalar=16, layer_types=["sliding_attention", "full_attention"] * 2
+        ),
+        "phi": functools.partial(PhiConfig, partial_rotary_factor=0.5),
+        "phi3": Phi3Config,
     }
     return configs[kind](**shared)
 
@@ -91,6 +103,7 @@ def build_llava(decoder: str, *, tower: PreTrainedConfig | None = None, strategy
 
 BUILDERS: dict[str, Callable[[str], PreTrainedModel]] = {"llava": build_llava}
 DECODERS = ("llama", "qwen2", "mistral", "gemma")
+CUT_DECODERS = (*DECODERS, "qwen3", "gemma2", "gemma3", "phi", "phi3")
 
 
 @functools.cache

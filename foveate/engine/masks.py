@@ -33,5 +33,5 @@ def layer_mask(
     place = torch.arange(number, device=keys.device)
     seen = seen | ((at < 0) & (place == (number - length + torch.arange(length, device=keys.device))[:, None]))
     if implementation == "eager":
-        return torch.where(seen[:, None], 0.0, torch.finfo(dtype).min).to(dtype)
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
     return seen[:, None]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..methods.base import Method
 from ..report import Report
-from ..tokens import Reduction
+from ..tokens import Reduction, resolve_budget
 from .families import Anatomy
 from .prompt import Layout, cached_layout, image_rows, shorten
 from .seams import PRE_ENCODED, has_pixels
@@ -78,9 +78,16 @@ def shorten_prompt(
         report.rows, report.grid, report.reduction = image_rows(visual, sizes)[1], visuals.grid, visuals.reduction
         report.before, report.after = sizes, [len(features) for features in embeds]
     layout = None
+    if pad_left and acts_inside(method, max(report.after, default=0)) and bool((mask[:, -1] == 0).any()):
+        changed = True  # rows padded on the right are generated from as if padded on the left, as where tokens were removed
     if changed:
         layout = shorten(visual, mask.bool(), sizes, kept, cached, method.settings(), pad_left=pad_left)
     return ShortPrompt(layout, held, embeds, report.reduction)
+
+
+def acts_inside(method: Method, tokens: int) -> bool:
+    """Whether a method may remove something of images of ``tokens`` visual tokens inside the decoder."""
+    return any(resolve_budget(reducer.budget, tokens) != tokens for reducer in method.inside_decoder())
 
 
 def expected_prompt(parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, labels: Tensor | None = None) -> Prompt:

@@ -35,5 +35,5 @@ class FastV(DecoderReducer, name="fastv", paper="https://arxiv.org/abs/2403.0676
         return (self.layer,)
 
     def cut(self, tokens: PromptTokens) -> Cut:
-        scores = prompt_attention(tokens.tap, tokens.last[:, None]).mean(1)[:, 0]
+        scores = prompt_attention(tokens, tokens.last[:, None]).mean(1)[:, 0]
         return Cut(best_of_images(scores, tokens.of_image, counts_of_images(self.budget, tokens.initial)), scores)

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..cuts import DecoderTap
+from ..cuts import PromptTokens
+from ..errors import FoveateError
 from ..tokens import EncoderTap
 
 Heads = Literal["per_head_mean", "fused"]
@@ -37,18 +38,21 @@ def cls_attention(tap: EncoderTap, heads: Heads = "per_head_mean") -> Tensor:
     return logits.softmax(-1).mean(1)[:, 0, 1:]
 
 
-def prompt_attention(tap: DecoderTap, rows: Tensor) -> Tensor:
+def prompt_attention(tokens: PromptTokens, rows: Tensor) -> Tensor:
     """Attention of a few tokens to all tokens of the call, as the decoder layer computes it: O(N) for each row.
 
     Parameters
     ----------
-    tap : queries and keys of the layer.
+    tokens : with the queries and keys of the layer.
     rows : [B, R] tokens of this call that look.
 
     Returns
     -------
     [B, H, R, S] float32; with the weight of what a cache holds of earlier turns, which is left out, each row sums to 1.
     """
+    tap = tokens.tap
+    if tap is None:
+        raise FoveateError("a method that reads nothing has no attention. This is a fault of the method.")
     batch, heads, length, width = tap.query.shape
     groups = tap.keys.shape[1]
     index = rows[:, None, :, None].expand(-1, heads, -1, width)
