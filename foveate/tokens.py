@@ -51,15 +51,17 @@ class EncoderTap:
     query : [B, C] of the [CLS] token.
     keys : [B, 1 + N, C]; row 0 is [CLS], then the patches in raster order.
     heads : number of attention heads that share the C channels.
+    states : [B, 1 + N, C] what the layer put out.
     """
 
     query: Tensor
     keys: Tensor
     heads: int
+    states: Tensor | None = None
 
     def float(self) -> EncoderTap:
-        """The same in float32, which scores are computed in."""
-        return EncoderTap(self.query.float(), self.keys.float(), self.heads)
+        """Query and keys in float32, which scores are computed in."""
+        return EncoderTap(self.query.float(), self.keys.float(), self.heads, self.states)
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,8 @@ class Anatomy:
         chosen = chosen if isinstance(chosen, int) else chosen[-1]
         return chosen + len(self.layers) if chosen < 0 else chosen - 1
 
-    def projections(self, layer: EncoderLayer) -> tuple[nn.Module, nn.Module, int]:
-        """Query and key projection of an encoder layer, and its number of heads.
+    def projections(self, layer: EncoderLayer) -> tuple[nn.Module, nn.Module, nn.Module, int]:
+        """An encoder layer, its query and key projection, and its number of heads.
 
         Raises
         ------
@@ -138,7 +138,7 @@ class Anatomy:
         block = self.layers[index]
         query = _part(block, self.tower_kind.query, "query projection")
         key = _part(block, self.tower_kind.key, "key projection")
-        return query, key, int(self.model.config.vision_config.num_attention_heads)
+        return block, query, key, int(self.model.config.vision_config.num_attention_heads)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of visual tokens of a picture of ``height`` x ``width`` pixels."""

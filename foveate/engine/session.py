@@ -34,7 +34,7 @@ from .seams import (
     restore,
 )
 from .shifts import Shifts, missing_positions
-from .shortening import expected_prompt, shorten_prompt
+from .shortening import acts_inside, expected_prompt, shorten_prompt
 
 
 class Session:
@@ -209,7 +209,7 @@ class Session:
 
     def _expecting(self, parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, labels: Tensor | None = None) -> Any:
         """Within this, the decoder reads these new tokens of the short prompt; ``mask`` is of the whole of it."""
-        if self._cuts is None or not report.after:
+        if self._cuts is None or not acts_inside(self.method, max(report.before, default=0)):
             return nullcontext()
         return self._cuts.expecting(expected_prompt(parts, ids, mask, report, labels), report)
 

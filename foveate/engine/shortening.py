@@ -78,7 +78,7 @@ def shorten_prompt(
         report.rows, report.grid, report.reduction = image_rows(visual, sizes)[1], visuals.grid, visuals.reduction
         report.before, report.after = sizes, [len(features) for features in embeds]
     layout = None
-    if pad_left and acts_inside(method, max(report.after, default=0)) and bool((mask[:, -1] == 0).any()):
+    if pad_left and acts_inside(method, max(report.before, default=0)) and bool((mask[:, -1] == 0).any()):
         changed = True  # rows padded on the right are generated from as if padded on the left, as where tokens were removed
     if changed:
         layout = shorten(visual, mask.bool(), sizes, kept, cached, method.settings(), pad_left=pad_left)
@@ -86,8 +86,11 @@ def shorten_prompt(
 
 
 def acts_inside(method: Method, tokens: int) -> bool:
-    """Whether a method may remove something of images of ``tokens`` visual tokens inside the decoder."""
-    return any(resolve_budget(reducer.budget, tokens) != tokens for reducer in method.inside_decoder())
+    """Whether a method may remove something inside the decoder of images that have ``tokens`` visual tokens.
+
+    A budget that covers all of them leaves the model as it is.
+    """
+    return bool(method.inside_decoder()) and resolve_budget(method.budget, tokens) != tokens
 
 
 def expected_prompt(parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, labels: Tensor | None = None) -> Prompt:
@@ -106,11 +109,12 @@ def expected_prompt(parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, l
     image = torch.full_like(ids, -1)
     numbers = torch.tensor([report.rows[:i].count(row) for i, row in enumerate(report.rows)], device=ids.device)
     image[visual] = numbers.repeat_interleave(sizes)
+    special = torch.isin(ids, torch.tensor(parts.special_tokens(), device=ids.device))
     valid, column = real[:, past:], torch.arange(ids.shape[1], device=ids.device)
     asked = valid
     if labels is not None:
         behind = (visual.long().cumsum(1) > 0) & (labels != IGNORED)
         asked = valid & (behind.long().cumsum(1) == 0)
+        special = special | (labels != IGNORED)  # what is taught is never removed
     last = (column * asked).amax(1)
-    special = torch.isin(ids, torch.tensor(parts.special_tokens(), device=ids.device))
     return Prompt(image, valid, special, last, past, real[:, :past])

@@ -52,21 +52,22 @@ def _taps(parts: Anatomy, layers: tuple[EncoderLayer, ...]) -> Iterator[dict[Enc
     seen: dict[tuple[EncoderLayer, str], Tensor] = {}
     heads, handles, owner = {}, [], threading.get_ident()  # another thread may use the same model
     for name in layers:
-        query, key, heads[name] = parts.projections(name)
-        for module, what in ((query, "query"), (key, "key")):
+        block, query, key, heads[name] = parts.projections(name)
+        for module, what in ((query, "query"), (key, "key"), (block, "states")):
 
-            def record(_: Any, __: Any, out: Tensor, name: EncoderLayer = name, what: str = what) -> None:
+            def record(_: Any, __: Any, out: Any, name: EncoderLayer = name, what: str = what) -> None:
                 if threading.get_ident() == owner:
-                    seen[name, what] = out.detach()
+                    seen[name, what] = (out[0] if isinstance(out, tuple) else out).detach()
 
             handles.append(module.register_forward_hook(record))
     try:
         yield taps
-        if len(seen) < 2 * len(layers):
+        if len(seen) < 3 * len(layers):
             raise UnsupportedModelError(
                 "the vision encoder shows no queries and keys: is it compiled by itself? Compile the whole model instead."
             )
-        taps.update({name: EncoderTap(seen[name, "query"][:, 0], seen[name, "key"], heads[name]) for name in layers})
+        for name in layers:
+            taps[name] = EncoderTap(seen[name, "query"][:, 0], seen[name, "key"], heads[name], seen[name, "states"])
     finally:
         for handle in handles:
             handle.remove()

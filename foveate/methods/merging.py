@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .selection import best_of_images
+
 Similarity = Literal["cosine", "dot"]
 
 
@@ -67,3 +69,39 @@ def rest_token(scores: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     place = scores.masked_fill(kept, -1).argmax(-1, keepdim=True)
     return place, ~kept.all(-1, keepdim=True), scores.masked_fill(kept, 0)[:, None]
+
+
+def cluster_weights(features: Tensor, pool: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Density-peak clustering of some tokens of each image (Du et al. 2016), with as many neighbours as clusters.
+
+    Parameters
+    ----------
+    features : [B, S, D].
+    pool : [B, I, S] bool, the tokens of each image to cluster.
+    clusters : [B, I] how many clusters; at most the number of tokens.
+
+    Returns
+    -------
+    centres [B, S] bool, their places ``target`` [B, R] and the weights [B, R, S], 1 for each token of a cluster; rows beyond the
+    number of clusters are zeros.
+    """
+    features, inside = features.float(), pool.any(1)
+    together = (pool.transpose(1, 2).float() @ pool.float()) > 0
+    apart = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist") * features.shape[-1] ** -0.5
+    apart = apart.masked_fill(~together, float("inf"))
+    wanted = (pool * clusters[..., None]).sum(1).clamp(min=1)  # of the image that a token belongs to
+    near = apart.sort(dim=-1).values.square().masked_fill(~inside[..., None], 0)
+    near = near.masked_fill(torch.isinf(near), 0).cumsum(-1).gather(-1, (wanted - 1)[..., None])[..., 0] / wanted
+    density = (-near).exp()
+    place = torch.arange(features.shape[1], device=features.device)
+    denser = (density[:, None] > density[..., None]) | ((density[:, None] == density[..., None]) & (place < place[:, None]))
+    widest = apart.masked_fill(~together, 0).amax(-1)
+    gap = apart.masked_fill(~denser, float("inf")).amin(-1)
+    peak = torch.where(torch.isinf(gap), widest, gap) * density
+    centres = best_of_images(peak, pool, clusters)
+    owner = apart.masked_fill(~centres[:, None], float("inf")).argmin(-1)
+    owner = torch.where(centres, place, owner)
+    number = max(1, int(centres.sum(1).max()))
+    target = (~centres).long().argsort(dim=1, stable=True)[:, :number]
+    weights = (owner[:, None] == target[..., None]) & inside[:, None] & centres.gather(1, target)[..., None]
+    return centres, target, weights.float()

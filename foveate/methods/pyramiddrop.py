@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..cuts import Cut, PromptTokens
 from ..errors import InputError
 from .base import DecoderReducer
 from .scoring import prompt_attention
-from .selection import best_of_images
+from .selection import best_of_images, stage_ratio
 
 
 @dataclass(kw_only=True)
@@ -51,26 +50,9 @@ class PyramidDrop(DecoderReducer, name="pyramiddrop", paper="https://arxiv.org/a
 
     def cut(self, tokens: PromptTokens) -> Cut:
         scores = prompt_attention(tokens, tokens.last[:, None]).mean(1)[:, 0]
-        stage = self.cuts(tokens.layers).index(tokens.layer) + 1
-        counts = (tokens.initial * self._ratio(tokens) ** stage + 1e-6).long()
+        cuts = self.cuts(tokens.layers)
+        ratio: Tensor | float = self.ratio
+        if self.budget is not None:
+            ratio = stage_ratio(self.name, self.budget, tokens.initial, cuts, tokens.layers)
+        counts = (tokens.initial * ratio ** (cuts.index(tokens.layer) + 1) + 1e-6).long()
         return Cut(best_of_images(scores, tokens.of_image, counts), scores)
-
-    def _ratio(self, tokens: PromptTokens) -> Tensor:
-        """[B, I] what a stage leaves, so that the mean over layers is the budget."""
-        initial = tokens.initial.double()
-        if self.budget is None:
-            return torch.full_like(initial, self.ratio)
-        share = self.budget / initial.clamp(min=1) if isinstance(self.budget, int) else torch.full_like(initial, self.budget)
-        edges = (0, *self.cuts(tokens.layers), tokens.layers)
-        runs = [(end - begin) / tokens.layers for begin, end in zip(edges, edges[1:], strict=False)]
-        if bool(((share < runs[0]) & (initial > 0)).any()):
-            raise InputError(
-                f"{self.name}: budget={self.budget} is a mean over layers, and layers 0 to {edges[1] - 1} run all tokens: it cannot be "
-                f"below {runs[0]:.1%}. Give earlier layers=, or a larger budget."
-            )
-        low, high = torch.zeros_like(share), torch.ones_like(share)
-        for _ in range(40):
-            middle = (low + high) / 2
-            more = sum(length * middle**stage for stage, length in enumerate(runs)) < share
-            low, high = torch.where(more, middle, low), torch.where(more, high, middle)
-        return high

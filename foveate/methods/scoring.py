@@ -63,3 +63,36 @@ def prompt_attention(tokens: PromptTokens, rows: Tensor) -> Tensor:
         logits = tap.softcap * (logits / tap.softcap).tanh()
     logits = logits.masked_fill(~tap.visible(rows)[:, None], torch.finfo(torch.float32).min)
     return logits.softmax(-1)[..., -length:]
+
+
+def cls_likeness(tap: EncoderTap, kind: Literal["cosine", "dot"]) -> Tensor:
+    """[B, N] float32 likeness of what a layer put out for [CLS] and for the patches."""
+    if tap.states is None:
+        raise FoveateError("the encoder layer has no output recorded. This is a fault of the engine.")
+    states = tap.states.float()
+    if kind == "cosine":
+        states = states / states.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return (states[:, 1:] @ states[:, 0, :, None])[..., 0]
+
+
+def question_rows(tokens: PromptTokens) -> tuple[Tensor, Tensor]:
+    """Where the question is, [B, R], and which of these are real, [B, R] bool; the last token where a row has no question."""
+    question = tokens.question
+    count = max(1, int(question.sum(1).max()))
+    rows = (~question).long().argsort(dim=1, stable=True)[:, :count]
+    real = question.gather(1, rows)
+    alone = ~real.any(1, keepdim=True)
+    first = torch.arange(count, device=rows.device) == 0
+    rows = torch.where(alone & first, tokens.last[:, None], rows)
+    return rows, real | (alone & first)
+
+
+def question_attention(tokens: PromptTokens) -> Tensor:
+    """[B, S] attention that a token gets from the question, averaged over heads and over the question's tokens behind it.
+
+    A token behind the whole question gets 0.
+    """
+    rows, real = question_rows(tokens)
+    attention = prompt_attention(tokens, rows).mean(1)
+    behind = (rows[..., None] > torch.arange(attention.shape[-1], device=rows.device)) & real[..., None]
+    return (attention * behind).sum(1) / behind.sum(1).clamp(min=1)

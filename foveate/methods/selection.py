@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..tokens import Budget
 
 
@@ -117,3 +119,38 @@ def best_of_images(scores: Tensor, of_image: Tensor, counts: Tensor) -> Tensor:
     """
     mine = scores[:, None].expand_as(of_image).masked_fill(~of_image, float("-inf"))
     return ((ranks(mine) < counts[..., None]) & of_image).any(1)
+
+
+def best_in_order(scores: Tensor, count: int) -> Tensor:
+    """[B, count] the tokens with the highest scores, in raster order; ties go to the earlier token."""
+    return scores.argsort(dim=-1, descending=True, stable=True)[:, :count].sort(dim=-1).values
+
+
+def stage_ratio(name: str, budget: int | float, initial: Tensor, cuts: Sequence[int], layers: int) -> Tensor:
+    """[B, I] what each of several stages has to leave of the one before, so that the mean over layers is ``budget``.
+
+    Parameters
+    ----------
+    name : of the method, for the error.
+    budget : tokens, or a fraction of ``initial`` [B, I].
+    cuts : the decoder layers that stages begin at, of ``layers``.
+
+    Raises
+    ------
+    InputError : the layers in front of the first cut take more than the budget.
+    """
+    count = initial.double()
+    share = budget / count.clamp(min=1) if isinstance(budget, int) else torch.full_like(count, budget)
+    edges = (0, *cuts, layers)
+    runs = [(end - begin) / layers for begin, end in zip(edges, edges[1:], strict=False)]
+    if bool(((share < runs[0]) & (initial > 0)).any()):
+        raise InputError(
+            f"{name}: budget={budget} is a mean over layers, and layers 0 to {edges[1] - 1} run all tokens: it cannot be below "
+            f"{runs[0]:.1%} of them. Give earlier layers=, or a larger budget."
+        )
+    low, high = torch.zeros_like(share), torch.ones_like(share)
+    for _ in range(40):
+        middle = (low + high) / 2
+        more = sum(length * middle**stage for stage, length in enumerate(runs)) < share
+        low, high = torch.where(more, middle, low), torch.where(more, high, middle)
+    return high

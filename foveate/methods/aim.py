@@ -1,0 +1,174 @@
+"""AIM: Adaptive Inference of Multi-Modal LLMs, Zhong et al., ICCV 2025 (arXiv 2412.03248).
+
+Visual tokens are merged in pairs before the projector, and what is left leaves the decoder by PageRank over its attention, on a
+schedule that ends with none. The released code only masks the latter, with eager attention; here they really leave.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import Self
+
+from ..cuts import Cut, DecoderTap, PromptTokens
+from ..errors import InputError
+from ..tokens import Budget, EncoderLayer, Reduction, VisualTokens, resolve_budget
+from .base import DecoderReducer, Method, TokenReducer
+from .selection import best_of_images
+
+PAPER = "https://arxiv.org/abs/2412.03248"
+
+
+@dataclass(kw_only=True)
+class AIMMerge(TokenReducer, name="aim-merge", paper=PAPER, adaptive=False):
+    """Bipartite merging: tokens at even places merge into the most similar token at an odd place, at most half at a time.
+
+    Merged tokens are plain means, whatever they were made of (the code keeps no sizes, unlike ToMe). Similarity is that of the keys
+    of the last encoder layer, as in the code for images.
+
+    Parameters
+    ----------
+    order : "raster", or "released": tokens that did not merge first, the most similar ones in front, as the code leaves them.
+    """
+
+    order: Literal["raster", "released"] = "raster"
+
+    def encoder_layers(self, depth: int) -> tuple[EncoderLayer, ...]:
+        return ("last",)
+
+    def reduce(self, tokens: VisualTokens) -> Reduction:
+        metric, number = tokens.taps["last"].keys[:, 1:].float(), tokens.number
+        goal = resolve_budget(self.budget, number) or number
+        weights = torch.eye(number, device=metric.device).expand(len(metric), -1, -1)
+        index = torch.arange(number, device=metric.device).expand(len(metric), -1)
+        while index.shape[1] > goal:
+            step, chosen = self._step(metric, index, min(index.shape[1] - goal, index.shape[1] // 2))
+            metric, weights, index = step @ metric, step @ weights, index.gather(1, chosen)
+        return Reduction(index, weights=weights)
+
+    def _step(self, metric: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Weights [B, T - count, T] of one round, and the place [B, T - count] that each output sits at."""
+        unit = F.normalize(metric, dim=-1)
+        best = (unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)
+        ranked = best.values.argsort(dim=-1, descending=True, stable=True)
+        merging, staying = 2 * ranked[:, :count], 2 * ranked[:, count:]
+        into = 2 * best.indices.gather(1, ranked[:, :count]) + 1
+        length = metric.shape[1]
+        odd = torch.arange(1, length, 2, device=metric.device).expand(len(metric), -1)
+        left = torch.cat([staying, odd], 1)
+        if self.order == "raster":
+            left = left.gather(1, index.gather(1, left).argsort(dim=1))
+        pairs = torch.eye(length, device=metric.device).repeat(len(metric), 1, 1)
+        pairs[torch.arange(len(metric), device=metric.device)[:, None], into, merging] = 1.0
+        rows = pairs.gather(1, left[..., None].expand(-1, -1, length))
+        return rows / rows.sum(-1, keepdim=True), left
+
+
+@dataclass(kw_only=True)
+class AIMPrune(DecoderReducer, name="aim-prune", paper=PAPER):
+    """Before each of a run of decoder layers, visual tokens with the lowest PageRank over the layer's attention leave, at last all.
+
+    Parameters
+    ----------
+    begin, end : layers l1 and l2 of the schedule: before layer l, the share 1 - (l - l1) / (l2 - l1) of the tokens that entered the
+        decoder is left; from layer l2 on none. None = 13 and 21 of 32 layers, in proportion, as in the code for Vicuna-7B.
+    temperature : of the attention that PageRank walks on (the code).
+    steps : of the walk (the code).
+    """
+
+    begin: int | None = None
+    end: int | None = None
+    temperature: float = 0.1
+    steps: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_range(steps=1)
+        if self.temperature <= 0:
+            raise InputError(f"{self.name}: temperature={self.temperature}; it must be above 0")
+
+    def cuts(self, layers: int) -> tuple[int, ...]:
+        begin, end = self._schedule(layers)
+        return tuple(range(begin + 1, end + 1))
+
+    def _schedule(self, layers: int) -> tuple[int, int]:
+        begin = max(0, round(13 / 32 * layers)) if self.begin is None else self.begin
+        end = min(layers - 1, max(begin + 1, round(21 / 32 * layers))) if self.end is None else self.end
+        if not 0 <= begin < end < layers:
+            raise InputError(f"{self.name}: begin={begin}, end={end}; expected 0 <= begin < end < {layers}, the number of layers")
+        return begin, end
+
+    def cut(self, tokens: PromptTokens) -> Cut:
+        begin, end = self._schedule(tokens.layers)
+        scores = page_rank(tokens, self.temperature, self.steps)
+        counts = (tokens.initial * (end - tokens.layer)).div(end - begin, rounding_mode="floor")
+        return Cut(best_of_images(scores, tokens.of_image, counts), scores)
+
+
+def page_rank(tokens: PromptTokens, temperature: float, steps: int) -> Tensor:
+    """[B, S] root mean square over heads of where a walk along attention ends that starts everywhere alike.
+
+    Heads are taken in groups, so that no more than 64 million weights exist at a time.
+    """
+    tap = tokens.tap
+    if tap is None:
+        raise InputError("PageRank needs the attention of a decoder layer")
+    length, total = tap.query.shape[2], torch.zeros_like(tokens.hidden[..., 0], dtype=torch.float32)
+    share = tap.query.shape[1] // tap.keys.shape[1]
+    at_once = max(1, 2**26 // (len(tokens.valid) * share * length * tap.keys.shape[2]))
+    begin = tokens.valid.float() / tokens.valid.sum(1, keepdim=True)
+    for first in range(0, tap.keys.shape[1], at_once):
+        walk = _transitions(tap, first, first + at_once, temperature)
+        mass = begin[:, None, None].expand(-1, walk.shape[1], -1, -1)
+        for _ in range(steps):
+            mass = mass @ walk
+        total = total + mass[:, :, 0].square().sum(1)
+    return (total / tap.query.shape[1]).sqrt()
+
+
+def _transitions(tap: DecoderTap, first: int, end: int, temperature: float) -> Tensor:
+    """[B, H', S, S] sharpened attention among the tokens of the call, for the key heads from ``first`` to ``end``."""
+    batch, heads, length, width = tap.query.shape
+    groups = tap.keys.shape[1]
+    query = tap.query.view(batch, groups, heads // groups, length, width)[:, first:end].float()
+    logits = query @ tap.keys[:, first:end, None].float().transpose(3, 4) * tap.scale
+    if tap.softcap is not None:
+        logits = tap.softcap * (logits / tap.softcap).tanh()
+    rows = torch.arange(length, device=query.device).expand(batch, -1)
+    hidden = ~tap.visible(rows)[:, None, None]
+    weights = (logits / temperature).masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1)
+    return weights[..., -length:].flatten(1, 2)
+
+
+@dataclass(kw_only=True)
+class AIM(Method, name="aim", paper=PAPER, adaptive=False):
+    """Merging before the projector, then pruning inside the decoder until no visual token is left.
+
+    Parameters
+    ----------
+    budget : visual tokens that enter the decoder; 252 of 576 in the code for LLaVA-1.5 (72 for the smaller setting).
+    begin, end : of the schedule, as in ``AIMPrune``.
+    order : as in ``AIMMerge``.
+    """
+
+    stage = "before the projector and inside the decoder"
+
+    budget: Budget = 252 / 576
+    begin: int | None = None
+    end: int | None = None
+    order: Literal["raster", "released"] = "raster"
+
+    @classmethod
+    def released(cls, **fields: Any) -> Self:
+        """With the order of tokens that the released code leaves."""
+        return cls(**{**dict(order="released"), **fields})
+
+    def before_decoder(self) -> TokenReducer:
+        return AIMMerge(budget=self.budget, order=self.order, positions=self.positions)
+
+    def inside_decoder(self) -> tuple[DecoderReducer, ...]:
+        return (AIMPrune(begin=self.begin, end=self.end),)

@@ -1,0 +1,118 @@
+"""SparseVLM: Zhang et al., ICML 2025 (arXiv 2410.04417)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from ..cuts import Cut, PromptTokens
+from ..errors import InputError
+from .base import DecoderReducer
+from .merging import cluster_weights, normalised
+from .scoring import prompt_attention, question_rows
+from .selection import best_of_images, stage_ratio
+
+# what is left of 576 after each stage in the released code, by the name of the setting
+RELEASED = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
+
+
+@dataclass(kw_only=True)
+class SparseVLM(DecoderReducer, name="sparsevlm", paper="https://arxiv.org/abs/2410.04417"):
+    """Text tokens that matter to the picture rate the visual tokens; the best of what is deleted is clustered and comes back.
+
+    Raters are the question's tokens whose share of the visual tokens' attention, by dot products of embeddings, is above the mean.
+    A visual token scores the attention that the raters pay it in the layer before a cut. Recycled tokens sit at the place of the
+    centre of their cluster, so that order is kept (the code appends them).
+
+    Parameters
+    ----------
+    budget : visual tokens of each image, averaged over decoder layers (without recycled ones); None = by the rank rule.
+    layers : decoder layers before which tokens are deleted; None = 3, 7 and 16 of 32 (after layers 2, 6 and 15), in proportion.
+    scale : of the rank rule: ``scale * (tokens - rank)`` are deleted, rank being that of the attention from raters to tokens. The
+        paper gives no value that could be read.
+    recycle : share of the deleted tokens that is clustered, the best ones (0.3 in the code); 0 = none.
+    cluster : one cluster for so many recycled tokens (10 in the code), and one more.
+    combine : a cluster becomes the "mean" (code) or the "sum" (paper) of its tokens.
+    counts : of 576 tokens, what each stage leaves (the code); it replaces budget and rank rule.
+    """
+
+    layers: tuple[int, ...] | None = None
+    scale: float = 0.5
+    recycle: float = 0.3
+    cluster: int = 10
+    combine: Literal["mean", "sum"] = "mean"
+    counts: tuple[int, ...] | None = None
+    positions: Literal["compact", "original"] = "compact"
+
+    @classmethod
+    def paper(cls, **fields: Any) -> Self:
+        """The rank rule, and clusters that are sums."""
+        return cls(**{**dict(combine="sum"), **fields})
+
+    @classmethod
+    def released(cls, budget: int = 192, **fields: Any) -> Self:
+        """The fixed counts of the released code (version 1) for its settings 192, 128, 96 and 64; any other budget as usual."""
+        return cls(**{**(dict(counts=RELEASED[budget]) if budget in RELEASED else dict(budget=budget)), **fields})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_range(recycle=0, scale=0, cluster=1)
+        if self.recycle > 1 or self.scale > 1:
+            raise InputError(f"{self.name}: recycle={self.recycle}, scale={self.scale}; both are shares and at most 1")
+        if self.layers is not None:
+            self.layers = tuple(self.layers)
+        if self.counts is not None:
+            self.counts = tuple(self.counts)
+
+    def cuts(self, layers: int) -> tuple[int, ...]:
+        if self.layers is not None:
+            return self.layers
+        return tuple(sorted({min(layers - 1, max(1, round(layer * layers / 32))) for layer in (3, 7, 16)}))
+
+    def cut(self, tokens: PromptTokens) -> Cut:
+        rows, rating = raters(tokens)
+        attention = prompt_attention(tokens, rows).mean(1) * rating[..., None]
+        scores = attention.sum(1) / rating.sum(1, keepdim=True).clamp(min=1)
+        of_image = tokens.of_image
+        counts = self._counts(tokens, attention)
+        keep = best_of_images(scores, of_image, counts)
+        deleted = of_image & ~keep[:, None]
+        number = deleted.sum(-1)
+        if self.recycle == 0 or not bool(number.any()):
+            return Cut(keep, scores)
+        some = torch.where(number > 0, (self.recycle * number + 1).long(), 0).minimum(number)
+        pool = of_image & best_of_images(scores, deleted, some)[:, None]
+        clusters = torch.where(number > 0, some // self.cluster + 1, 0).minimum(some)
+        centres, target, mix = cluster_weights(tokens.hidden, pool, clusters)
+        mix = mix if self.combine == "sum" else normalised(mix)
+        return Cut(keep | centres, scores, target, mix)
+
+    def _counts(self, tokens: PromptTokens, attention: Tensor) -> Tensor:
+        """[B, I] tokens that stay, recycled ones not counted."""
+        cuts, initial = self.cuts(tokens.layers), tokens.initial
+        stage = cuts.index(tokens.layer)
+        if self.counts is not None:
+            if len(self.counts) < len(cuts):
+                raise InputError(f"{self.name}: counts={self.counts}; expected one for each of the {len(cuts)} stages")
+            return (initial * self.counts[stage]).div(576, rounding_mode="floor")
+        if self.budget is not None:
+            ratio = stage_ratio(self.name, self.budget, initial, cuts, tokens.layers)
+            return (initial * ratio ** (stage + 1) + 1e-6).long()
+        left = tokens.of_image.sum(-1)
+        rank = torch.linalg.matrix_rank(attention[:, None] * tokens.of_image[:, :, None])
+        return left - (self.scale * (left - rank).clamp(min=0)).long()
+
+
+def raters(tokens: PromptTokens) -> tuple[Tensor, Tensor]:
+    """The question's tokens [B, R], and which of them rate [B, R] bool; by the embeddings that entered the decoder."""
+    start, (rows, real) = tokens.start or tokens, question_rows(tokens)
+    words, known = question_rows(start)  # the same tokens, as text is never removed
+    text = start.hidden.gather(1, words[..., None].expand(-1, -1, start.hidden.shape[-1])).float()
+    logits = (start.hidden.float() @ text.transpose(1, 2)).masked_fill(~known[:, None], torch.finfo(torch.float32).min)
+    share = (logits.softmax(-1) * start.visual[..., None]).sum(1) / start.visual.sum(1, keepdim=True).clamp(min=1)
+    mean = share.sum(1, keepdim=True) / known.sum(1, keepdim=True)
+    return rows, (share >= mean) & real
