@@ -121,9 +121,8 @@ def methods() -> list[MethodInfo]:
     """All methods, by name: what each does, where it acts, what it needs, its paper."""
     found = []
     for name, cls in registered().items():
-        example = cls() if cls.adaptive else cls(budget=1)
+        example = cls() if cls.adaptive else cls(budget=0.5)
         summary = (cls.__doc__ or "").strip().splitlines()[0]
-        found.append(
-            MethodInfo(name, summary, cls.stage, bool(example.before_decoder().encoder_layers(24)), cls.adaptive, presets(cls), cls.reference)
-        )
+        needs_cls = bool(example.before_decoder().encoder_layers(24))
+        found.append(MethodInfo(name, summary, cls.stage, needs_cls, cls.adaptive, presets(cls), cls.reference))
     return found

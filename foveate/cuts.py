@@ -100,3 +100,21 @@ class Cut:
     scores: Tensor | None = None
     target: Tensor | None = None
     mix: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What decoder layers leave out of the computation of visual tokens while a prompt is read (the tokens stay).
+
+    Attributes
+    ----------
+    window : a visual token sees those of its image that are at most (window - 1) / 2 rows and columns away, behind it too, and no
+        other visual token; None = all that causality allows.
+    heads : for each decoder layer, which key heads visual tokens take part in; None = all. In the others nobody gets anything from
+        visual tokens, and visual tokens get nothing.
+    neurons : the share of the MLP that visual tokens run, its first neurons.
+    """
+
+    window: int | None = None
+    heads: tuple[tuple[bool, ...], ...] | None = None
+    neurons: float = 1.0

@@ -206,8 +206,7 @@ class Masked:
 
     @torch.no_grad()
     def logits(self, embeddings: Tensor, tokens: list[int], places: Tensor | None = None) -> Tensor:
-        """Logits [len(tokens), V] before each of ``tokens``: full forwards, no cache. ``places`` [1, T] where tokens are, by default
-        one behind the other."""
+        """Logits [len(tokens), V] before each of ``tokens``: full forwards, no cache; ``places`` [1, T] are position ids."""
         table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         handles = [
             module.register_forward_pre_hook(lambda m, a, k, number=number: self._before(number, m, a, k), with_kwargs=True)
@@ -217,7 +216,7 @@ class Masked:
             found = []
             places = torch.arange(embeddings.shape[1])[None] if places is None else places
             for token in tokens:
-                ones = torch.ones(embeddings.shape[:2], dtype=torch.long)  # or gaps between positions would look like packed prompts
+                ones = torch.ones(embeddings.shape[:2], dtype=torch.long)  # else gaps in positions look like packed prompts
                 output = self.decoder(inputs_embeds=embeddings, position_ids=places, attention_mask=ones, use_cache=False)
                 hidden = output.last_hidden_state[0, -1]
                 found.append(head(hidden))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..analysis.flops import prefill_flops
 from ..errors import InputError
-from ..methods.base import TokenReducer
+from ..methods.base import Method
 from ..methods.baselines import Sequential
 from ..report import Report
 
@@ -72,7 +72,7 @@ def first_line(error: BaseException) -> str:
 
 
 def ask(
-    model: Any, processor: Any, inputs: dict[str, Any], method: TokenReducer | None, *, new_tokens: int = 64, repeats: int = 1
+    model: Any, processor: Any, inputs: dict[str, Any], method: Method | None, *, new_tokens: int = 64, repeats: int = 1
 ) -> Answer:
     """Answer with the tokens a method leaves; None keeps all. ``repeats`` prefills are timed."""
     prefills = []

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..methods.base import TokenReducer
+from ..methods.base import Method
 from ..methods.prumerge import PruMerge
 from ..methods.prumerge_plus import PruMergePlus
 from ..pocket.questions import Question, exam
@@ -67,7 +67,7 @@ def run_demo(folder: Path, seed: int, progress: Callable[[str], None]) -> list[S
         scene, question = pick_scene(level, seed)
         progress(f"{name} scene: {question.text}")
         inputs, _ = make_inputs(processor, model, Image.fromarray(scene.image), question.text)
-        methods: dict[str, TokenReducer | None] = {"full": None, "prumerge+": PruMergePlus(), "prumerge": PruMerge()}
+        methods: dict[str, Method | None] = {"full": None, "prumerge+": PruMergePlus(), "prumerge": PruMerge()}
         if not shown:
             ask(model, processor, inputs, None, new_tokens=2)  # warm-up, so that the first prefill is timed like the others
         answers = {key: ask(model, processor, inputs, method, new_tokens=8, repeats=3) for key, method in methods.items()}

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -36,11 +36,10 @@ class Tap:
     The module gets a copy of its config that names our function; ``remove`` gives it its own back.
     """
 
-    def __init__(self, attention: nn.Module, record: Callable[[Recorded], None]) -> None:
-        self.attention: Any = attention
-        self.config, self.record = self.attention.config, record
-        self.attention.config = copy.copy(self.config)
-        self.attention.config._attn_implementation_internal = _NAME
+    def __init__(self, attention: Any, record: Callable[[Recorded], None]) -> None:
+        self.attention, self.config, self.record = attention, attention.config, record
+        attention.config = copy.copy(self.config)
+        attention.config._attn_implementation_internal = _NAME
         setattr(attention, _ATTRIBUTE, self)
 
     def remove(self) -> None:
@@ -52,7 +51,7 @@ def _tapped(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
     tap: Tap = getattr(module, _ATTRIBUTE)
     tap.record(Recorded(query.detach(), key.detach(), kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs.get("softcap")))
     implementation = tap.config._attn_implementation
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     if "flash" not in implementation:
         return attend(module, query, key, value, attention_mask, **kwargs)

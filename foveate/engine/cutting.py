@@ -45,17 +45,15 @@ def _mixed(hidden: Tensor, cut: Cut) -> Tensor:
     return longer.scatter(1, spare[..., None].expand_as(mixed), mixed)[:, :-1]
 
 
-def _decide(
-    run: Prefill, layer: int, reducer: DecoderReducer, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]
-) -> None:
+def _decide(run: Prefill, layer: int, reducer: DecoderReducer, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
     before = run.stage(layer)
     tokens = _tokens(run, layer, reducer, module, hidden, kwargs)
     with torch.autocast(hidden.device.type, enabled=False):  # scores are float32 in mixed precision too
         cut = reducer.cut(tokens)
-    keep, counts, changed = _checked(reducer, tokens, cut)
+    keep, counts, visual, changed = _checked(reducer, tokens, cut)
     if not changed and before is None and (run.earlier is None or not run.earlier.held):
         return
-    run.stages[layer] = stage = _laid_out(run, layer, reducer, tokens, keep, counts)
+    run.stages[layer] = stage = _laid_out(run, layer, reducer, tokens, keep, counts, visual)
     if cut.mix is not None:
         run.mixes[layer] = cut
     left = take(tokens.image, stage.order).masked_fill(~stage.valid, -1)
@@ -66,26 +64,30 @@ def _decide(
         mark_cuts(run.cache, run.cuts)
 
 
-def _checked(reducer: DecoderReducer, tokens: PromptTokens, cut: Cut) -> tuple[Tensor, list[int], bool]:
-    """What really stays [B, S], how many in each row, and whether anything changes; with one transfer from the device."""
+def _checked(reducer: DecoderReducer, tokens: PromptTokens, cut: Cut) -> tuple[Tensor, list[int], int, bool]:
+    """What really stays [B, S], how many in each row, how many visual tokens in all, and whether anything changes.
+
+    With one transfer from the device.
+    """
     if cut.keep.shape != tokens.valid.shape or cut.keep.dtype != torch.bool:
-        raise FoveateError(f"{reducer.name} returned no mask of its {tuple(tokens.valid.shape)} tokens. This is a fault of the method.")
+        shape = tuple(tokens.valid.shape)
+        raise FoveateError(f"{reducer.name} returned no mask of its {shape} tokens. This is a fault of the method.")
     text = tokens.valid & ~tokens.visual
     stays = tokens.protected if reducer.removes_text else text
     keep = (cut.keep & (text | tokens.visual) & tokens.valid) | stays
     values = tokens.hidden if cut.scores is None else cut.scores.masked_fill(~tokens.visual, 0)
-    flags = torch.stack([torch.isfinite(values).all(), (keep == tokens.valid).all()])
-    *counts, finite, same = torch.cat([keep.sum(1), flags]).tolist()
+    flags = torch.stack([(keep & tokens.visual).sum(), torch.isfinite(values).all(), (keep == tokens.valid).all()])
+    *counts, visual, finite, same = torch.cat([keep.sum(1), flags]).tolist()
     if not finite:
         raise InputError(
             f"{reducer.name}: NaN or infinite values before decoder layer {tokens.layer}. Check the inputs, and the dtype of the "
             "model (float16 overflows in some decoders: use bfloat16 or float32)."
         )
-    return keep, counts, not same or cut.mix is not None
+    return keep, counts, visual, not same or cut.mix is not None
 
 
 def _laid_out(
-    run: Prefill, layer: int, reducer: DecoderReducer, tokens: PromptTokens, keep: Tensor, counts: list[int]
+    run: Prefill, layer: int, reducer: DecoderReducer, tokens: PromptTokens, keep: Tensor, counts: list[int], visual: int
 ) -> Stage:
     """What runs from ``layer`` on, aligned to the right."""
     width, before, held = max(*counts, 1), run.stage(layer), run.held(layer)
@@ -104,7 +106,7 @@ def _laid_out(
         positions, shift = take(before.positions, order), before.shift
     elif earlier is not None:
         positions = (take(original, index) - earlier).clamp(min=0)
-    return Stage(layer, order, index, valid, min(counts) == width, positions, shift)
+    return Stage(layer, order, index, valid, min(counts) == width, visual, positions, shift)
 
 
 def _tokens(
@@ -129,9 +131,9 @@ def _tokens(
     source = layer - (reducer.reads == "previous")
     if reducer.reads == "own":
         _run_dry(run, layer, module, hidden, kwargs)
-    recorded = run.recorded.pop(source)
-    columns = run.columns[source][:, -recorded.keys.shape[2] :].to(hidden.device)
-    tap = DecoderTap(*(part.to(hidden.device) if isinstance(part, Tensor) else part for part in recorded), columns, run.window(source))
+    query, keys, scale, softcap = run.recorded.pop(source)
+    columns = run.columns[source][:, -keys.shape[2] :].to(hidden.device)
+    tap = DecoderTap(query.to(hidden.device), keys.to(hidden.device), scale, softcap, columns, run.window(source))
     return replace(here, hidden=hidden, layer=layer, tap=tap, start=start)
 
 

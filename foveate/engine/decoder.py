@@ -22,6 +22,7 @@ from ..methods.base import DecoderReducer
 from ..report import Report
 from .attention import OnlyRecording, Recorded, Tap
 from .cutting import cut_before
+from .patterns import Patterned, neighbour_mask
 from .run import DecoderKind, Prefill, Run
 from .seams import attention_of, cuts_of, mark_cuts
 from .stages import HeldCuts, Prompt, place
@@ -32,14 +33,14 @@ _RUN = "_foveate_run"
 class DecoderCuts:
     """The decoder reducers of one session on one decoder."""
 
-    def __init__(self, decoder: nn.Module, reducers: Sequence[DecoderReducer], settings: dict[str, Any]) -> None:
-        self.decoder: Any = decoder
-        self.layers, self.settings = self.decoder.layers, settings
+    def __init__(self, decoder: Any, reducers: Sequence[DecoderReducer], settings: dict[str, Any]) -> None:
+        self.decoder, self.layers, self.settings = decoder, decoder.layers, settings
         self.plan = self._planned(reducers)
         self.first = min(self.plan, default=len(self.layers))
         reading = {layer - (reducer.reads == "previous") for layer, reducer in self.plan.items() if reducer.reads != "nothing"}
         self.tapped = {layer: attention_of(self.layers[layer]) for layer in sorted(reading)}
         self.kind = DecoderKind(decoder)
+        self.pattern = self._patterned(reducers)
         self._handles: list[RemovableHandle] = []
         self._taps: list[Tap] = []
         self._runs: dict[int, Run] = {}
@@ -61,22 +62,39 @@ class DecoderCuts:
                 plan[layer] = reducer
         return dict(sorted(plan.items()))
 
+    def _patterned(self, reducers: Sequence[DecoderReducer]) -> Patterned | None:
+        """What the layers leave out of the computation of visual tokens."""
+        patterns = {reducer.name: reducer.pattern(len(self.layers)) for reducer in reducers}
+        found = {name: pattern for name, pattern in patterns.items() if pattern is not None}
+        if len(found) > 1:
+            raise InputError(f"{' and '.join(found)} both change how visual tokens are computed; Compose takes one such method")
+        return Patterned(next(iter(found.values())), self.layers, self._reading) if found else None
+
+    def _reading(self) -> Run | None:
+        return self._runs.get(threading.get_ident())
+
     def install(self) -> None:
         """Put the hooks on the model."""
-        if self._handles or not self.plan:
+        if self._handles or not (self.plan or self.pattern):
             return
         hook = self.decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._handles = [hook, self.decoder.register_forward_hook(self._end, always_call=True)]
         for number, layer in enumerate(self.layers):
-            if number >= self.first or number in self.tapped:
+            if number >= self.first or number in self.tapped or self.pattern is not None:
                 before = functools.partial(self._before_layer, number)
                 self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(self.layers[-1].register_forward_hook(self._restore))
         self._taps = [Tap(module, functools.partial(self._record, number)) for number, module in self.tapped.items()]
+        if self.pattern is not None:
+            self.pattern.install()
 
     def remove(self) -> None:
-        for part in (*self._handles, *self._taps):
-            part.remove()
+        if self.pattern is not None:
+            self.pattern.remove()
+        for handle in self._handles:
+            handle.remove()
+        for tap in self._taps:
+            tap.remove()
         self._handles, self._taps = [], []
 
     @contextmanager
@@ -129,9 +147,7 @@ class DecoderCuts:
             whole = prompt.resized(rows, width, hidden.device)
             cuts = None if cache is None else HeldCuts(self.settings) if earlier is None else earlier.copy()
             tokens = whole.tokens(hidden.detach(), len(self.layers))
-            self._runs[thread] = Prefill(
-                *common, prompt=whole, asked=prompt.width, tokens=tokens, report=report, cuts=cuts
-            )
+            self._runs[thread] = Prefill(*common, prompt=whole, asked=prompt.width, tokens=tokens, report=report, cuts=cuts)
         elif earlier is not None:
             self._runs[thread] = Run(*common)
 
@@ -169,10 +185,13 @@ class DecoderCuts:
         run.note_columns(layer)
         if layer == len(self.layers) - 1:
             self._restoring[threading.get_ident()] = run
-        stage = run.stage(layer)
-        if stage is None:
+        stage, window = run.stage(layer), None if self.pattern is None else self.pattern.pattern.window
+        if stage is None and window is None:
             return None
-        kwargs = {**kwargs, **run.inputs(layer, stage, hidden, kwargs)}
+        if stage is not None:
+            kwargs = {**kwargs, **run.inputs(layer, stage, hidden, kwargs)}
+        if window is not None and run.sees_pictures(layer):
+            kwargs = {**kwargs, "attention_mask": neighbour_mask(run, layer, hidden, window)}
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _current(self, kwargs: dict[str, Any]) -> Run | None:

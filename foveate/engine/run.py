@@ -136,6 +136,22 @@ class Prefill(Run):
         starts = [start for start in self.stages if start <= layer]
         return self.stages[max(starts)] if starts else None
 
+    def image(self, layer: int) -> Tensor:
+        """[B, M] the image of its row that each token of a layer belongs to, -1 = none."""
+        stage = self.stage(layer)
+        if stage is None:
+            return self.prompt.image
+        key = ("image", stage.start)
+        if key not in self.memo:
+            self.memo[key] = take(self.prompt.image, stage.index).masked_fill(~stage.valid, -1)
+        found: Tensor = self.memo[key]
+        return found
+
+    def sees_pictures(self, layer: int) -> bool:
+        """Whether a layer runs any visual token; known without waiting for the device."""
+        stage = self.stage(layer)
+        return stage is None or stage.visual > 0
+
     def note_columns(self, layer: int) -> None:
         """Fix the columns of a layer's keys before its attention adds to its cache."""
         stage, held = self.stage(layer), self.held(layer)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +123,47 @@ def attention_of(layer: nn.Module) -> nn.Module:
     if not isinstance(attention, nn.Module) or not hasattr(attention, "config"):
         raise UnsupportedModelError(f"{type(layer).__name__} has no attention module at 'self_attn' whose queries can be read.")
     return attention
+
+
+def values_of(attention: Any) -> tuple[nn.Module, int, int, int]:
+    """The module that makes the values of an attention module: where they begin in its output, in how many heads of which width."""
+    groups, width = int(attention.config.num_key_value_heads), int(attention.head_dim)
+    if hasattr(attention, "v_proj"):
+        return attention.v_proj, 0, groups, width
+    if hasattr(attention, "qkv_proj"):  # queries, keys and values in one (Phi-3)
+        return attention.qkv_proj, (int(attention.config.num_attention_heads) + groups) * width, groups, width
+    raise UnsupportedModelError(f"{type(attention).__name__} has no projection of values that could be found.")
+
+
+def output_of(attention: Any) -> nn.Module:
+    """The output projection of an attention module."""
+    for name in ("o_proj", "dense"):
+        if isinstance(getattr(attention, name, None), nn.Module):
+            found: nn.Module = getattr(attention, name)
+            return found
+    raise UnsupportedModelError(f"{type(attention).__name__} has no output projection that could be found.")
+
+
+class MlpParts(NamedTuple):
+    """The MLP of a decoder layer; ``gate``, ``up`` and ``activation`` only where its weights can be cut into slices."""
+
+    module: nn.Module
+    down: Any
+    gate: Any
+    up: Any
+    activation: Any
+    sliceable: bool
+
+
+def mlp_of(layer: Any) -> MlpParts:
+    """The MLP of a decoder layer, gated or not."""
+    module = getattr(layer, "mlp", None)
+    down = next((getattr(module, name) for name in ("down_proj", "fc2") if hasattr(module, name)), None)
+    if module is None or down is None:
+        raise UnsupportedModelError(f"{type(layer).__name__} has no MLP that could be found.")
+    gate, up, act = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "act_fn"))
+    plain = act is not None and all(type(part) is nn.Linear for part in (gate, up, down)) and not hasattr(module, "_hf_hook")
+    return MlpParts(module, down, gate, up, act, plain)
 
 
 def rotary(decoder: Any, hidden: Tensor, positions: Tensor, kind: str) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
@@ -109,6 +110,12 @@ def expected_prompt(parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, l
     image = torch.full_like(ids, -1)
     numbers = torch.tensor([report.rows[:i].count(row) for i, row in enumerate(report.rows)], device=ids.device)
     image[visual] = numbers.repeat_interleave(sizes)
+    cell = torch.full_like(ids, -1)
+    if report.reduction is not None:
+        index, kept = report.reduction.index, report.reduction.mask()
+        lead = sizes - kept.sum(1).to(sizes)  # tokens in front of the grid, such as [CLS]
+        places = [F.pad(one[some], (int(n), 0), value=-1) for one, some, n in zip(index, kept, lead.tolist(), strict=True)]
+        cell[visual] = torch.cat(places).to(cell)
     special = torch.isin(ids, torch.tensor(parts.special_tokens(), device=ids.device))
     valid, column = real[:, past:], torch.arange(ids.shape[1], device=ids.device)
     asked = valid
@@ -117,4 +124,4 @@ def expected_prompt(parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, l
         asked = valid & (behind.long().cumsum(1) == 0)
         special = special | (labels != IGNORED)  # what is taught is never removed
     last = (column * asked).amax(1)
-    return Prompt(image, valid, special, last, past, real[:, :past])
+    return Prompt(image, cell, report.grid, valid, special, last, past, real[:, :past])

@@ -18,7 +18,8 @@ class Prompt:
 
     Attributes
     ----------
-    image : [B, S] the image of its row that a visual token belongs to, -1 = none.
+    image, cell : [B, S] the image of its row that a visual token belongs to, and its place on the grid; -1 = none.
+    grid : rows and columns of it.
     valid : [B, S] bool.
     special : [B, S] bool, tokens of the model's own such as the end of a turn.
     last : [B] the last column of the question; in training the one before the answer.
@@ -26,6 +27,8 @@ class Prompt:
     """
 
     image: Tensor
+    cell: Tensor
+    grid: tuple[int, int]
     valid: Tensor
     special: Tensor
     last: Tensor
@@ -46,6 +49,8 @@ class Prompt:
 
         return Prompt(
             fit(self.image, -1),
+            fit(self.cell, -1),
+            self.grid,
             fit(self.valid, True),
             fit(self.special, False),
             self.last.to(device).repeat_interleave(copies, 0),
@@ -76,6 +81,7 @@ class Stage:
     index : [B, M] its column of this call.
     valid : [B, M] bool.
     plain : every one of them is valid.
+    visual : how many of them are visual tokens, in the whole batch.
     positions : [B, M] new position ids, None = the original ones.
     shift : [B, 1] by how much the positions of what follows are smaller, None = not at all.
     """
@@ -85,6 +91,7 @@ class Stage:
     index: Tensor
     valid: Tensor
     plain: bool
+    visual: int
     positions: Tensor | None = None
     shift: Tensor | None = None
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from ..cuts import Cut, PromptTokens
+from ..cuts import Cut, Pattern, PromptTokens
 from ..errors import InputError
 from ..tokens import Budget, EncoderLayer, Reduction, VisualTokens, check_budget
 
@@ -150,6 +150,10 @@ class DecoderReducer(Method):
         """The decoder layers, of ``layers``, before which the method acts; from 1 on."""
         raise TypeError(f"{type(self).__name__} does not implement cuts(layers)")
 
+    def pattern(self, layers: int) -> Pattern | None:
+        """What the layers leave out of the computation of visual tokens; None = nothing."""
+        return None
+
     def cut(self, tokens: PromptTokens) -> Cut:
         """What stays before layer ``tokens.layer``. Row b of a batch must equal the same prompt alone."""
         raise TypeError(f"{type(self).__name__} does not implement cut(tokens)")
@@ -175,7 +179,7 @@ class Compose(Method):
         fronts = [front for front in fronts if type(front) is not TokenReducer]
         if len(fronts) > 1:
             names = " and ".join(front.name for front in fronts)
-            raise InputError(f"{names} both act before the projector; Compose takes one method there, and others inside the decoder")
+            raise InputError(f"{names} both act before the projector; Compose takes one method there")
         self.methods, self._front = methods, fronts[0] if fronts else TokenReducer(budget=1.0)
         self.budget, self.positions = None, self._front.positions
 

@@ -15,8 +15,8 @@ from .selection import best_of_images, counts_of_images
 class FastV(DecoderReducer, name="fastv", paper="https://arxiv.org/abs/2403.06764", adaptive=False):
     """Before decoder layer K only the visual tokens stay that the last token attends to most in layer K - 1.
 
-    The released code takes one top-k over a single image, in layer K - 1 with eager attention; here each image of a prompt keeps its
-    own count, and only the one row of attention is computed.
+    The released code takes one top-k over a single image, in layer K - 1 with eager attention; here each image of a prompt keeps a
+    count of its own, and only the one row of attention is computed.
 
     Parameters
     ----------

@@ -6,6 +6,7 @@ over depth tuned under a budget (P-Sigmoid). No code was released; see ``foveate
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -94,8 +95,14 @@ class GSearch(Schedule, name="g-search", paper=PAPER, adaptive=False, reconstruc
             self.rates = read_plan(self.plan)
         if self.rates is not None:
             self.rates = tuple(self.rates)
-            falling = all(a >= b for a, b in zip(self.rates, self.rates[1:], strict=False))
-            if not self.rates or not falling or not all(isinstance(r, Real) and 0 <= r <= 1 for r in self.rates) or self.rates[0] < 1:
+            falling = all(a >= b for a, b in itertools.pairwise(self.rates))
+            shares = all(isinstance(rate, Real) and 0 <= rate <= 1 for rate in self.rates)
+            if (
+                not self.rates
+                or not falling
+                or not all(isinstance(r, Real) and 0 <= r <= 1 for r in self.rates)
+                or self.rates[0] < 1
+            ):
                 raise InputError(
                     f"{self.name}: rates={self.rates}; expected one rate in [0, 1] for each decoder layer, beginning with 1 and "
                     "not increasing"
@@ -103,14 +110,16 @@ class GSearch(Schedule, name="g-search", paper=PAPER, adaptive=False, reconstruc
             if self.budget is None:
                 self.budget = max(sum(self.rates) / len(self.rates), 1e-6)
         elif self.budget is None:
-            raise InputError(f"{self.name} needs a plan: run 'foveate search' and give plan=, or budget= for one rate in all layers.")
+            raise InputError(f"{self.name} needs a plan: run 'foveate search' and give plan=, or budget= for one rate.")
         super().__post_init__()
 
     def keep_rates(self, layers: int, tokens: int | None) -> tuple[float, ...]:
         if self.rates is None:
             return tuple(1.0 if layer < self.first else self.share(tokens) for layer in range(layers))
         if len(self.rates) != layers:
-            raise InputError(f"{self.name}: the plan has {len(self.rates)} rates and this decoder {layers} layers; search on this model")
+            raise InputError(
+                f"{self.name}: the plan has {len(self.rates)} rates and this decoder {layers} layers; search on this model"
+            )
         return self.rates
 
 
@@ -118,7 +127,7 @@ class GSearch(Schedule, name="g-search", paper=PAPER, adaptive=False, reconstruc
 class PSigmoid(Schedule, name="p-sigmoid", paper=PAPER, adaptive=False, reconstruction=FILLED):
     """Keep rates that fall over depth as a sigmoid whose mean over layers is the budget.
 
-    ``rate(l) = low + (high - low) / (1 + exp(steepness * (l - centre)))`` for layers l = 1 ... L; the centre follows from the budget.
+    ``rate(l) = low + (high - low) / (1 + exp(steepness * (l - centre)))`` for layers l = 1 ... L; the budget gives the centre.
 
     Parameters
     ----------
@@ -144,8 +153,8 @@ class PSigmoid(Schedule, name="p-sigmoid", paper=PAPER, adaptive=False, reconstr
         budget, least = self.share(tokens), (self.first + (layers - self.first) * self.low) / layers
         if budget < least:
             raise InputError(
-                f"{self.name}: budget={self.budget} is a mean over {layers} layers of which the first {self.first} run all tokens; it cannot "
-                f"be below {least:.1%} of the tokens. Give an earlier first=, a smaller low= or a larger budget."
+                f"{self.name}: budget={self.budget} is a mean over {layers} layers, and the first {self.first} run all tokens: it "
+                f"cannot be below {least:.1%} of the tokens. Give an earlier first=, a smaller low= or a larger budget."
             )
         most = (self.first + (layers - self.first) * self.high) / layers
         if budget >= most:

@@ -23,7 +23,7 @@ def inflection_counts(scores: Tensor, valid: Tensor, detector: Detector, least: 
     valid : [R, N] bool.
     detector : "cumulative": the bend of the cumulative curve, where scores fall below their mean. "knee": the point farthest below
         the chord of the sorted curve (Kneedle). "derivative": the steepest descent of the sorted curve, smoothed over a twentieth
-        of it. "lof": as many as the local outlier factor (10 neighbours) finds, in both tails. "iqr": above the upper fence of Tukey.
+        of it. "lof": as many as the local outlier factor (10 neighbours) finds, in both tails. "iqr": above Tukey's upper fence.
     """
     number = valid.sum(-1)
     curve = scores.float().masked_fill(~valid, float("-inf")).sort(dim=-1, descending=True).values

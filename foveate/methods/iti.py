@@ -22,7 +22,7 @@ from .scoring import cls_attention, cls_likeness, question_attention
 from .selection import best_of_images, counts_of_images, order_keys, ranks, take_in_order
 
 PAPER = "https://arxiv.org/abs/2409.01162"
-FILLED = "a reconstruction from the abstract: similarity, inflection detector, layers and text relevance are our reading (docs/iti.md)"
+FILLED = "a reconstruction from the abstract: similarity, inflection detector, layers and text relevance are ours (docs/iti.md)"
 
 
 @dataclass(kw_only=True)

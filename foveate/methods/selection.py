@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -142,7 +143,7 @@ def stage_ratio(name: str, budget: int | float, initial: Tensor, cuts: Sequence[
     count = initial.double()
     share = budget / count.clamp(min=1) if isinstance(budget, int) else torch.full_like(count, budget)
     edges = (0, *cuts, layers)
-    runs = [(end - begin) / layers for begin, end in zip(edges, edges[1:], strict=False)]
+    runs = [(end - begin) / layers for begin, end in itertools.pairwise(edges)]
     if bool(((share < runs[0]) & (initial > 0)).any()):
         raise InputError(
             f"{name}: budget={budget} is a mean over layers, and layers 0 to {edges[1] - 1} run all tokens: it cannot be below "

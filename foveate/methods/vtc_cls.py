@@ -34,7 +34,7 @@ class VTCCls(TokenReducer, name="vtc-cls", paper="https://arxiv.org/abs/2412.058
     def encoder_layers(self, depth: int) -> tuple[EncoderLayer, ...]:
         voting = max(1, depth - 1 - 2 * depth // 3) if self.layers is None else self.layers
         if voting >= depth > 1:
-            raise InputError(f"{self.name}: layers={voting}; this encoder of {depth} layers has {depth - 1} up to the penultimate one")
+            raise InputError(f"{self.name}: layers={voting}; this encoder has {depth - 1} layers up to the penultimate one")
         return tuple(range(depth - 1 - voting, depth - 1)) if depth > 1 else (0,)
 
     def reduce(self, tokens: VisualTokens) -> Reduction:

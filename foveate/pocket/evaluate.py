@@ -231,11 +231,11 @@ def compare(evaluator: Evaluator, budgets: Sequence[int], console: Console) -> d
     jobs: list[tuple[Variant, int | None]] = [(variant, None) for variant in ADAPTIVE]
     jobs += [(variant, budget) for budget in budgets for variant in COMPARED]
     for (shown, name, fields), budget in track(jobs, "evaluating", console=console, transient=True):
-        results[shown, budget] = evaluator.run(get(name, budget=budget, **fields))
+        results[shown, budget] = evaluator.run(get(name, budget=budget, **fields).before_decoder())
     for shown in ("prumerge", "prumerge+"):  # baselines at the mean count of the adaptive rule
         count = round(float(np.mean(results[shown, None].tokens)))
         for name in ("random", "spatial", "pool"):
-            results.setdefault((name, count), evaluator.run(get(name, budget=count)))
+            results.setdefault((name, count), evaluator.run(get(name, budget=count).before_decoder()))
     rows = []
     for (name, budget), result in results.items():
         accuracy, low, high = scores.interval(result.right)

@@ -1,0 +1,149 @@
+"""Leaving out parts of the computation of visual tokens: attention to far ones, heads, neurons (``Pattern``).
+
+Values of visual tokens are zeroed in pruned heads before they enter the cache. That equals zero attention weights, so no
+implementation of attention has to know of it and decoding steps need nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..cuts import Pattern
+from ..errors import InputError, UnsupportedModelError
+from .run import Prefill
+from .seams import MlpParts, attention_of, mlp_of, output_of, values_of
+from .stages import take
+
+
+class Patterned:
+    """One pattern on the layers of a decoder; ``run`` says what the thread's forward is."""
+
+    def __init__(self, pattern: Pattern, layers: nn.ModuleList, run: Callable[[], Any]) -> None:
+        self.pattern, self.layers, self.run = pattern, layers, run
+        self._handles: list[RemovableHandle] = []
+        self._replaced: list[nn.Module] = []
+        if pattern.window is not None and (pattern.window < 1 or pattern.window % 2 == 0):
+            raise InputError(f"window={pattern.window}; it has to be odd, such as 5")
+        if pattern.heads is not None and len(pattern.heads) != len(layers):
+            raise InputError(f"heads of {len(pattern.heads)} layers for a decoder of {len(layers)}; calibrate on this model")
+
+    def install(self) -> None:
+        for number, layer in enumerate(self.layers):
+            if self.pattern.heads is not None and not all(self.pattern.heads[number]):
+                self._prune_heads(number, attention_of(layer), self.pattern.heads[number])
+            if self.pattern.neurons < 1:
+                self._prune_neurons(number, mlp_of(layer))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for module in self._replaced:
+            del module.__dict__["forward"]
+        self._handles, self._replaced = [], []
+
+    def _visual(self, layer: int) -> Tensor | None:
+        """[B, M] bool, the visual tokens that the layer runs; None where it runs none."""
+        run = self.run()
+        if not isinstance(run, Prefill):
+            return None
+        visual = run.image(layer) >= 0
+        return visual if visual.shape[1] else None
+
+    def _prune_heads(self, layer: int, attention: nn.Module, heads: tuple[bool, ...]) -> None:
+        values, begin, groups, width = values_of(attention)
+        if len(heads) != groups:
+            raise InputError(f"a mask of {len(heads)} heads for decoder layer {layer}, which has {groups} key heads")
+        pruned = torch.tensor([not kept for kept in heads])
+
+        @torch.compiler.disable
+        def silence(_: nn.Module, __: Any, out: Tensor) -> Tensor | None:
+            visual = self._visual(layer)
+            if visual is None:
+                return None
+            part = out[..., begin : begin + groups * width].unflatten(-1, (groups, width))
+            gone = visual.to(out.device)[..., None] & pruned.to(out.device)
+            part = part.masked_fill(gone[..., None], 0).flatten(-2)
+            return torch.cat([out[..., :begin], part, out[..., begin + groups * width :]], -1)
+
+        @torch.compiler.disable
+        def deafen(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            visual = self._visual(layer)
+            if visual is None:
+                return None
+            heard = args[0].unflatten(-1, (groups, -1))
+            gone = visual.to(heard.device)[..., None] & pruned.to(heard.device)
+            return (heard.masked_fill(gone[..., None], 0).flatten(-2), *args[1:])
+
+        self._handles.append(values.register_forward_hook(silence))
+        self._handles.append(output_of(attention).register_forward_pre_hook(deafen))
+
+    def _prune_neurons(self, layer: int, parts: MlpParts) -> None:
+        if parts.sliceable:
+            self._replaced.append(parts.module)
+            parts.module.__dict__["forward"] = functools.partial(self._sliced, layer, parts, parts.module.forward)
+            return
+
+        @torch.compiler.disable
+        def silence(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            """Quantised, adapted or fused weights: the same result, without the saving."""
+            visual = self._visual(layer)
+            if visual is None:
+                return None
+            neuron = torch.arange(args[0].shape[-1], device=args[0].device)
+            gone = visual.to(neuron.device)[..., None] & (neuron >= round(self.pattern.neurons * len(neuron)))
+            return (args[0].masked_fill(gone, 0), *args[1:])
+
+        self._handles.append(parts.down.register_forward_pre_hook(silence))
+
+    @torch.compiler.disable
+    def _sliced(self, layer: int, parts: MlpParts, original: Any, hidden: Tensor) -> Tensor:
+        """The MLP with the first neurons only for visual tokens."""
+        visual = self._visual(layer)
+        if visual is None:
+            whole: Tensor = original(hidden)
+            return whole
+        visual = visual.to(hidden.device)
+        count = round(self.pattern.neurons * parts.down.in_features)
+        some = hidden[visual]
+        inner = parts.activation(F.linear(some, parts.gate.weight[:count], _some(parts.gate.bias, count)))
+        inner = inner * F.linear(some, parts.up.weight[:count], _some(parts.up.bias, count))
+        out = torch.empty_like(hidden)
+        out[visual] = F.linear(inner, parts.down.weight[:, :count], parts.down.bias)
+        out[~visual] = original(hidden[~visual])
+        return out
+
+
+def _some(bias: Tensor | None, count: int) -> Tensor | None:
+    return None if bias is None else bias[:count]
+
+
+def neighbour_mask(run: Prefill, layer: int, hidden: Tensor, window: int) -> Tensor | None:
+    """The mask of a layer in which visual tokens see only their neighbours on the grid; None where the layer runs none of them."""
+    image, device = run.image(layer).to(hidden.device), hidden.device
+    implementation = run.kind.implementation
+    if "flash" in implementation:
+        raise UnsupportedModelError("neighbour-aware attention needs a mask, which flash attention does not take. Use 'sdpa'.")
+    stage, number = run.stage(layer), image.shape[1]
+    columns = run.present(layer, run.columns[layer].to(device), number)
+    base = run.mask_of(columns, number, plain=False, window=run.window(layer), hidden=hidden)
+    if base is None:
+        return None
+    cell = run.prompt.cell if stage is None else take(run.prompt.cell, stage.index)
+    row, column = (part.to(device) for part in (cell // run.prompt.grid[1], cell % run.prompt.grid[1]))
+    reach = (window - 1) // 2
+    near = ((row[:, :, None] - row[:, None]).abs() <= reach) & ((column[:, :, None] - column[:, None]).abs() <= reach)
+    near = near & (image[:, :, None] == image[:, None])
+    pairs = (image >= 0)[:, :, None] & (image >= 0)[:, None]
+    past = columns.shape[1] - number
+    near, pairs = (F.pad(part, (past, 0))[:, None] for part in (near, pairs))
+    if base.dtype == torch.bool:
+        return torch.where(pairs, near, base)
+    shown = torch.zeros((), dtype=base.dtype, device=device)
+    return torch.where(pairs, torch.where(near, shown, torch.finfo(base.dtype).min), base)
