@@ -6,6 +6,7 @@ Nothing here is shared with the package.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -170,6 +171,52 @@ def run_spliced(model, embeddings: Tensor, positions: Tensor, tokens: list[int])
     return torch.stack(found)
 
 
+@dataclass
+class RowCut:
+    """What one row keeps from a layer on: columns, and tokens that become a sum of others {column: {column: weight}}."""
+
+    left: list[int]
+    mixes: dict[int, dict[int, float]] = field(default_factory=dict)
+
+
+def overheard(kind, monkeypatch) -> list:
+    """What a decoder reducer is asked and what it answers, in the order of its layers."""
+    heard, ask = [], kind.cut
+
+    def cut(self, tokens):
+        answer = ask(self, tokens)
+        heard.append((tokens, answer))
+        return answer
+
+    monkeypatch.setattr(kind, "cut", cut)
+    return heard
+
+
+def stays(method, tokens, cut) -> Tensor:
+    """[B, S] what is left: text is the engine's business, unless the method may remove it."""
+    text = tokens.valid & ~tokens.visual
+    if method.removes_text:
+        return (cut.keep & tokens.valid) | tokens.protected
+    return (cut.keep & tokens.visual) | text
+
+
+def cuts_of_row(heard, row: int, offset: int) -> dict[int, RowCut]:
+    """For ``Masked``: the cuts of one row, whose prompt begins at column ``offset``. Text is recognised without the method."""
+    found = {}
+    for tokens, cut in heard:
+        words = tokens.valid & ~tokens.visual
+        named = (cut.keep & words)[row].any()  # only a method that removes text says anything of it
+        left = ((cut.keep & tokens.valid) | tokens.protected) if named else ((cut.keep & tokens.visual) | words)
+        columns = (tokens.columns[row] - offset).tolist()
+        mixes = {}
+        if cut.mix is not None:
+            for place, weights in zip(cut.target[row].tolist(), cut.mix[row], strict=True):
+                if weights.any():
+                    mixes[columns[place]] = {columns[at]: float(weights[at]) for at in weights.nonzero().flatten().tolist()}
+        found[tokens.layer] = RowCut([columns[at] for at in left[row].nonzero().flatten().tolist()], mixes)
+    return found
+
+
 class Masked:
     """An unmodified model in which visual tokens are hidden as keys from a layer on, and keep running.
 
@@ -179,8 +226,10 @@ class Masked:
     compact : from a cut on, what is left of the prompt is numbered anew.
     """
 
-    def __init__(self, model, kept: dict[int, list[int]], prompt: int, compact: bool) -> None:
-        self.model, self.kept, self.prompt, self.compact = model, kept, prompt, compact
+    def __init__(self, model, kept: dict[int, list[int] | RowCut], prompt: int, compact: bool) -> None:
+        self.model, self.prompt, self.compact = model, prompt, compact
+        self.cuts = {at: cut if isinstance(cut, RowCut) else RowCut(cut) for at, cut in kept.items()}
+        self.kept = {at: cut.left for at, cut in self.cuts.items()}
         self.decoder = model.get_decoder()
         self.hidden: dict[int, Tensor] = {}
 
@@ -189,6 +238,12 @@ class Masked:
         self.hidden[layer] = args[0] if args else kwargs["hidden_states"]
         if start is None:
             return None
+        if start == layer and self.cuts[layer].mixes:
+            mixed = self.hidden[layer].clone()
+            for column, weights in self.cuts[layer].mixes.items():
+                mixed[0, column] = sum(w * self.hidden[layer][0, at] for at, w in weights.items())
+            self.hidden[layer] = mixed
+            args, kwargs = ((mixed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": mixed})
         length = self.hidden[layer].shape[1]
         left = [*self.kept[start], *range(self.prompt, length)]
         gone = torch.ones(length, dtype=torch.bool)

@@ -35,19 +35,27 @@ def _variants() -> list[str]:
     return names
 
 
-def _build(variant: str, **fields: object) -> foveate.TokenReducer:
+FIELDS = {"p-sigmoid": dict(budget=0.7)}  # its default, a mean over layers, is below what four layers can do
+
+
+def _build(variant: str, **fields: object) -> foveate.Method:
     """A method; batch-pooled rules, which make an image depend on its neighbours by design, are set to their image form."""
     name = variant.split(":")[0]
-    info = next(i for i in foveate.methods() if i.name == name)
-    if not info.adaptive:
-        fields.setdefault("budget", BUDGET)
-    method = foveate.get(variant, **fields)
+    fields = {**FIELDS.get(name, {}), **fields}
+    try:
+        method = foveate.get(variant, **fields)
+    except foveate.InputError:
+        if "budget" in fields:
+            raise
+        method = foveate.get(variant, budget=BUDGET, **fields)
     if hasattr(method, "iqr_scope"):
         method.iqr_scope = "image"
     return method
 
 
 VARIANTS = _variants()
+INSIDE = [variant for variant in VARIANTS if _build(variant).inside_decoder()]
+BEFORE = [variant for variant in VARIANTS if variant not in INSIDE]  # these act before the projector only
 FAMILY_DECODERS = [(family, decoder) for family in FAMILIES for decoder in zoo.DECODERS]
 
 
@@ -91,12 +99,13 @@ def test_t1_a_budget_of_everything_changes_nothing(load, family, decoder, attn, 
     logits = model(**inputs).logits
     name = "scores" if "num_beams" in options else "logits"
     for variant, budget in zip(VARIANTS, itertools.cycle((1.0, zoo.TOKENS, 10_000)), strict=False):
-        with _build(variant, budget=budget)(model) as session:
+        with _build(variant, budget=1.0 if variant == "yopo" else budget)(model) as session:
             torch.manual_seed(1)
             after = model.generate(**inputs, **{**GREEDY, **options})
             assert torch.equal(before.sequences, after.sequences), variant
             assert all(torch.equal(a, b) for a, b in zip(before[name], after[name], strict=True)), variant
             assert session.report.after == session.report.before == [zoo.TOKENS] * 4
+            assert set(session.report.layers) == {4 * zoo.TOKENS}
             if not options:
                 assert torch.equal(model(**inputs).logits, logits), variant
 
@@ -109,11 +118,14 @@ def test_t2_a_row_of_a_batch_equals_the_row_alone(load, family, decoder, variant
     with _build(variant)(model) as session:
         sequences, logits = _generate(model, zoo.batch(side))
         together = [sum(a for a, r in zip(session.report.after, session.report.rows, strict=True) if r == row) for row in range(4)]
+        stages = [[image.stages for image in session.report.images if image.row == row] for row in range(4)]
         for row in range(4):
             inputs = zoo.batch(side, rows=(row,))
             alone, alone_logits = _generate(model, inputs)
             torch.testing.assert_close(logits[row], alone_logits[0], atol=2e-4, rtol=2e-4)
             assert sum(session.report.after) == together[row]
+            for image, other in zip(session.report.images, stages[row], strict=True):
+                assert [stage.kept for stage in image.stages] == [stage.kept for stage in other]
             assert torch.equal(sequences[row, -NEW:], alone[0, -NEW:])
 
 
@@ -167,7 +179,7 @@ def test_t3_generate_equals_a_forward_over_the_spliced_prompt(load, family, deco
         torch.testing.assert_close(logits[row], expected, atol=3e-4, rtol=3e-4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", BEFORE)
 def test_t3_for_every_method(load, variant):
     """The same for each method and preset, with the cache that ``generate`` makes itself."""
     model, inputs = load(), zoo.batch()
@@ -184,15 +196,43 @@ def test_t3_for_every_method(load, variant):
         torch.testing.assert_close(logits[row], expected, atol=3e-4, rtol=3e-4)
 
 
+@pytest.mark.parametrize("variant", [variant for variant in INSIDE if variant != "yopo"])  # test_yopo.py
+@pytest.mark.parametrize(("family", "decoder"), [(f, d) for f in FAMILIES for d in ("llama", "mistral", "gemma3")])
+def test_t3_for_every_method_inside_the_decoder(load, family, decoder, variant, monkeypatch):
+    """Against the unmodified model, masked; methods are overheard for what they keep and mix."""
+    model, plain, inputs = load(family, decoder), load(family, decoder, "eager"), zoo.batch()
+    method = _build(variant)
+    heard = reference.overheard(type(method.inside_decoder()[0]), monkeypatch)
+    encoded = foveate.encode(model, method.before_decoder(), **inputs)
+    with method(model) as session:
+        sequences, logits = _generate(model, inputs)
+    assert [tokens.layer for tokens, _ in heard] == list(method.inside_decoder()[0].cuts(4))
+    images, compact = session.report.images, method.inside_decoder()[0].positions == "compact"
+    width = heard[0][0].columns.shape[1]
+    for row in range(4):
+        mine = [i for i, image in enumerate(images) if image.row == row]
+        kept, embeds = [images[i].kept for i in mine], [encoded.embeds[i] for i in mine]
+        embeddings, places = reference.spliced_embeddings(model, inputs, row, kept, embeds, zoo.IMAGE)
+        if method.before_decoder().positions == "compact":
+            places = torch.arange(embeddings.shape[1])[None]
+        cuts = reference.cuts_of_row(heard, row, offset=width - embeddings.shape[1])
+        wanted = reference.Masked(plain, cuts, embeddings.shape[1], compact).logits(embeddings, sequences[row, -NEW:].tolist(), places)
+        torch.testing.assert_close(logits[row], wanted, atol=4e-4, rtol=4e-4)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_t8_compiled_and_static(load, variant):
     model, inputs = zoo.load(), zoo.batch()
     with _build(variant)(model):
         expected = _generate(model, inputs)[0]
-        static = _generate(model, inputs, cache_implementation="static", disable_compile=True)[0]
+        if variant in INSIDE:
+            with pytest.raises(foveate.InputError, match="static cache"):
+                _generate(model, inputs, cache_implementation="static", disable_compile=True)
+        else:
+            static = _generate(model, inputs, cache_implementation="static", disable_compile=True)[0]
+            assert torch.equal(static, expected)
         logits = model(**inputs).logits
         compiled = torch.compile(model, backend="eager")(**inputs).logits
-    assert torch.equal(static, expected)
     torch.testing.assert_close(compiled, logits)
 
 
@@ -205,7 +245,7 @@ def test_t10_broken_pictures_are_refused(load, variant):
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", BEFORE)
 def test_t11_positions(load, variant, positions):
     """Compact positions count what is left; original ones are where a token was in its row without padding."""
     inputs = zoo.batch()
@@ -291,8 +331,39 @@ def test_t4_nested_blocks_and_two_models(load):
     assert torch.equal(_generate(other, inputs)[1], plain_other)
 
 
+@pytest.mark.parametrize("variant", INSIDE)
+@pytest.mark.parametrize("decoder", zoo.DECODERS)
+def test_t6_text_stays_and_order_too(load, decoder, variant, monkeypatch):
+    """Text is never removed, but where the method says so; then never what is protected. What the report says is what ran."""
+    model, inputs, method = load(decoder=decoder), zoo.batch(), _build(variant)
+    kind = type(method.inside_decoder()[0])
+    heard, ran = reference.overheard(kind, monkeypatch), {}
+    handles = [
+        layer.register_forward_hook(lambda _, __, out, n=number: ran.setdefault(n, out[0] if isinstance(out, tuple) else out))
+        for number, layer in enumerate(model.get_decoder().layers[:-1])
+    ]
+    with method(model) as session:
+        model.generate(**inputs, max_new_tokens=1)
+    for handle in handles:
+        handle.remove()
+    text = inputs["attention_mask"].sum(1) - (inputs["input_ids"] == zoo.IMAGE).sum(1)
+    for tokens, cut in heard:
+        left = reference.stays(method.inside_decoder()[0], tokens, cut)
+        words = (left & ~tokens.visual).sum(1)
+        assert torch.equal(words, text) or (variant == "iti:paper" and bool((words <= text).all()))
+        if tokens.layer < 3:
+            assert ran[tokens.layer].shape[1] == int(left.sum(1).max())
+        assert session.report.layers[tokens.layer] == int((left & tokens.visual).sum())
+    for image in session.report.images:
+        before = image.kept
+        for stage in image.stages:
+            assert stage.kept == sorted(stage.kept)
+            assert set(stage.kept) <= set(before)
+            before = stage.kept
+
+
 @pytest.mark.parametrize("budget", [None, 1, 5, BUDGET, 0.3])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", BEFORE)
 def test_t6_contract_of_a_reduction(load, variant, budget):
     model, inputs = load(), zoo.batch()
     method = _build(variant) if budget is None else _build(variant, budget=budget)
@@ -324,11 +395,23 @@ def test_half_precision(variant, dtype):
     model, inputs = zoo.load(dtype=dtype), zoo.batch(dtype=dtype)
     with _build(variant)(model) as session:
         assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
-        assert sum(session.report.after) < sum(session.report.before)
+        assert sum(session.report.layers) < sum(session.report.before) * len(session.report.layers)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_same_tokens_under_sdpa_and_eager(load, variant):
+@pytest.mark.parametrize("decoder", zoo.DECODERS)
+@pytest.mark.parametrize("variant", INSIDE)
+def test_t7_inside_the_decoder_the_same_tokens_under_sdpa_and_eager(load, decoder, variant):
+    kept = []
+    for attn in ("sdpa", "eager"):
+        model = load(decoder=decoder, attn=attn)
+        with _build(variant)(model) as session:
+            model.generate(**zoo.batch(), max_new_tokens=1)
+            kept.append([[stage.kept for stage in image.stages] for image in session.report.images])
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("variant", BEFORE)
+def test_t7_the_same_tokens_under_sdpa_and_eager(load, variant):
     inputs = zoo.batch()
     kept = [foveate.encode(load(attn=attn), _build(variant), **inputs).reduction for attn in ("sdpa", "eager")]
     assert torch.equal(kept[0].index, kept[1].index)

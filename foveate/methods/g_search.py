@@ -97,12 +97,7 @@ class GSearch(Schedule, name="g-search", paper=PAPER, adaptive=False, reconstruc
             self.rates = tuple(self.rates)
             falling = all(a >= b for a, b in itertools.pairwise(self.rates))
             shares = all(isinstance(rate, Real) and 0 <= rate <= 1 for rate in self.rates)
-            if (
-                not self.rates
-                or not falling
-                or not all(isinstance(r, Real) and 0 <= r <= 1 for r in self.rates)
-                or self.rates[0] < 1
-            ):
+            if not self.rates or not falling or not shares or self.rates[0] < 1:
                 raise InputError(
                     f"{self.name}: rates={self.rates}; expected one rate in [0, 1] for each decoder layer, beginning with 1 and "
                     "not increasing"

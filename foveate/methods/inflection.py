@@ -14,14 +14,15 @@ from torch import Tensor
 Detector = Literal["cumulative", "knee", "derivative", "lof", "iqr"]
 
 
-def inflection_counts(scores: Tensor, valid: Tensor, detector: Detector, least: int = 1) -> Tensor:
+def inflection_counts(scores: Tensor, valid: Tensor, detector: Detector, least: int = 1, slope: float = 1.0) -> Tensor:
     """[R] tokens to keep of each row, at least ``least`` and at most all valid ones.
 
     Parameters
     ----------
     scores : [R, N], the higher the more important.
     valid : [R, N] bool.
-    detector : "cumulative": the bend of the cumulative curve, where scores fall below their mean. "knee": the point farthest below
+    detector : "cumulative": where the cumulative curve of shares over ranks, both from 0 to 1, gets less steep than ``slope``; with
+        1, its point farthest from the diagonal, that is where scores fall below their mean. "knee": the point farthest below
         the chord of the sorted curve (Kneedle). "derivative": the steepest descent of the sorted curve, smoothed over a twentieth
         of it. "lof": as many as the local outlier factor (10 neighbours) finds, in both tails. "iqr": above Tukey's upper fence.
     """
@@ -32,13 +33,12 @@ def inflection_counts(scores: Tensor, valid: Tensor, detector: Detector, least: 
     curve = curve.masked_fill(~inside, 0.0)
     last = curve.gather(1, (number - 1).clamp(min=0)[:, None])
     spread = curve[:, :1] - last
-    counts = _RULES[detector](curve, inside, number)
+    if detector == "cumulative":
+        mean = curve.sum(-1) / number.clamp(min=1)
+        counts = ((curve > slope * mean[:, None]) & inside).sum(-1)
+    else:
+        counts = _RULES[detector](curve, inside, number)
     return torch.where(spread[:, 0] > 0, counts.clamp(min=least), number).minimum(number)
-
-
-def _cumulative(curve: Tensor, inside: Tensor, number: Tensor) -> Tensor:
-    mean = curve.sum(-1) / number.clamp(min=1)
-    return ((curve > mean[:, None]) & inside).sum(-1)
 
 
 def _knee(curve: Tensor, inside: Tensor, number: Tensor) -> Tensor:
@@ -92,4 +92,4 @@ def _iqr(curve: Tensor, inside: Tensor, number: Tensor) -> Tensor:
     return ((curve > fence) & inside).sum(-1)
 
 
-_RULES = {"cumulative": _cumulative, "knee": _knee, "derivative": _derivative, "lof": _lof, "iqr": _iqr}
+_RULES = {"knee": _knee, "derivative": _derivative, "lof": _lof, "iqr": _iqr}

@@ -103,7 +103,8 @@ class SparseVLM(DecoderReducer, name="sparsevlm", paper="https://arxiv.org/abs/2
             ratio = stage_ratio(self.name, self.budget, initial, cuts, tokens.layers)
             return (initial * ratio ** (stage + 1) + 1e-6).long()
         left = tokens.of_image.sum(-1)
-        rank = torch.linalg.matrix_rank(attention[:, None] * tokens.of_image[:, :, None])
+        grid = torch.nan_to_num(attention)  # the engine refuses NaN in the scores, which the rank would only choke on
+        rank = torch.linalg.matrix_rank(grid[:, None] * tokens.of_image[:, :, None])
         return left - (self.scale * (left - rank).clamp(min=0)).long()
 
 

@@ -126,10 +126,10 @@ class Evaluator:
             if wrong_picture:
                 embeds = embeds[1:] + embeds[:1]
             tokens += [len(visual) for visual in embeds]
-            right += self._answers(embeds, text)
+            right += self.answers(embeds, text)
         return Result(np.array(right, bool), tokens)
 
-    def _answers(self, embeds: list[Tensor], text: dict[str, Tensor]) -> list[bool]:
+    def answers(self, embeds: list[Tensor], text: dict[str, Tensor]) -> list[bool]:
         """Per question of a chunk whether every token of the answer, its end included, is the most likely one."""
         visual = torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True)
         counts = torch.tensor([len(each) for each in embeds], device=visual.device)
