@@ -216,7 +216,9 @@ def test_t3_for_every_method_inside_the_decoder(load, family, decoder, variant, 
         if method.before_decoder().positions == "compact":
             places = torch.arange(embeddings.shape[1])[None]
         cuts = reference.cuts_of_row(heard, row, offset=width - embeddings.shape[1])
-        wanted = reference.Masked(plain, cuts, embeddings.shape[1], compact).logits(embeddings, sequences[row, -NEW:].tolist(), places)
+        wanted = reference.Masked(plain, cuts, embeddings.shape[1], compact).logits(
+            embeddings, sequences[row, -NEW:].tolist(), places
+        )
         torch.testing.assert_close(logits[row], wanted, atol=4e-4, rtol=4e-4)
 
 

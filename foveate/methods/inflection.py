@@ -1,7 +1,7 @@
 """Where a curve of sorted scores bends: how many tokens belong to its head (section 3 of docs/iti.md).
 
-Each rule takes scores [R, N] of which some are ``valid``, and counts the tokens to keep in each row. Rows that are constant have no
-bend; all of their tokens are kept.
+Each rule takes scores [R, N] of which some are ``valid``, and counts the tokens to keep in each row. Where a row has no bend, as a
+constant one, all of its tokens are kept.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def _knee(curve: Tensor, inside: Tensor, number: Tensor) -> Tensor:
     last = curve.gather(1, (number - 1).clamp(min=0)[:, None])
     height = (curve - last) / (curve[:, :1] - last).clamp(min=torch.finfo(curve.dtype).tiny)
     below = 1 - torch.arange(curve.shape[-1], device=curve.device) / steps - height
-    return below.masked_fill(~inside, -1).argmax(-1) + 1
+    depth, place = below.masked_fill(~inside, -1).max(-1)
+    return torch.where(depth > 1e-6, place + 1, number)  # nothing below the chord: the curve is straight or bends the other way
 
 
 def _derivative(curve: Tensor, inside: Tensor, number: Tensor) -> Tensor:

@@ -55,7 +55,9 @@ class InflectionCut(TokenReducer, name="inflection", paper=PAPER, reconstruction
         tap, budget = tokens.taps[self.layer], resolve_budget(self.budget, tokens.number)
         scores = cls_attention(tap) if self.similarity == "attention" else cls_likeness(tap, self.similarity)
         if budget is None:
-            counts = inflection_counts(scores, torch.ones_like(scores, dtype=torch.bool), self.detector, self.min_tokens, self.slope)
+            counts = inflection_counts(
+                scores, torch.ones_like(scores, dtype=torch.bool), self.detector, self.min_tokens, self.slope
+            )
         else:
             counts = scores.new_full((len(scores),), budget).long()
         kept = ranks(scores) < counts[:, None]
@@ -106,7 +108,9 @@ class TextRelevanceCut(DecoderReducer, name="text-relevance", paper=PAPER, recon
         keep = best_of_images(scores, of_image, self._counts(tokens, scores, of_image))
         if self.prune_text:
             question = (tokens.question & ~tokens.protected)[:, None]
-            keep = keep | best_of_images(scores, question, inflection_counts(scores, question[:, 0], self.detector, slope=self.slope)[:, None])
+            keep = keep | best_of_images(
+                scores, question, inflection_counts(scores, question[:, 0], self.detector, slope=self.slope)[:, None]
+            )
         return Cut(keep, scores)
 
     def _counts(self, tokens: PromptTokens, scores: Tensor, of_image: Tensor) -> Tensor:
