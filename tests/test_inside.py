@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -77,7 +78,7 @@ def best(scores: dict[int, float], count: int) -> list[int]:
     return sorted(sorted(scores, key=lambda at: (-scores[at], at))[:count])
 
 
-TWO = "__s tt".replace(" ", "") + "0" * 24 + "tt" + "1" * 16 + "ttstt"
+TWO = "__stt" + "0" * 24 + "tt" + "1" * 16 + "ttstt"
 
 
 @pytest.mark.parametrize("window", [None, 12])
@@ -320,7 +321,7 @@ def slow_inflection(scores: list[float], detector: str, slope: float) -> int:
     if detector == "derivative":
         half = number // 40
         smooth = [float(np.mean(curve[max(0, i - half) : i + half + 1])) for i in range(number)]
-        falls = [a - b for a, b in zip(smooth, smooth[1:], strict=False)]
+        falls = [a - b for a, b in itertools.pairwise(smooth)]
         return falls.index(max(falls)) + 1
     if detector == "iqr":
         q1, q3 = np.percentile(scores, 25), np.percentile(scores, 75)
@@ -353,7 +354,7 @@ def test_inflection_detectors(detector, values, padding):
         smooth = sorted(values.astype(float), reverse=True)
         half = len(smooth) // 40
         mean = [float(np.mean(smooth[max(0, i - half) : i + half + 1])) for i in range(len(smooth))]
-        falls = [a - b for a, b in zip(mean, mean[1:], strict=False)]
+        falls = [a - b for a, b in itertools.pairwise(mean)]
         assert falls[int(found) - 1] == pytest.approx(max(falls), rel=1e-5)
     else:
         assert int(found) == wanted
@@ -466,7 +467,7 @@ def test_p_sigmoid_keeps_its_budget(layers, budget, steepness, low):
         return
     rates = method.keep_rates(layers, None)
     assert sum(rates) / layers == pytest.approx(budget, abs=1e-6)
-    assert all(a >= b - 1e-12 for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates))
     assert rates[:2] == (1.0, 1.0)
 
 
