@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
-def prefill_flops(config: Any, tokens: int) -> int:
-    """Operations (2 per multiply-add) to prefill ``tokens`` tokens: projections, attention, gated MLP, one row of logits.
+def prefill_flops(config: Any, tokens: int | Sequence[int]) -> int:
+    """Operations (2 per multiply-add) to prefill a prompt: projections, attention, gated MLP, one row of logits.
 
     Parameters
     ----------
     config : of a Llama-type decoder, or of a model that has one (``get_text_config``).
-    tokens : length of the prompt, visual tokens included.
+    tokens : length of the prompt, visual tokens included; one for each decoder layer where they differ.
     """
     config = config.get_text_config()
     width, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
@@ -19,5 +20,6 @@ def prefill_flops(config: Any, tokens: int) -> int:
     key_value = (getattr(config, "num_key_value_heads", None) or heads) * head
     projections = 2 * width * heads * head + 2 * width * key_value
     mlp = 3 * width * config.intermediate_size
-    causal_attention = tokens * heads * head  # scores and values, each over half of the square
-    return 2 * (layers * tokens * (projections + mlp + causal_attention) + width * config.vocab_size)
+    each = [tokens] * layers if isinstance(tokens, int) else tokens
+    # scores and values of causal attention, each over half of the square
+    return 2 * (sum(number * (projections + mlp + number * heads * head) for number in each) + width * config.vocab_size)

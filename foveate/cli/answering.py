@@ -29,6 +29,7 @@ class Answer:
     ----------
     text : the answer.
     visual_tokens : in the prompt.
+    layers : visual tokens that each decoder layer runs.
     prefill : seconds, median of the runs.
     flops : of the decoder's prefill.
     report : of the run; None where all tokens were kept.
@@ -36,9 +37,21 @@ class Answer:
 
     text: str
     visual_tokens: int
+    layers: list[int]
     prefill: float
     flops: int
     report: Report | None
+
+    @property
+    def mean_tokens(self) -> float:
+        """Visual tokens on average over decoder layers."""
+        return statistics.fmean(self.layers)
+
+    @property
+    def shown_tokens(self) -> str:
+        """Visual tokens in the prompt and, where they become fewer inside the decoder, from which layer on."""
+        steps = [(layer, count) for layer, count in enumerate(self.layers) if layer and count != self.layers[layer - 1]]
+        return ", ".join([str(self.visual_tokens), *(f"{count} from layer {layer}" for layer, count in steps)])
 
 
 def make_inputs(processor: Any, model: Any, image: Image.Image, question: str) -> tuple[dict[str, Any], str | None]:
@@ -85,9 +98,9 @@ def ask(
     prefills.append(report.seconds["prefill"])
     prompt = inputs["input_ids"].shape[1]
     text = processor.decode(out[0, prompt:], skip_special_tokens=True).strip()
-    short = prompt - sum(report.before) + sum(report.after)
-    flops = prefill_flops(model.config, short)
-    return Answer(text, sum(report.after), statistics.median(prefills), flops, report if method else None)
+    layers = report.layers
+    flops = prefill_flops(model.config, [prompt - sum(report.before) + count for count in layers])
+    return Answer(text, sum(report.after), layers, statistics.median(prefills), flops, report if method else None)
 
 
 def load_model(name: str | None) -> tuple[Any, Any]:

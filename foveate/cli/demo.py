@@ -11,8 +11,6 @@ from typing import Any
 from PIL import Image
 
 from ..methods.base import Method
-from ..methods.prumerge import PruMerge
-from ..methods.prumerge_plus import PruMergePlus
 from ..pocket.questions import Question, exam
 from ..pocket.scenes import LEVELS, Scene, draw_scene
 from ..viz.overlay import as_seen, picture_file, save_figure
@@ -39,6 +37,7 @@ class Shown:
             "expected": self.expected,
             "answers": {name: answer.text for name, answer in self.answers.items()},
             "visual_tokens": {name: answer.visual_tokens for name, answer in self.answers.items()},
+            "layers": {name: answer.layers for name, answer in self.answers.items()},
             "prefill_seconds": {name: answer.prefill for name, answer in self.answers.items()},
             "prefill_flops": {name: answer.flops for name, answer in self.answers.items()},
             "scene": str(self.scene),
@@ -57,25 +56,28 @@ def pick_scene(level: int, seed: int) -> tuple[Scene, Question]:
             return scene, matching[0]
 
 
-def run_demo(folder: Path, seed: int, progress: Callable[[str], None]) -> list[Shown]:
-    """Draw three scenes from plain to crowded, answer one question about each in three ways, and save a picture of each."""
+def run_demo(folder: Path, seed: int, methods: dict[str, Method], progress: Callable[[str], None]) -> list[Shown]:
+    """Draw three scenes from plain to crowded, answer one question about each with all tokens and with each method, and save a
+    picture of each.
+    """
     kept_files = [picture_file(folder / f"kept-{level + 1}-{name}.png") for level, name in enumerate(LEVELS)]
     progress("loading the pocket model")
     model, processor = load_model(None)
+    ways: dict[str, Method | None] = {"full": None, **methods}
     shown: list[Shown] = []
     for level, name in enumerate(LEVELS):
         scene, question = pick_scene(level, seed)
         progress(f"{name} scene: {question.text}")
         inputs, _ = make_inputs(processor, model, Image.fromarray(scene.image), question.text)
-        methods: dict[str, Method | None] = {"full": None, "prumerge+": PruMergePlus(), "prumerge": PruMerge()}
         if not shown:
             ask(model, processor, inputs, None, new_tokens=2)  # warm-up, so that the first prefill is timed like the others
-        answers = {key: ask(model, processor, inputs, method, new_tokens=8, repeats=3) for key, method in methods.items()}
+        answers = {key: ask(model, processor, inputs, method, new_tokens=8, repeats=3) for key, method in ways.items()}
         Image.fromarray(scene.image).save(folder / f"scene-{level + 1}-{name}.png")
         reports = {key: answer.report.images[0] for key, answer in answers.items() if answer.report}
         said = ", ".join(f"{key}: {answer.text}" for key, answer in answers.items())
         title = f"{question.text}   {question.answer}   ({said})"
-        save_figure(as_seen(inputs["pixel_values"][0], processor), reports, kept_files[level], title)
+        layers = {key: answer.layers for key, answer in answers.items()}
+        save_figure(as_seen(inputs["pixel_values"][0], processor), reports, kept_files[level], title, layers)
         shown.append(
             Shown(name, question.text, question.answer, answers, folder / f"scene-{level + 1}-{name}.png", kept_files[level])
         )

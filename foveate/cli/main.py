@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,13 +52,18 @@ def _share(part: float, whole: float) -> str:
 def demo(
     folder: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("foveate-demo"),
     seed: Annotated[int, typer.Option(help="Other scenes.")] = 7,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Show this method instead of prumerge+ and prumerge; may be given again.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
 ) -> None:
     """The pocket model answers about three scenes, with all visual tokens and with a fraction of them."""
+    from ..methods.base import get
     from .demo import run_demo
 
+    methods = {name: get(name) for name in method or ("prumerge+", "prumerge")}
     with err.status("starting") as status:
-        scenes = run_demo(folder, seed, lambda what: status.update(escape(what)))
+        scenes = run_demo(folder, seed, methods, lambda what: status.update(escape(what)))
     if as_json:
         print(json.dumps({"scenes": [scene.to_dict() for scene in scenes]}))
         return
@@ -70,7 +76,7 @@ def demo(
         for name, answer in scene.answers.items():
             right = answer.text == scene.expected
             said = f"[{'green' if right else 'red'}]{escape(answer.text)}[/]"
-            tokens = f"{answer.visual_tokens} ({_share(answer.visual_tokens, full.visual_tokens)})"
+            tokens = f"{answer.shown_tokens} ({_share(answer.mean_tokens, full.visual_tokens)})"
             saved = "" if answer is full else _share(full.flops - answer.flops, full.flops)
             table.add_row("all tokens" if name == "full" else name, said, tokens, f"{1000 * answer.prefill:.1f} ms", saved)
         out.print(table)
@@ -118,14 +124,15 @@ def ask_command(
         options: dict[str, Any] = {"new_tokens": max_new_tokens, "repeats": 3 if compare else 1}
         answers = {reducer.name: ask(loaded, processor, inputs, reducer, **options)}
         if compare:
-            count = answers[reducer.name].visual_tokens
+            count = max(1, round(answers[reducer.name].mean_tokens))
             answers["full"] = ask(loaded, processor, inputs, None, **options)
             for name in ("spatial", "random"):
                 if name not in answers:
                     answers[name] = ask(loaded, processor, inputs, get(name, budget=count), **options)
         if save:
             reports = {name: answer.report.images[0] for name, answer in answers.items() if answer.report}
-            save_figure(as_seen(inputs["pixel_values"][0], processor), reports, save, question)
+            layers = {name: answer.layers for name, answer in answers.items()}
+            save_figure(as_seen(inputs["pixel_values"][0], processor), reports, save, question, layers)
     chosen = answers[reducer.name]
     if as_json:
         document = {
@@ -135,6 +142,8 @@ def ask_command(
             "answer": chosen.text,
             "answers": {name: answer.text for name, answer in answers.items()},
             "visual_tokens": {name: answer.visual_tokens for name, answer in answers.items()},
+            "layers": {name: answer.layers for name, answer in answers.items()},
+            "kept": None if chosen.report is None else [asdict(image) for image in chosen.report.images],
             "visual_tokens_before": sum(chosen.report.before) if chosen.report else chosen.visual_tokens,
             "prefill_seconds": {name: answer.prefill for name, answer in answers.items()},
             "prefill_flops": {name: answer.flops for name, answer in answers.items()},
@@ -155,7 +164,7 @@ def ask_command(
         for name, answer in answers.items():
             shown = "all tokens" if name == "full" else name
             flops = f"{answer.flops / 1e9:.2f}"
-            table.add_row(shown, escape(answer.text), str(answer.visual_tokens), f"{1000 * answer.prefill:.1f} ms", flops)
+            table.add_row(shown, escape(answer.text), answer.shown_tokens, f"{1000 * answer.prefill:.1f} ms", flops)
         out.print(table)
     if save:
         err.print(f"picture: {save}", soft_wrap=True, markup=False)
@@ -172,15 +181,18 @@ def methods_command(
     if as_json:
         print(json.dumps([vars(info) for info in found]))
         return
-    table = Table()
-    for column in ("name", "what it does", "needs", "count", "presets", "arXiv"):
-        table.add_column(column, overflow="fold", no_wrap=column not in ("what it does", "presets"))
+    table = Table(show_lines=True)
+    for column in ("name", "decoder", "needs", "count"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("what it does")
     for info in found:
-        needs = "[CLS]" if info.needs_cls else ""
-        count = "adaptive" if info.adaptive else "budget"
-        row = (info.name, info.summary, needs, count, ", ".join(info.presets), info.paper.rpartition("/")[2])
+        where = {"before the projector": "before", "inside the decoder": "inside"}.get(info.stage, "both")
+        name = "\n".join([info.name, *([", ".join(info.presets)] if info.presets else [])])
+        paper = info.paper.rpartition("/")[2]
+        row = (name, where, "[CLS]" if info.needs_cls else "", "adaptive" if info.adaptive else "budget", f"{info.summary} {paper}")
         table.add_row(*(escape(cell) for cell in row))
     out.print(table)
+    out.print("second line of a name: its presets, as in prumerge:paper; last word: the paper's number at arxiv.org", style="dim")
 
 
 def parse_budget(text: str) -> int | float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,37 @@ def make_folder(folder: Path) -> None:
         raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
 
 
-def save_figure(picture: Image.Image, reports: Mapping[str, ImageReport], path: str | Path, title: str = "") -> None:
-    """One panel with the picture, one per method with what it kept, and one with the sorted scores.
+def panels_of(name: str, report: ImageReport) -> dict[str, ImageReport]:
+    """What to show of a method, by the title of its panel: what entered the decoder, and what each cut inside it left."""
+    shown = {f"{name}: {report.after} of {report.before} tokens": report}
+    if report.stages and report.after == report.before:
+        shown = {}
+    for stage in report.stages:
+        cells = [-1] * len(report.source)
+        for number, cell in enumerate(stage.kept):
+            cells[cell] = number
+        left = replace(report, after=len(stage.kept), kept=stage.kept, source=cells, scores=None, threshold=None)
+        shown[f"{name}, decoder layer {stage.layer}: {len(stage.kept)}"] = left
+    return shown
+
+
+def save_figure(
+    picture: Image.Image,
+    reports: Mapping[str, ImageReport],
+    path: str | Path,
+    title: str = "",
+    layers: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """One panel with the picture, one for each stage of each method with what it kept, one with the sorted scores, and one with the
+    visual tokens of each decoder layer where they differ.
+
+    Parameters
+    ----------
+    picture : as the encoder saw it.
+    reports : by the name of the method.
+    path : of the picture.
+    title : over all panels.
+    layers : visual tokens of each decoder layer, by the name of the method.
 
     Raises
     ------
@@ -109,24 +139,41 @@ def save_figure(picture: Image.Image, reports: Mapping[str, ImageReport], path: 
     except ImportError as error:
         raise MissingExtraError("matplotlib", "viz") from error
     scored = [(name, report) for name, report in reports.items() if report.scores is not None]
-    panels = 1 + len(reports) + bool(scored)
+    shown = {label: view for name, report in reports.items() for label, view in panels_of(name, report).items()}
+    steps = any(len(set(counts)) > 1 for counts in (layers or {}).values())
+    panels = 1 + len(shown) + bool(scored) + steps
     figure = Figure(figsize=(3.6 * panels, 4.1), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     axes[0].imshow(picture.resize((480, 480 * picture.height // picture.width), Image.Resampling.NEAREST))
     axes[0].set_title("the picture")
-    for axis, (name, report) in zip(axes[1:], reports.items(), strict=False):
-        axis.imshow(overlay(picture, report))
-        axis.set_title(f"{name}: {report.after} of {report.before} tokens")
-    for axis in axes[: 1 + len(reports)]:
+    for axis, (label, view) in zip(axes[1:], shown.items(), strict=False):
+        axis.imshow(overlay(picture, view))
+        axis.set_title(label, fontsize=10)
+    for axis in axes[: 1 + len(shown)]:
         axis.set_xticks([])
         axis.set_yticks([])
         axis.set_frame_on(False)
     axes[0].set_xlabel(LEGEND, fontsize=8, color="0.35")
     if scored:
-        _draw_scores(axes[-1], scored)
+        _draw_scores(axes[1 + len(shown)], scored)
+    if steps and layers:
+        _draw_layers(axes[-1], layers)
     if title:
         figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=110)
+
+
+def _draw_layers(axis: Any, layers: Mapping[str, Sequence[int]]) -> None:
+    """Visual tokens that each decoder layer runs."""
+    for name, counts in layers.items():
+        edges = np.arange(len(counts) + 1) - 0.5
+        axis.stairs(counts, edges, label="all tokens" if name == "full" else name, linewidth=1.8, baseline=None)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("decoder layer")
+    axis.set_title("visual tokens per layer")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=7)
 
 
 def _draw_scores(axis: Any, scored: list[tuple[str, ImageReport]]) -> None:
@@ -144,7 +191,7 @@ def _draw_scores(axis: Any, scored: list[tuple[str, ImageReport]]) -> None:
         axis.scatter(kept + 1, np.maximum(scores[report.kept], 1e-7), s=size, marker=marker, color=color, label=f"{name} keeps")
     fences = {report.threshold for _, report in scored if report.threshold is not None}
     for fence in fences:
-        axis.axhline(fence, color="black", linestyle="--", linewidth=1, label="outlier fence")
+        axis.axhline(fence, color="black", linestyle="--", linewidth=1, label="threshold")
     axis.set_xscale("log")
     axis.set_xlabel("visual tokens, sorted")
     axis.set_title("[CLS] attention")
