@@ -195,6 +195,32 @@ def methods_command(
     out.print("second line of a name: its presets, as in prumerge:paper; last word: the paper's number at arxiv.org", style="dim")
 
 
+@app.command(epilog="Example:  foveate search plan.json  |  foveate search heads.json --method yopo --share 0.5")
+def search(
+    plan: Annotated[Path, typer.Argument(help="The JSON file to write: plan= of g-search, heads= of yopo.")],
+    method: Annotated[str, typer.Option(help="g-search, p-sigmoid or yopo.")] = "g-search",
+    model: Annotated[str | None, typer.Option(help="Hub id or folder; the pocket model by default.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help='JSON lines such as {"image": "a.jpg", "question": "...", "answer": "..."}.')
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="How many of them; the paper uses a few hundred.")] = 200,
+    epsilon: Annotated[float, typer.Option(min=0, help="g-search: accuracy that may be lost.")] = 0.002,
+    steps: Annotated[int, typer.Option(min=1, help="g-search: keep rates are multiples of 1 / steps.")] = 16,
+    budget: Annotated[float, typer.Option(min=0, max=1, help="p-sigmoid: mean keep rate over layers.")] = 0.5,
+    share: Annotated[float, typer.Option(min=0, max=1, help="yopo: share of the heads that stay.")] = 0.5,
+) -> None:
+    """Search keep rates per decoder layer, or a head mask, on a calibration set."""
+    from .searching import Calibration, run_search
+
+    options = {"epsilon": epsilon, "steps": steps, "budget": budget, "share": share}
+    with err.status(escape(f"loading {model or 'the pocket model'}")) as status:
+        calibration = Calibration(model, data, examples)
+        status.update("searching")
+        found = run_search(method, calibration, plan, options, lambda line: err.print(line, style="dim", markup=False))
+    out.print(found, markup=False, soft_wrap=True)
+    err.print(f"plan: {plan}", soft_wrap=True, markup=False)
+
+
 def parse_budget(text: str) -> int | float:
     """A whole number is a count, anything with a point a fraction.
 
