@@ -1,8 +1,8 @@
 """Searches on a calibration set: keep rates per decoder layer (G-Search, P-Sigmoid) and head masks (YOPO).
 
-G-Search (arXiv 2412.00556) goes from shallow to deep layers and takes for each the least keep rate that costs no accuracy. The paper
-uses Bayesian optimisation for each layer; under its own assumption, that a deeper layer needs a subset of what a shallower one needs,
-feasibility is monotone in the rate and bisection finds the same with a handful of evaluations.
+G-Search (arXiv 2412.00556) goes from shallow to deep layers and takes for each the least keep rate that costs no accuracy. The
+paper uses Bayesian optimisation for each layer. Under its own assumption, that a deeper layer needs a subset of what a shallower
+one needs, feasibility is monotone in the rate, and bisection finds the same with a handful of evaluations.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Methods inside the decoder, and the selectors that belong to them, against slow references written from papers and specifications."""
+"""Methods inside the decoder, and the selectors that belong to them, against slow references written from the papers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HEADS, GROUPS, WIDTH = 4, 2, 8
 def prompt(
     layout: str, layer: int = 2, layers: int = 8, seed: int = 0, sharp: float = 1.0, window: int | None = None
 ) -> PromptTokens:
-    """One row drawn as text: ``_`` padding, ``s`` special, ``t`` text, digits the tokens of that image. The last ``t`` or ``s`` ends it."""
+    """One row drawn as text: ``_`` padding, ``s`` special, ``t`` text, digits the tokens of that image."""
     random = torch.Generator().manual_seed(seed)
     length = len(layout)
     image = torch.tensor([[int(c) if c.isdigit() else -1 for c in layout]])
@@ -104,7 +104,7 @@ def test_pyramiddrop_published_counts():
     """Stages 8, 16, 24 of 32 with a half each: 288, 144, 72 of 576, on average 270 (CVPR 2025, section 4)."""
     method = foveate.PyramidDrop()
     assert method.cuts(32) == (8, 16, 24)
-    counts = [len(kept(method.cut(tokens), tokens)) for tokens in (prompt("t" + "0" * 576 + "tt", l, 32) for l in (8, 16, 24))]
+    counts = [len(kept(method.cut(tokens), tokens)) for tokens in (prompt("t" + "0" * 576 + "tt", at, 32) for at in (8, 16, 24))]
     assert counts == [288, 144, 72]
     assert (8 * 576 + 8 * sum(counts)) / 32 == 270
 
@@ -192,7 +192,7 @@ def test_aim_schedule():
     """Vicuna: first cut behind layer 13, an eighth less each time, none behind layer 20; Qwen2-7B: from 14 to 22."""
     method = AIMPrune()
     assert method.cuts(32) == tuple(range(14, 22))
-    counts = [len(kept(method.cut(tokens), tokens)) for tokens in (prompt("t" + "0" * 252 + "tt", l, 32) for l in range(14, 22))]
+    counts = [len(kept(method.cut(tokens), tokens)) for tokens in (prompt("t" + "0" * 252 + "tt", at, 32) for at in range(14, 22))]
     assert counts == [252 * k // 8 for k in (7, 6, 5, 4, 3, 2, 1, 0)]
     assert AIMPrune(begin=14, end=22).cuts(28) == tuple(range(15, 23))
     with pytest.raises(foveate.InputError, match="begin"):
@@ -236,7 +236,7 @@ def test_sparsevlm_released_counts():
     for budget, counts in ((192, (300, 200, 110)), (128, (303, 110, 36)), (96, (238, 48, 26)), (64, (66, 30, 17))):
         method = SparseVLM.released(budget=budget, recycle=0)
         assert method.cuts(32) == (3, 7, 16)
-        found = [len(kept(method.cut(tokens), tokens)) for tokens in (prompt("t" + "0" * 576 + "tt", l, 32) for l in (3, 7, 16))]
+        found = [len(kept(method.cut(tokens), tokens)) for tokens in (prompt("t" + "0" * 576 + "tt", at, 32) for at in (3, 7, 16))]
         assert tuple(found) == counts
     assert SparseVLM.released(budget=0.5).budget == 0.5
 

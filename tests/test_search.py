@@ -96,7 +96,7 @@ def test_search_on_data_of_ones_own(capsys, monkeypatch, tmp_path):
     data, plan = tmp_path / "data.jsonl", tmp_path / "plan.json"
     Image.new("RGB", (192, 192), (200, 30, 30)).save(tmp_path / "red.png")
     data.write_text(json.dumps({"image": "red.png", "question": "what color is the star ?", "answer": "red"}) + "\n")
-    code, out, err = invoke(capsys, monkeypatch, "search", str(plan), "--data", str(data), "--steps", "1")
+    code, _, err = invoke(capsys, monkeypatch, "search", str(plan), "--data", str(data), "--steps", "1")
     assert code == 0, err
     assert json.loads(plan.read_text())["settings"]["data"] == str(data)
     for text, message in (("{}\n", "line 1"), ("", "no examples"), ("not json\n", "line 1")):

@@ -97,7 +97,7 @@ def test_every_part_equals_its_simulation(tmp_path, decoder, attn, window, heads
     for row in (0, 3):
         mine = [i for i, image in enumerate(session.report.images) if image.row == row]
         every = [list(range(zoo.TOKENS))]
-        embeddings, places = reference.spliced_embeddings(model, inputs, row, every, [encoded.embeds[i] for i in mine], zoo.IMAGE)
+        embeddings, _ = reference.spliced_embeddings(model, inputs, row, every, [encoded.embeds[i] for i in mine], zoo.IMAGE)
         ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
         columns = (ids == zoo.IMAGE).nonzero().flatten().tolist()
         wanted = Simulated(plain, columns, window, heads, neurons, cut).logits(embeddings, out.sequences[row, -NEW:].tolist())

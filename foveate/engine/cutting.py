@@ -12,6 +12,7 @@ from ..cuts import Cut, DecoderTap, PromptTokens
 from ..errors import FoveateError, InputError
 from ..methods.base import DecoderReducer
 from ..report import CutRecord
+from ..tokens import resolve_budget
 from .attention import OnlyRecording
 from .run import Prefill
 from .seams import cached_keys, mark_cuts
@@ -39,14 +40,16 @@ def _mixed(hidden: Tensor, cut: Cut) -> Tensor:
     target, mix = cut.target, cut.mix
     if target is None or mix is None:
         return hidden
-    mixed = mix.to(hidden) @ hidden
+    mixed = (mix.to(hidden) @ hidden).to(hidden.dtype)
     spare = target.masked_fill((mix == 0).all(-1), hidden.shape[1])  # rows of zeros go to a column that is cut off again
     longer = nn.functional.pad(hidden, (0, 0, 0, 1))
     return longer.scatter(1, spare[..., None].expand_as(mixed), mixed)[:, :-1]
 
 
 def _decide(run: Prefill, layer: int, reducer: DecoderReducer, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-    before = run.stage(layer)
+    before, most = run.stage(layer), max(run.report.before)
+    if resolve_budget(reducer.budget, most) == most and before is None and run.earlier is None:
+        return
     tokens = _tokens(run, layer, reducer, module, hidden, kwargs)
     with torch.autocast(hidden.device.type, enabled=False):  # scores are float32 in mixed precision too
         cut = reducer.cut(tokens)
@@ -75,6 +78,8 @@ def _checked(reducer: DecoderReducer, tokens: PromptTokens, cut: Cut) -> tuple[T
     text = tokens.valid & ~tokens.visual
     stays = tokens.protected if reducer.removes_text else text
     keep = (cut.keep & (text | tokens.visual) & tokens.valid) | stays
+    # what follows the prompt is predicted from its last token, which may be a visual one
+    keep = keep.scatter(1, tokens.last[:, None], True)
     values = tokens.hidden if cut.scores is None else cut.scores.masked_fill(~tokens.visual, 0)
     flags = torch.stack([(keep & tokens.visual).sum(), torch.isfinite(values).all(), (keep == tokens.valid).all()])
     *counts, visual, finite, same = torch.cat([keep.sum(1), flags]).tolist()
@@ -143,7 +148,12 @@ def _run_dry(run: Prefill, layer: int, module: nn.Module, hidden: Tensor, kwargs
     run.note_columns(layer)
     inputs = {**kwargs, **({} if stage is None else run.inputs(layer, stage, hidden, kwargs))}
     inputs |= {"past_key_values": None, "attention_mask": None}
+    numbered = run.numbered_as_held(layer, stage)
+    if numbered is not None:
+        inputs["position_embeddings"] = run.rotary(layer, hidden, numbered, -1 - layer)
     inputs.pop("hidden_states", None)
+    learning = [part for part in module.modules() if part.training]  # no dropout: neither its noise nor its random numbers
+    module.eval()
     run.dry = True
     try:
         module.forward(hidden, **inputs)
@@ -151,6 +161,8 @@ def _run_dry(run: Prefill, layer: int, module: nn.Module, hidden: Tensor, kwargs
         pass
     finally:
         run.dry = False
+        for part in learning:
+            part.training = True
     earlier = cached_keys(run.cache, layer)
     if earlier is not None:
         recorded = run.recorded[layer]

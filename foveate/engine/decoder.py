@@ -24,28 +24,34 @@ from .attention import OnlyRecording, Recorded, Tap
 from .cutting import cut_before
 from .patterns import Patterned, neighbour_mask
 from .run import DecoderKind, Prefill, Run
-from .seams import attention_of, cuts_of, mark_cuts
+from .seams import attention_of, cuts_of, forget_if_empty, mark_cuts
 from .stages import HeldCuts, Prompt, place
 
 _RUN = "_foveate_run"
+OTHER = (
+    "visual tokens were removed from this cache inside the decoder, by another method than the attached one or in other settings. "
+    "Continue it with the same method, or start a new cache."
+)
 
 
 class DecoderCuts:
-    """The decoder reducers of one session on one decoder."""
+    """The decoder reducers of one session on one decoder; without any, nothing is installed."""
 
     def __init__(self, decoder: Any, reducers: Sequence[DecoderReducer], settings: dict[str, Any]) -> None:
-        self.decoder, self.layers, self.settings = decoder, decoder.layers, settings
+        self.decoder, self.settings, self.active = decoder, settings, bool(reducers)
+        self.layers: Any = decoder.layers if self.active else ()
         self.plan = self._planned(reducers)
         self.first = min(self.plan, default=len(self.layers))
         reading = {layer - (reducer.reads == "previous") for layer, reducer in self.plan.items() if reducer.reads != "nothing"}
         self.tapped = {layer: attention_of(self.layers[layer]) for layer in sorted(reading)}
-        self.kind = DecoderKind(decoder)
+        self.kind = DecoderKind(decoder) if self.active else None
         self.pattern = self._patterned(reducers)
         self._handles: list[RemovableHandle] = []
         self._taps: list[Tap] = []
         self._runs: dict[int, Run] = {}
         self._restoring: dict[int, Prefill] = {}
         self._expected: dict[int, tuple[Prompt, Report]] = {}
+        self._pictures: dict[int, bool] = {}
 
     def _planned(self, reducers: Sequence[DecoderReducer]) -> dict[int, DecoderReducer]:
         """The reducer that acts before each layer."""
@@ -110,6 +116,36 @@ class DecoderCuts:
             if outer is not None:
                 self._expected[thread] = outer
 
+    def begins(self, pictures: bool, embedded: bool) -> None:
+        """The model's forward begins in this thread, with pictures or without (a decoding step, guidance by another prompt).
+
+        Raises
+        ------
+        UnsupportedModelError : the prompt is ``embedded`` already.
+        """
+        self._pictures[threading.get_ident()] = pictures
+        if self.active and pictures and embedded:
+            raise UnsupportedModelError(
+                f"{self.settings['name']!r} cannot tell where pictures are: the prompt came as embeddings (from prompt tuning?)."
+            )
+
+    def accept(self, cache: Any) -> None:
+        """Raise ``CacheError`` for a cache that was cut by another method or in other settings, or cannot be continued."""
+        forget_if_empty(cache)
+        cuts = cuts_of(cache)
+        if cuts is not None and not cuts.reusable:
+            raise CacheError(
+                "a cache of beam search, of several sequences per prompt, or of a call that failed cannot be continued. "
+                "Start a new cache."
+            )
+        if cuts is not None and cuts.method != self.settings:
+            raise CacheError(OTHER)
+
+    def fail(self, cache: Any, held: int) -> None:
+        """A call failed; where its keys got into a cache that held ``held`` before, that cache is spoilt."""
+        if cache is not None and int(cache.get_seq_length()) != held:
+            mark_cuts(cache, HeldCuts(self.settings, reusable=False))
+
     def finish(self, cache: Any, ids: Tensor | None, result: Any, beams: int | None) -> None:
         """After a ``generate``: a cache of beams, or of several sequences per prompt, cannot be continued."""
         cuts = cuts_of(cache)
@@ -126,26 +162,28 @@ class DecoderCuts:
         self._runs.pop(thread, None)
         self._restoring.pop(thread, None)
         hidden, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
-        expected, earlier = self._expected.get(thread), cuts_of(cache)
+        expected = self._expected.get(thread) if self._pictures.get(thread) else None
+        self.accept(cache)
+        earlier = cuts_of(cache)
         if hidden is None or (expected is None and earlier is None):
             return
-        if earlier is not None and earlier.method != self.settings:
-            raise CacheError("this cache was made with another method inside the decoder, or other settings. Start a new cache.")
-        if earlier is not None and not earlier.reusable:
-            raise CacheError("a cache of beam search or of several sequences per prompt cannot be continued. Start a new cache.")
         past = 0 if cache is None else int(cache.get_seq_length())
         rows, width = hidden.shape[:2]
         positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         if positions is None:
             positions = torch.arange(past, past + width, device=hidden.device)[None]
         flat = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        common = (self.kind, cache, earlier, past, rows, width, positions, flat)
+        kind = self.kind
+        if kind is None:
+            return
+        common = (kind, cache, earlier, past, rows, width, positions, flat)
         if expected is not None and expected[0].past <= past < expected[0].past + expected[0].width:
             prompt, report = expected
             self._check(cache, mask, prompt, past, width)
             report.begin(prompt.image, copies=rows // len(prompt.image))
             whole = prompt.resized(rows, width, hidden.device)
             cuts = None if cache is None else HeldCuts(self.settings) if earlier is None else earlier.copy()
+            self._warn_of_windows(report, past + width)
             tokens = whole.tokens(hidden.detach(), len(self.layers))
             self._runs[thread] = Prefill(*common, prompt=whole, asked=prompt.width, tokens=tokens, report=report, cuts=cuts)
         elif earlier is not None:
@@ -163,8 +201,18 @@ class DecoderCuts:
             raise InputError(f"{name!r} has to see the whole prompt at once, and it came in pieces. Leave prefill_chunk_size out.")
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             raise InputError(f"{name!r} makes the masks of decoder layers itself and needs attention_mask as [batch, tokens].")
-        if "flex" in self.kind.implementation:
+        if self.pattern is not None and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
+            raise UnsupportedModelError(f"{name!r} cannot be trained with gradient checkpointing. Turn it off.")
+        if self.kind is not None and "flex" in self.kind.implementation:
             raise UnsupportedModelError(f"{name!r} does not support flex attention. Use attn_implementation='sdpa'.")
+
+    def _warn_of_windows(self, report: Report, length: int) -> None:
+        """Flash attention counts a sliding window in tokens that are left, SDPA and eager attention in tokens of the prompt."""
+        windows = [] if self.kind is None else [window for window in self.kind.windows[self.first :] if window is not None]
+        if self.kind is not None and "flash" in self.kind.implementation and any(length > window for window in windows):
+            report.warnings.append(
+                "flash attention counts sliding windows in kept tokens: layers behind a cut see farther than under SDPA"
+            )
 
     @torch.compiler.disable
     def _end(self, *_: Any) -> None:
@@ -177,8 +225,14 @@ class DecoderCuts:
         if run is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.ndim != 3:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} takes no hidden states of [batch, tokens, width]; it cannot be cut."
+            )
+        if run.cache is None:
+            run.adopt(kwargs.get("past_key_values"), self.settings)  # the decoder has made one itself
         if not isinstance(run, Prefill):
-            changed = run.continued(layer, hidden, kwargs)
+            changed = run.continued(layer, hidden)
             return None if changed is None else (args, {**kwargs, **changed})
         if layer in self.plan:
             hidden = cut_before(run, layer, self.plan[layer], module, hidden, kwargs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ from .run import Prefill
 from .seams import MlpParts, attention_of, mlp_of, output_of, values_of
 from .stages import take
 
+Heads: TypeAlias = "tuple[int, int, int, Tensor]"  # where values begin, in how many heads of which width, and which are pruned
+
 
 class Patterned:
     """One pattern on the layers of a decoder; ``run`` says what the thread's forward is."""
@@ -28,7 +30,7 @@ class Patterned:
     def __init__(self, pattern: Pattern, layers: nn.ModuleList, run: Callable[[], Any]) -> None:
         self.pattern, self.layers, self.run = pattern, layers, run
         self._handles: list[RemovableHandle] = []
-        self._replaced: list[nn.Module] = []
+        self._replaced: list[tuple[nn.Module, Any]] = []
         if pattern.window is not None and (pattern.window < 1 or pattern.window % 2 == 0):
             raise InputError(f"window={pattern.window}; it has to be odd, such as 5")
         if pattern.heads is not None and len(pattern.heads) != len(layers):
@@ -44,8 +46,11 @@ class Patterned:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        for module in self._replaced:
-            del module.__dict__["forward"]
+        for module, forward in self._replaced:
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
         self._handles, self._replaced = [], []
 
     def _visual(self, layer: int) -> Tensor | None:
@@ -60,47 +65,47 @@ class Patterned:
         values, begin, groups, width = values_of(attention)
         if len(heads) != groups:
             raise InputError(f"a mask of {len(heads)} heads for decoder layer {layer}, which has {groups} key heads")
-        pruned = torch.tensor([not kept for kept in heads])
+        shape = (begin, groups, width, torch.tensor([not kept for kept in heads]))
+        self._handles.append(values.register_forward_hook(functools.partial(self._silence, layer, shape)))
+        self._handles.append(output_of(attention).register_forward_pre_hook(functools.partial(self._deafen, layer, shape)))
 
-        @torch.compiler.disable
-        def silence(_: nn.Module, __: Any, out: Tensor) -> Tensor | None:
-            visual = self._visual(layer)
-            if visual is None:
-                return None
-            part = out[..., begin : begin + groups * width].unflatten(-1, (groups, width))
-            gone = visual.to(out.device)[..., None] & pruned.to(out.device)
-            part = part.masked_fill(gone[..., None], 0).flatten(-2)
-            return torch.cat([out[..., :begin], part, out[..., begin + groups * width :]], -1)
+    @torch.compiler.disable
+    def _silence(self, layer: int, shape: Heads, _: nn.Module, __: Any, out: Tensor) -> Tensor | None:
+        """Zero the values of visual tokens in pruned heads."""
+        visual, (begin, groups, width, pruned) = self._visual(layer), shape
+        if visual is None:
+            return None
+        part = out[..., begin : begin + groups * width].unflatten(-1, (groups, width))
+        gone = visual.to(out.device)[..., None] & pruned.to(out.device)
+        part = part.masked_fill(gone[..., None], 0).flatten(-2)
+        return torch.cat([out[..., :begin], part, out[..., begin + groups * width :]], -1)
 
-        @torch.compiler.disable
-        def deafen(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            visual = self._visual(layer)
-            if visual is None:
-                return None
-            heard = args[0].unflatten(-1, (groups, -1))
-            gone = visual.to(heard.device)[..., None] & pruned.to(heard.device)
-            return (heard.masked_fill(gone[..., None], 0).flatten(-2), *args[1:])
-
-        self._handles.append(values.register_forward_hook(silence))
-        self._handles.append(output_of(attention).register_forward_pre_hook(deafen))
+    @torch.compiler.disable
+    def _deafen(self, layer: int, shape: Heads, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Zero what pruned heads give visual tokens."""
+        visual, (_begin, groups, _width, pruned) = self._visual(layer), shape
+        if visual is None:
+            return None
+        heard = args[0].unflatten(-1, (groups, -1))
+        gone = visual.to(heard.device)[..., None] & pruned.to(heard.device)
+        return (heard.masked_fill(gone[..., None], 0).flatten(-2), *args[1:])
 
     def _prune_neurons(self, layer: int, parts: MlpParts) -> None:
-        if parts.sliceable:
-            self._replaced.append(parts.module)
-            parts.module.__dict__["forward"] = functools.partial(self._sliced, layer, parts, parts.module.forward)
+        if not parts.sliceable:
+            self._handles.append(parts.down.register_forward_pre_hook(functools.partial(self._narrow, layer)))
             return
+        self._replaced.append((parts.module, parts.module.__dict__.get("forward")))
+        parts.module.__dict__["forward"] = functools.partial(self._sliced, layer, parts, parts.module.forward)
 
-        @torch.compiler.disable
-        def silence(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            """Quantised, adapted or fused weights: the same result, without the saving."""
-            visual = self._visual(layer)
-            if visual is None:
-                return None
-            neuron = torch.arange(args[0].shape[-1], device=args[0].device)
-            gone = visual.to(neuron.device)[..., None] & (neuron >= round(self.pattern.neurons * len(neuron)))
-            return (args[0].masked_fill(gone, 0), *args[1:])
-
-        self._handles.append(parts.down.register_forward_pre_hook(silence))
+    @torch.compiler.disable
+    def _narrow(self, layer: int, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Quantised, adapted or fused weights: zero the other neurons, the same result without the saving."""
+        visual = self._visual(layer)
+        if visual is None:
+            return None
+        neuron = torch.arange(args[0].shape[-1], device=args[0].device)
+        gone = visual.to(neuron.device)[..., None] & (neuron >= round(self.pattern.neurons * len(neuron)))
+        return (args[0].masked_fill(gone, 0), *args[1:])
 
     @torch.compiler.disable
     def _sliced(self, layer: int, parts: MlpParts, original: Any, hidden: Tensor) -> Tensor:
@@ -114,9 +119,10 @@ class Patterned:
         some = hidden[visual]
         inner = parts.activation(F.linear(some, parts.gate.weight[:count], _some(parts.gate.bias, count)))
         inner = inner * F.linear(some, parts.up.weight[:count], _some(parts.up.bias, count))
-        out = torch.empty_like(hidden)
-        out[visual] = F.linear(inner, parts.down.weight[:, :count], parts.down.bias)
-        out[~visual] = original(hidden[~visual])
+        text = original(hidden[~visual])
+        out = text.new_empty(hidden.shape)
+        out[~visual] = text
+        out[visual] = F.linear(inner, parts.down.weight[:, :count], parts.down.bias).to(out.dtype)
         return out
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..cuts import Cut, PromptTokens
+from ..errors import UnsupportedModelError
 from ..report import Report
 from .attention import Recorded
 from .masks import layer_mask
@@ -22,6 +23,9 @@ class DecoderKind:
     def __init__(self, decoder: Any) -> None:
         self.decoder = decoder
         self.windows, self.kinds = layer_windows(decoder.config), layer_kinds(decoder.config)
+        strange = sorted({*self.kinds} - {"full_attention", "sliding_attention"})
+        if strange:
+            raise UnsupportedModelError(f"{type(decoder).__name__} has layers of kind {', '.join(strange)}, which cannot be cut.")
 
     @property
     def implementation(self) -> str:
@@ -52,6 +56,10 @@ class Run:
     dry: bool = False  # the layer that is running only shows its queries and keys
     memo: dict[Any, Any] = field(default_factory=dict)
 
+    def adopt(self, cache: Any, method: dict[str, Any]) -> None:
+        """Use a cache that was not there when the forward began."""
+        self.cache = cache
+
     def held(self, layer: int) -> Held | None:
         """What the layer's cache held before this forward, None = everything."""
         return None if self.earlier is None else self.earlier.of(layer)
@@ -79,17 +87,17 @@ class Run:
             dtype=hidden.dtype,
         )
 
-    def continued(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    def continued(self, layer: int, hidden: Tensor) -> dict[str, Any] | None:
         """Arguments of a layer whose cache holds a part of the prompt, for tokens behind it; None: they are right as they are."""
         held, window, device = self.held(layer), self.window(layer), hidden.device
         if held is None:
             return None
         key = ("mask", id(held), window, device)
         if key not in self.memo:
-            columns = held.extended(self.length(layer) + self.width, self.rows).to(device)
+            columns = held.extended(self.length(layer), self.width, self.rows).to(device)
             columns = self.present(layer, columns, self.width)
             plain = held.plain
-            if self.mask is not None and kwargs.get("attention_mask") is not None:  # else the model found no padding
+            if self.mask is not None and not self.unpadded():
                 real = self.mask.to(device).gather(1, columns.clamp(min=0, max=self.mask.shape[1] - 1))
                 columns, plain = columns.masked_fill(~real, -1), False
             self.memo[key] = self.mask_of(columns, self.width, plain=plain, window=window, hidden=hidden)
@@ -98,6 +106,12 @@ class Run:
             shift = held.shift.repeat_interleave(self.rows // len(held.shift), 0)
             changed["position_embeddings"] = self.rotary(layer, hidden, self.positions.to(shift.device) - shift, id(held))
         return changed
+
+    def unpadded(self) -> bool:
+        """The mask hides nothing."""
+        if "unpadded" not in self.memo:
+            self.memo["unpadded"] = self.mask is None or bool(self.mask.all())
+        return bool(self.memo["unpadded"])
 
     def rotary(self, layer: int, hidden: Tensor, positions: Tensor, owner: int) -> Any:
         """Rotary embeddings at other positions than the prompt's."""
@@ -130,6 +144,9 @@ class Prefill(Run):
     mixes: dict[int, Cut] = field(default_factory=dict)
     decided: set[int] = field(default_factory=set)
     columns: dict[int, Tensor] = field(default_factory=dict)
+
+    def adopt(self, cache: Any, method: dict[str, Any]) -> None:
+        self.cache, self.cuts = cache, None if cache is None else HeldCuts(method)
 
     def stage(self, layer: int) -> Stage | None:
         """What runs in a layer, None = everything."""
@@ -173,7 +190,7 @@ class Prefill(Run):
         if held is None:
             columns = torch.arange(length, device=real.device).expand(self.rows, -1)
         else:
-            columns = held.extended(length, self.rows).to(real.device)
+            columns = held.extended(length, 0, self.rows).to(real.device)
         return columns.masked_fill(~real.gather(1, columns.clamp(min=0)), -1)
 
     def plain(self, layer: int, stage: Stage) -> bool:
@@ -191,6 +208,21 @@ class Prefill(Run):
         columns = self.columns[layer]
         columns = columns[:, : columns.shape[1] - ahead]
         self.cuts.held[layer] = Held(columns, self.past + self.asked, self.plain(layer, stage), stage.shift)
+
+    def numbered_as_held(self, layer: int, stage: Stage | None) -> Tensor | None:
+        """[B, M] positions of the tokens before a layer in the numbering of what its cache holds of earlier turns.
+
+        None: they are numbered so already.
+        """
+        held, above = self.held(layer), self.held(layer - 1)
+        shift = None if held is None else held.shift
+        if shift is None:
+            return None
+        mine = self.positions.to(shift.device).expand(self.rows, -1)
+        if stage is not None:
+            mine = take(mine, stage.index) if stage.positions is None else stage.positions
+            shift = shift - (0 if stage.positions is None or above is None or above.shift is None else above.shift)
+        return (mine - shift).clamp(min=0)
 
     def inputs(self, layer: int, stage: Stage, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a layer that runs fewer tokens."""

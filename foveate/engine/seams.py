@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
-from ..errors import UnsupportedModelError
+from ..errors import CacheError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from .prompt import Layout
@@ -173,6 +173,15 @@ def rotary(decoder: Any, hidden: Tensor, positions: Tensor, kind: str) -> Any:
 
 
 def cached_keys(cache: Any, layer: int) -> Tensor | None:
-    """[B, G, n, d] keys that a cache holds of a layer, None if none."""
-    keys = cache.layers[layer].keys if cache is not None and layer < len(cache.layers) else None
-    return keys if isinstance(keys, torch.Tensor) and keys.numel() else None
+    """[B, G, n, d] keys that a cache holds of a layer, None if none.
+
+    Raises
+    ------
+    CacheError : they are stored in another form, as in quantised caches.
+    """
+    if cache is None or layer >= len(cache.layers) or int(cache.get_seq_length(layer)) == 0:
+        return None
+    keys = cache.layers[layer].keys
+    if not isinstance(keys, torch.Tensor) or keys.shape[-2] != cache.get_mask_sizes(0, layer)[0]:
+        raise CacheError("this cache does not show its keys, which the method reads for a further picture. Use a dynamic cache.")
+    return keys

@@ -54,7 +54,7 @@ class Session:
         self.method, self.front = method, method.before_decoder()
         self.model = innermost(model)
         self.report = self.new_report()
-        self._cuts: DecoderCuts | None = None
+        self._cuts = DecoderCuts(None, (), {})
         self._guards: list[Any] = []
         self._adoptable = False  # attached by attach(), so that a with block may take it over once
         self._prefill: Report | None = None  # of the generate whose prefill comes next
@@ -89,11 +89,10 @@ class Session:
         for guard in self._guards:
             guard.remove()
         self._guards = []
-        if self._cuts is not None:
-            self._cuts.remove()
+        self._cuts.remove()
         if not installed.sessions:
             installed.remove()
-        elif installed.sessions[-1]._cuts is not None:
+        else:
             installed.sessions[-1]._cuts.install()
 
     def __enter__(self) -> Self:
@@ -107,15 +106,14 @@ class Session:
             self._adoptable = False
             return self
         inside = self.method.inside_decoder()
-        cuts = DecoderCuts(parts.decoder, inside, self.method.settings()) if inside else None
+        cuts = DecoderCuts(parts.decoder if inside else None, inside, self.method.settings())
         installed = installed or Installation(self.model)
-        if installed.sessions and installed.sessions[-1]._cuts is not None:
-            installed.sessions[-1]._cuts.remove()  # the innermost method acts
+        for outer in installed.sessions[-1:]:
+            outer._cuts.remove()  # the innermost method acts
         installed.sessions.append(self)
         if self.front.positions == "original":
             self._guards = guard_positions(self.model)
-        if cuts is not None:
-            cuts.install()
+        cuts.install()
         self._cuts = cuts
         return self
 
@@ -144,6 +142,7 @@ class Session:
         ids = named if inputs is None else inputs
         cache = kwargs.get("past_key_values")
         forget_if_empty(cache)
+        self._cuts.accept(cache)
         self.report = report = self.new_report()
         if is_ours(kwargs.get(PRE_ENCODED)):  # the assistant of a model that has shortened the prompt already
             return original(inputs=ids, **kwargs)
@@ -197,11 +196,15 @@ class Session:
         """Transformers' own generate, with the time of prefill and decode taken."""
         self._prefill, cache = report, kwargs.get("past_key_values")
         self._busy.add(id(cache))
+        before = 0 if cache is None else int(cache.get_seq_length())
         try:
             result = original(inputs=ids, **kwargs)
-            if self._cuts is not None:
+            if self._cuts.active:
                 self._cuts.finish(find_cache(result) or cache, ids, result, Settings(self.model, kwargs)["num_beams"])
             return result
+        except BaseException:
+            self._cuts.fail(cache, before)
+            raise
         finally:
             self._prefill = None
             self._busy.discard(id(cache))
@@ -209,7 +212,7 @@ class Session:
 
     def _expecting(self, parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, labels: Tensor | None = None) -> Any:
         """Within this, the decoder reads these new tokens of the short prompt; ``mask`` is of the whole of it."""
-        if self._cuts is None or not acts_inside(self.method, max(report.before, default=0)):
+        if not self._cuts.active or not report.after or not acts_inside(self.method, max(report.before)):
             return nullcontext()
         return self._cuts.expecting(expected_prompt(parts, ids, mask, report, labels), report)
 
@@ -255,6 +258,8 @@ class Session:
     def forward(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Shorten the prompt of a direct call; calls from ``generate`` come with encoded pictures and pass."""
         cache = kwargs.get("past_key_values")
+        self._cuts.begins(has_pixels(kwargs) or kwargs.get(PRE_ENCODED) is not None, kwargs.get("inputs_embeds") is not None)
+        self._cuts.accept(cache)
         if args or has_pixels(kwargs) or (layout_of(cache) is not None and id(cache) not in self._busy):
             return self._direct(original, args, kwargs)
         if self._shifts:
@@ -316,7 +321,7 @@ class Session:
         if mask is not None and mask.ndim != 2:
             cells = parts.grid(*kwargs["pixel_values"].shape[-2:])
             whole = resolve_budget(self.front.budget, cells[0] * cells[1]) == cells[0] * cells[1]
-            if whole and self._cuts is None and layout_of(cache) is None:
+            if whole and not self._cuts.active and layout_of(cache) is None:
                 return None
             raise InputError(f"attention_mask has {mask.ndim} dimensions; shortening a prompt needs one of [batch, tokens]")
         past = layout_past(cache)

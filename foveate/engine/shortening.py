@@ -91,7 +91,8 @@ def acts_inside(method: Method, tokens: int) -> bool:
 
     A budget that covers all of them leaves the model as it is.
     """
-    return bool(method.inside_decoder()) and resolve_budget(method.budget, tokens) != tokens
+    inside = any(resolve_budget(reducer.budget, tokens) != tokens for reducer in method.inside_decoder())
+    return inside and tokens > 0 and resolve_budget(method.budget, tokens) != tokens
 
 
 def expected_prompt(parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, labels: Tensor | None = None) -> Prompt:

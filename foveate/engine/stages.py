@@ -112,16 +112,18 @@ class Held:
     plain: bool
     shift: Tensor | None
 
-    def extended(self, length: int, rows: int) -> Tensor:
-        """[rows, length] columns once the cache has ``length`` keys.
+    def extended(self, length: int, new: int, rows: int) -> Tensor:
+        """[rows, length + new] columns of a cache that has ``length`` keys, and of ``new`` ones behind them.
 
         Raises
         ------
-        CacheError : the cache was cut inside its prompt.
+        CacheError : the cache was cropped inside its prompt, or has other rows.
         """
-        more = length - self.columns.shape[1]
-        if more < 0:
+        more = length + new - self.columns.shape[1]
+        if length < self.columns.shape[1]:
             raise CacheError("this cache was cropped inside a prompt whose visual tokens were removed. Start a new cache.")
+        if rows % len(self.columns):
+            raise CacheError(f"this cache was made for {len(self.columns)} rows, and {rows} were given. Start a new cache.")
         later = torch.arange(self.full, self.full + more, device=self.columns.device)
         columns = self.columns.repeat_interleave(rows // len(self.columns), 0)
         return torch.cat([columns, later.expand(rows, -1)], 1)

@@ -72,6 +72,8 @@ class AIMMerge(TokenReducer, name="aim-merge", paper=PAPER, adaptive=False):
 class AIMPrune(DecoderReducer, name="aim-prune", paper=PAPER):
     """Before each of a run of decoder layers, visual tokens with the lowest PageRank over the layer's attention leave, at last all.
 
+    The schedule says how many; a budget is only heeded if it covers all tokens.
+
     Parameters
     ----------
     begin, end : layers l1 and l2 of the schedule: before layer l, the share 1 - (l - l1) / (l2 - l1) of the tokens that entered the
@@ -171,4 +173,4 @@ class AIM(Method, name="aim", paper=PAPER, adaptive=False):
         return AIMMerge(budget=self.budget, order=self.order, positions=self.positions)
 
     def inside_decoder(self) -> tuple[DecoderReducer, ...]:
-        return (AIMPrune(begin=self.begin, end=self.end),)
+        return (AIMPrune(budget=1.0 if self.budget == 1.0 else None, begin=self.begin, end=self.end),)
