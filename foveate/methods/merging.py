@@ -85,12 +85,16 @@ def cluster_weights(features: Tensor, pool: Tensor, clusters: Tensor) -> tuple[T
     centres [B, S] bool, their places ``target`` [B, R] and the weights [B, R, S], 1 for each token of a cluster; rows beyond the
     number of clusters are zeros.
     """
-    features, inside = features.float(), pool.any(1)
+    every, number = pool.any(1), features.shape[1]
+    order = (~every).long().argsort(dim=1, stable=True)[:, : max(1, int(every.sum(1).max()))]  # the pool is a small part of all
+    features = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1])).float()
+    pool = pool.gather(2, order[:, None].expand(-1, pool.shape[1], -1))
+    inside = pool.any(1)
     together = (pool.transpose(1, 2).float() @ pool.float()) > 0
     apart = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist") * features.shape[-1] ** -0.5
     apart = apart.masked_fill(~together, float("inf"))
     wanted = (pool * clusters[..., None]).sum(1).clamp(min=1)  # of the image that a token belongs to
-    near = apart.sort(dim=-1).values.square().masked_fill(~inside[..., None], 0)
+    near = apart.sort(dim=-1).values.square()
     near = near.masked_fill(torch.isinf(near), 0).cumsum(-1).gather(-1, (wanted - 1)[..., None])[..., 0] / wanted
     density = (-near).exp()
     place = torch.arange(features.shape[1], device=features.device)
@@ -101,7 +105,9 @@ def cluster_weights(features: Tensor, pool: Tensor, clusters: Tensor) -> tuple[T
     centres = best_of_images(peak, pool, clusters)
     owner = apart.masked_fill(~centres[:, None], float("inf")).argmin(-1)
     owner = torch.where(centres, place, owner)
-    number = max(1, int(centres.sum(1).max()))
-    target = (~centres).long().argsort(dim=1, stable=True)[:, :number]
-    weights = (owner[:, None] == target[..., None]) & inside[:, None] & centres.gather(1, target)[..., None]
-    return centres, target, weights.float()
+    held = (~centres).long().argsort(dim=1, stable=True)[:, : max(1, int(centres.sum(1).max()))]
+    weights = (owner[:, None] == held[..., None]) & inside[:, None] & centres.gather(1, held)[..., None]
+    full = torch.zeros(len(order), held.shape[1], number, device=order.device)
+    full = full.scatter(2, order[:, None].expand(-1, held.shape[1], -1), weights.float())
+    chosen = torch.zeros(len(order), number, dtype=torch.bool, device=order.device).scatter(1, order, centres)
+    return chosen, order.gather(1, held), full

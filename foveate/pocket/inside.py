@@ -131,6 +131,11 @@ def resized(evaluator: Evaluator, side: int) -> Result:
     return Result(np.array(right, bool), tokens)
 
 
+def nearby(mean: float) -> int:
+    """The count at which baselines are run beside a mean over layers: the nearest multiple of 12."""
+    return max(12, 12 * round(mean / 12))
+
+
 def measure(asker: Asker, plan: Path | None, store: Path, console: Console) -> dict[str, Any]:
     """Run what ``store`` does not hold yet, and baselines at the counts of every row."""
     held: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
@@ -147,14 +152,15 @@ def measure(asker: Asker, plan: Path | None, store: Path, console: Console) -> d
             keep(key, asker.run(row.method))
         held[key] |= {"name": row.name, "share": row.share}
     used = [held[f"{row.name}@{row.share or 'own'}@{json.dumps(row.method.settings(), sort_keys=True)}"] for row in rows]
-    counts = {round(576 * share) for share in SHARES} | {round(row["mean"]) for row in used}
+    shares = {round(576 * share) for share in SHARES}
+    means = shares | {nearby(row["mean"]) for row in used}
     picked = np.array(asker.picked)
-    for name in ("random", "spatial", "pool"):
-        for count in track(sorted(counts), name, console=console, transient=True):
+    for name in ("spatial", "random", "pool"):
+        for count in track(sorted(shares if name == "pool" else means), name, console=console, transient=True):
             if f"{name}@{count}" not in held:
                 result = evaluator.run(get(name, budget=count).before_decoder())
                 keep(f"{name}@{count}", result.right[picked].astype(int).tolist())
-    for side in (8, 9, 12, 15, 17, 20, 24):
+    for side in (8, 12, 17):
         if f"resize@{side * side}" not in held:
             keep(f"resize@{side * side}", resized(evaluator, side).right[picked].astype(int).tolist())
     if "all" not in held:
@@ -178,7 +184,7 @@ def table(asker: Asker, found: dict[str, Any], resamples: int = 2000) -> list[di
         row["accuracy"], row["low"], row["high"] = scores.interval(right)
         row["minus_full"], row["reading"] = scores.difference(right, full), float(right[reading].mean())
         for base in ("random", "spatial"):
-            beside = held.get(f"{base}@{round(mean)}")
+            beside = held.get(f"{base}@{nearby(mean)}")
             row[f"minus_{base}"] = None if beside is None else scores.difference(right, np.array(beside, bool))
         return row
 
