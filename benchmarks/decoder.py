@@ -82,7 +82,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "pyramiddrop": ("pyramiddrop", {}),
     "sparsevlm (192)": ("sparsevlm:released", {}),
     "aim": ("aim", {}),
-    "iti": ("iti", {}),
+    "iti (39 %, then 34 %)": ("iti", {"budget": 0.39, "second": 0.34}),  # what its rules keep on the pocket model
     "text-relevance 25 %": ("text-relevance", {"budget": 0.25}),
     "p-sigmoid": ("p-sigmoid", {}),
     "g-search 25 %": ("g-search", {"budget": 0.25}),

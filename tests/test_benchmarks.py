@@ -41,3 +41,31 @@ def test_prefill(tmp_path):
     rows = json.loads(file.read_text())["rows"]
     assert [row["name"] for row in rows] == ["576 (all)", "144 reduced", "144 native", "32 reduced", "32 native"]
     assert all(row["prefill"]["median_ms"] > 0 and row["decode"]["median_ms"] > 0 for row in rows)
+
+
+def test_decoder(tmp_path):
+    file = tmp_path / "decoder.json"
+    run("benchmarks.decoder", "--size", "decoder-small", "--rounds", "1", "--steps", "3", "--json", str(file))
+    rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}
+    assert {"all tokens", "fastv", "pyramiddrop", "aim", "yopo", "usual fastv"} <= set(rows)
+    assert rows["fastv"]["layers"] == rows["usual fastv"]["layers"] == [576, 576, 288, 288]
+    assert rows["all tokens"]["prefill_of_all"] == 1
+    assert all(row["realised"] > 0 and row["total"]["median_ms"] > 0 for row in rows.values())
+
+
+def test_the_usual_fastv_keeps_the_same_tokens():
+    """The comparison in benchmarks/decoder.py: attention weights of an eager layer instead of one row."""
+    from benchmarks.decoder import UsualFastV
+    from foveate.methods.fastv import FastV
+
+    from . import zoo
+
+    model, kept = zoo.load(), []
+    for method in (FastV(), UsualFastV()):
+        undo = method.attach(model) if isinstance(method, UsualFastV) else []
+        with method(model) as session:
+            model.generate(**zoo.batch(rows=(1,)), max_new_tokens=1)
+            kept.append([image.stages[0].kept for image in session.report.images])
+        for each in undo:
+            each()
+    assert kept[0] == kept[1]

@@ -50,8 +50,10 @@ def test_version_and_help():
     result = CliRunner().invoke(cli.app, ["--version"])
     assert result.output.strip() == f"foveate {foveate.__version__}"
     top = CliRunner().invoke(cli.app, ["--help"]).output
-    assert all(command in top for command in ("demo", "ask", "methods"))
-    assert all("Example" in CliRunner().invoke(cli.app, [*command, "--help"]).output for command in ([], ["ask"], ["demo"]))
+    assert all(command in top for command in ("demo", "ask", "methods", "search"))
+    assert all(
+        "Example" in CliRunner().invoke(cli.app, [*command, "--help"]).output for command in ([], ["ask"], ["demo"], ["search"])
+    )
 
 
 def test_methods(capsys, monkeypatch):
@@ -79,6 +81,30 @@ def test_demo(capsys, monkeypatch, tmp_path):
     assert code == 0
     assert out.count("what they keep:") == 3
     assert "Ask about one yourself:" in out
+
+
+def test_demo_and_ask_show_both_stages(capsys, monkeypatch, scene, tmp_path):
+    code, out, _ = invoke(capsys, monkeypatch, "demo", "--folder", str(tmp_path / "demo"), "--method", "iti", "--json")
+    assert code == 0
+    for each in json.loads(out)["scenes"]:
+        layers = each["layers"]["iti"]
+        assert layers[0] == layers[1] == each["visual_tokens"]["iti"] > layers[2] == layers[5] > 0
+        assert each["layers"]["full"] == [576] * 6
+        assert each["prefill_flops"]["full"] > each["prefill_flops"]["iti"]
+    kept = tmp_path / "kept.png"
+    arguments = ("ask", str(scene), "how many objects are there ?", "--method", "iti", "--save", str(kept))
+    code, out, err = invoke(capsys, monkeypatch, *arguments)
+    assert code == 0
+    assert "from decoder layer 2 on" in err
+    assert "reconstruction" in err
+    with Image.open(kept) as picture:
+        assert picture.width > 4 * picture.height
+    code, out, _ = invoke(capsys, monkeypatch, *arguments, "--json", "--compare")
+    document = json.loads(out)
+    image = document["kept"][0]
+    assert len(image["kept"]) == document["layers"]["iti"][0]
+    assert len(image["stages"][0]["kept"]) == document["layers"]["iti"][5]
+    assert document["visual_tokens"]["spatial"] == round(sum(document["layers"]["iti"]) / 6)
 
 
 def test_ask(capsys, monkeypatch, scene, tmp_path):

@@ -41,7 +41,7 @@ def test_the_taps_hold_what_the_encoder_computes(layer):
     pixels = zoo.pictures(3)
 
     class Probe(foveate.Sequential):
-        def encoder_layers(self):
+        def encoder_layers(self, depth):
             return (layer,)
 
         def reduce(self, tokens):

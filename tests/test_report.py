@@ -25,8 +25,8 @@ def test_counts_and_rows(session):
     assert [image.row for image in report.images] == [0, 1, 1, 3], "row 2 has no picture"
     assert report.before == [zoo.TOKENS] * 4
     assert report.after == [image.after for image in report.images] == [len(image.kept) for image in report.images]
-    assert report.layers == [sum(report.after)] * 3
-    assert report.decoder_layers == 3
+    assert report.layers == [sum(report.after)] * 4
+    assert report.decoder_layers == 4
 
 
 def test_the_source_map_counts_only_real_outputs(session):

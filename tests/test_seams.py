@@ -77,6 +77,68 @@ def test_seam_gaps_in_positions_look_like_packed_sequences():
     assert not torch.allclose(masked, bare, atol=1e-3)
 
 
+@pytest.mark.parametrize("decoder", zoo.CUT_DECODERS)
+def test_seam_decoder_layers_are_called_with_what_cuts_replace(decoder):
+    model = zoo.load(decoder=decoder, attn="eager")
+    seen, language = [], model.get_decoder()
+    for layer in language.layers:
+        layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    model.generate(**zoo.batch(rows=(0,)), max_new_tokens=2)
+    assert len(seen) == 8
+    for args, kwargs in seen:
+        assert {"attention_mask", "position_embeddings", "position_ids", "past_key_values"} <= set(kwargs)
+        assert len(args) == 1, "hidden states are no positional argument any more"
+        assert len(kwargs["position_embeddings"]) == 2
+    kinds, windows = seams.layer_kinds(language.config), seams.layer_windows(language.config)
+    assert len(kinds) == len(windows) == 4
+    assert all((window is None) == ("sliding" not in kind) for kind, window in zip(kinds, windows, strict=True))
+    hidden, places = seen[0][0][0], torch.arange(5)[None]
+    for kind in set(kinds):
+        assert seams.rotary(language, hidden, places, kind)[0].shape[:2] == (1, 5)
+
+
+@pytest.mark.parametrize("decoder", zoo.CUT_DECODERS)
+def test_seam_attention_goes_through_the_registry(decoder):
+    """An attention module whose config names another function calls it, with rotated queries and keys."""
+    from foveate.engine.attention import Tap
+
+    model, seen = zoo.load(decoder=decoder, attn="eager"), []
+    before = model(**zoo.batch(rows=(0,))).logits
+    attention = seams.attention_of(model.get_decoder().layers[1])
+    tap = Tap(attention, seen.append)
+    assert torch.equal(model(**zoo.batch(rows=(0,))).logits, before)
+    tap.remove()
+    assert seen[0].query.shape == (1, 4, 74, 16)
+    assert seen[0].keys.shape[2:] == (74, 16)
+    assert (seen[0].softcap is not None) == (decoder == "gemma2")
+    model(**zoo.batch(rows=(0,)))
+    assert len(seen) == 1
+
+
+def test_seam_caches_show_keys_and_lengths_of_layers():
+    model = zoo.load(decoder="mistral")
+    cache = DynamicCache(config=model.config.get_text_config())
+    model(**zoo.batch(rows=(0,)), past_key_values=cache)
+    assert cache.get_seq_length(2) == 74
+    assert cache.get_mask_sizes(1, 2)[0] == 40
+    assert seams.cached_keys(cache, 2).shape[2] == 39
+    assert seams.cached_keys(None, 2) is None
+    seams.mark_cuts(cache, "cuts")
+    assert seams.cuts_of(cache) == "cuts"
+
+
+@pytest.mark.parametrize("decoder", zoo.CUT_DECODERS)
+def test_seam_parts_of_layers(decoder):
+    layer = zoo.load(decoder=decoder, attn="eager").get_decoder().layers[0]
+    attention = seams.attention_of(layer)
+    values, begin, groups, width = seams.values_of(attention)
+    assert begin + groups * width == values.out_features
+    assert seams.output_of(attention).in_features == 64
+    parts = seams.mlp_of(layer)
+    assert parts.down.out_features == 64
+    assert parts.sliceable == (decoder not in ("phi", "phi3"))
+
+
 @pytest.mark.parametrize("positions", ["compact", "original"])
 def test_positions_golden(positions):
     """Position ids of a prompt with two pictures, written out (T11)."""

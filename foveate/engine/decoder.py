@@ -124,7 +124,7 @@ class DecoderCuts:
         UnsupportedModelError : the prompt is ``embedded`` already.
         """
         self._pictures[threading.get_ident()] = pictures
-        if self.active and pictures and embedded:
+        if pictures and embedded:
             raise UnsupportedModelError(
                 f"{self.settings['name']!r} cannot tell where pictures are: the prompt came as embeddings (from prompt tuning?)."
             )
@@ -143,7 +143,7 @@ class DecoderCuts:
 
     def fail(self, cache: Any, held: int) -> None:
         """A call failed; where its keys got into a cache that held ``held`` before, that cache is spoilt."""
-        if cache is not None and int(cache.get_seq_length()) != held:
+        if self.active and cache is not None and int(cache.get_seq_length()) != held:
             mark_cuts(cache, HeldCuts(self.settings, reusable=False))
 
     def finish(self, cache: Any, ids: Tensor | None, result: Any, beams: int | None) -> None:

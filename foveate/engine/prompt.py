@@ -83,6 +83,13 @@ def cached_layout(cache: Any, rows: int, method: dict[str, Any], device: torch.d
     return layout.extended(held - layout.gather.shape[1])
 
 
+def layout_past(cache: Any) -> int:
+    """Columns of the full prompt that a cache stands for."""
+    held = 0 if cache is None else int(cache.get_seq_length())
+    layout = layout_of(cache)
+    return held if layout is None else held + layout.removed
+
+
 def image_rows(visual: Tensor, sizes: Sequence[int]) -> tuple[Tensor, list[int]]:
     """Where the placeholders are, [placeholders, 2] as (row, column), and the row of each image.
 

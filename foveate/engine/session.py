@@ -20,11 +20,12 @@ from .families import Anatomy, anatomy, innermost
 from .generation import FullPrompt, Settings, on_full_prompt
 from .guards import guard_positions
 from .install import Installation, installed_on
-from .prompt import Layout, cached_layout, filler, original_positions
+from .prompt import Layout, cached_layout, filler, layout_past, original_positions
 from .seams import (
     PER_TOKEN_INPUTS,
     PRE_ENCODED,
     check_pre_encoded_input,
+    cuts_of,
     find_cache,
     forget_if_empty,
     has_pixels,
@@ -173,7 +174,9 @@ class Session:
         kwargs.update(on_full_prompt(kwargs, full, 1 if beams else settings["num_return_sequences"] or 1))
         earlier = layout_of(cache)
         if cache is not None:
-            mark(cache, layout)  # at once: a generate that is interrupted leaves a cache that can still be continued
+            once = not beams and (settings["num_return_sequences"] or 1) == 1
+            # at once: a generate that is interrupted leaves a cache that can still be continued
+            mark(cache, replace(layout, reusable=once))
         new = short_ids[:, 0 if outside else short.held :]
         try:
             with self._shifts.during(missing, short_ids.shape[1]), self._expecting(parts, new, kwargs["attention_mask"], report):
@@ -258,8 +261,10 @@ class Session:
     def forward(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Shorten the prompt of a direct call; calls from ``generate`` come with encoded pictures and pass."""
         cache = kwargs.get("past_key_values")
-        self._cuts.begins(has_pixels(kwargs) or kwargs.get(PRE_ENCODED) is not None, kwargs.get("inputs_embeds") is not None)
-        self._cuts.accept(cache)
+        if self._cuts.active:
+            self._cuts.begins(has_pixels(kwargs) or kwargs.get(PRE_ENCODED) is not None, kwargs.get("inputs_embeds") is not None)
+        if cuts_of(cache) is not None:
+            self._cuts.accept(cache)
         if args or has_pixels(kwargs) or (layout_of(cache) is not None and id(cache) not in self._busy):
             return self._direct(original, args, kwargs)
         if self._shifts:
@@ -381,13 +386,6 @@ class Session:
         elif self.front.positions == "original" and given is None:
             kwargs["position_ids"] = cached.real[:, None] + torch.arange(new, device=ids.device)
         self._number(kwargs, kwargs.get("attention_mask", mask), given, cached.ahead, new)
-
-
-def layout_past(cache: Any) -> int:
-    """Columns of the full prompt that a cache stands for."""
-    held = 0 if cache is None else int(cache.get_seq_length())
-    layout = layout_of(cache)
-    return held if layout is None else held + layout.removed
 
 
 def detach(model: Any) -> None:
