@@ -2,8 +2,8 @@
 
     python -m benchmarks.decoder
 
-The ideal is layer-weighted: each decoder layer at the time it takes natively with the tokens it runs, that is the mean over layers
-of the native prefill at each layer's count. "Usual FastV" is FastV as its paper's code does it, with the attention weights of one
+The ideal is layer-weighted: each decoder layer takes the time it takes natively with the tokens it runs, and what is outside of the
+layers (embeddings, the last norm, logits) what it takes natively with the tokens that enter the decoder. "Usual FastV" is FastV as its paper's code does it, with the attention weights of one
 eager layer; everything else about it is the same. The model has random weights: a decoder of half a billion parameters in bfloat16
 under SDPA, behind a tiny vision tower, whose time is left out.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 import foveate
-from benchmarks.common import ratio, save, summary
+from benchmarks.common import ratio, save, summary, synchronise
 from benchmarks.prefill import IMAGE, SHAPES, TEXT, Stamps, build, prompt
 from foveate.methods.fastv import FastV
 from foveate.methods.selection import best_of_images, counts_of_images
@@ -95,6 +96,7 @@ class Timed:
     """Times of one way of running, round by round."""
 
     prefill: list[float] = field(default_factory=list)
+    inside: list[float] = field(default_factory=list)  # of prefill, from the first to the last decoder layer
     total: list[float] = field(default_factory=list)
     selection: list[float] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
@@ -128,14 +130,22 @@ class Bench:
     def native(self, count: int) -> None:
         encoded = self.model.get_image_features(self.pixels, return_dict=True)
         encoded.pooler_output = [features[:count] for features in encoded.pooler_output]
-        inputs = prompt(count, self.pixels.device)
+        inputs, layers = prompt(count, self.pixels.device), self.model.get_decoder().layers
+        times: list[float] = []
+
+        def note(*_: Any) -> None:
+            synchronise()
+            times.append(time.perf_counter())
+
+        handles = [layers[0].register_forward_pre_hook(note), layers[-1].register_forward_hook(note)]
         with Stamps(self.model) as stamps:
-            if count:
-                self.model.generate(**inputs, mm_encoder_outputs={"image": encoded}, **self.options)
-            else:
-                self.model.generate(**inputs, **self.options)
+            pictures = {"mm_encoder_outputs": {"image": encoded}} if count else {}
+            self.model.generate(**inputs, **pictures, **self.options)
+        for handle in handles:
+            handle.remove()
         run = self.runs.setdefault(f"native {count}", Timed())
         run.prefill.append(stamps.prefill)
+        run.inside.append(times[1] - times[0])
         run.total.append(stamps.times[-1] - stamps.times[0])
 
 
@@ -161,7 +171,8 @@ def main(
     for count in counts:
         bench.native(count)
     for run in bench.runs.values():  # that was the warm-up
-        run.prefill.clear(), run.total.clear(), run.selection.clear()
+        for times in (run.prefill, run.inside, run.total, run.selection):
+            times.clear()
     for _ in range(rounds):
         for shown, method in methods.items():
             bench.method(shown, method)
@@ -181,8 +192,9 @@ def main(
 def row(shown: str, runs: dict[str, Timed]) -> dict[str, Any]:
     """All figures of one method; ratios are medians over rounds."""
     mine, every = runs[shown], runs["all tokens"]
-    natives = [runs[f"native {count}"].prefill for count in mine.layers]
-    ideal = [statistics.fmean(times) for times in zip(*natives, strict=True)]
+    first = runs[f"native {mine.layers[0]}"]
+    inside = [statistics.fmean(times) for times in zip(*(runs[f"native {count}"].inside for count in mine.layers), strict=True)]
+    ideal = [whole - own + layers for whole, own, layers in zip(first.prefill, first.inside, inside, strict=True)]
     return {
         "name": shown,
         "layers": mine.layers,
