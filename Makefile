@@ -37,7 +37,7 @@ $(VENV)/oldest/transformers: $(VENV)/dev
 	touch $@
 
 test-oldest: $(VENV)/oldest/transformers
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n 2 $(addprefix tests/test_, $(addsuffix .py, seams generation calls forward report bad_input))
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n 2 $(addprefix tests/test_, $(addsuffix .py, seams generation calls forward report bad_input decoder cut_calls))
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check

@@ -3,9 +3,9 @@
     python -m benchmarks.decoder
 
 The ideal is layer-weighted: each decoder layer takes the time it takes natively with the tokens it runs, and what is outside of the
-layers (embeddings, the last norm, logits) what it takes natively with the tokens that enter the decoder. "Usual FastV" is FastV as its paper's code does it, with the attention weights of one
-eager layer; everything else about it is the same. The model has random weights: a decoder of half a billion parameters in bfloat16
-under SDPA, behind a tiny vision tower, whose time is left out.
+layers (embeddings, the last norm, logits) what it takes natively with the tokens that enter the decoder. "Usual FastV" is FastV as
+its paper's code does it, with the attention weights of one eager layer; everything else about it is the same. The model has random
+weights: a decoder of half a billion parameters in bfloat16 under SDPA, behind a tiny vision tower, whose time is left out.
 """
 
 from __future__ import annotations

@@ -187,6 +187,9 @@ def test_without_a_cache_and_with_prompt_lookup(load, decoder, name):
 def test_beams_equal_beams_without_a_cache(load, name):
     model, inputs = load(), zoo.batch()
     options = dict(num_beams=3, output_logits=False, output_scores=True, num_return_sequences=2)
+    native = [model.generate(**inputs, **{**OPTIONS, **options}, use_cache=cached).sequences for cached in (True, False)]
+    if not torch.equal(*native):
+        pytest.skip("this version of transformers itself mixes up the pictures of beams (5.18)")
     with METHODS[name](model) as session:
         out = model.generate(**inputs, **{**OPTIONS, **options})
         layers = session.report.layers

@@ -129,6 +129,13 @@ class DecoderCuts:
                 f"{self.settings['name']!r} cannot tell where pictures are: the prompt came as embeddings (from prompt tuning?)."
             )
 
+    def refuse_pieces(self, size: int | None) -> None:
+        """Raise ``InputError`` where ``generate`` would read the prompt in chunks."""
+        if self.active and size is not None:
+            raise InputError(
+                f"{self.settings['name']!r} has to see the whole prompt at once, and not in pieces. Leave prefill_chunk_size out."
+            )
+
     def accept(self, cache: Any) -> None:
         """Raise ``CacheError`` for a cache that was cut by another method or in other settings, or cannot be continued."""
         forget_if_empty(cache)
@@ -198,7 +205,7 @@ class DecoderCuts:
                 "Leave cache_implementation out (a dynamic cache)."
             )
         if past != prompt.past or width < prompt.width:
-            raise InputError(f"{name!r} has to see the whole prompt at once, and it came in pieces. Leave prefill_chunk_size out.")
+            raise InputError(f"{name!r} has to see the whole prompt at once, and it came in pieces.")
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             raise InputError(f"{name!r} makes the masks of decoder layers itself and needs attention_mask as [batch, tokens].")
         if self.pattern is not None and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):

@@ -152,6 +152,7 @@ class Session:
             self._refuse_missing_pictures(ids, cache)
             return self._run(original, ids, kwargs, report)
         settings = Settings(self.model, kwargs)
+        self._cuts.refuse_pieces(settings["prefill_chunk_size"])
         mask = kwargs.get("attention_mask")
         mask = settings.infer_mask(ids) if mask is None else mask
         parts = self.parts()
