@@ -98,7 +98,9 @@ def test_t1_a_budget_of_everything_changes_nothing(load, family, decoder, attn, 
     before = model.generate(**inputs, **{**GREEDY, **options})
     logits = model(**inputs).logits
     name = "scores" if "num_beams" in options else "logits"
-    for variant, budget in zip(VARIANTS, itertools.cycle((1.0, zoo.TOKENS, 10_000)), strict=False):
+    budgets = (1.0, zoo.TOKENS, 10_000)
+    pairs = itertools.product(VARIANTS, budgets) if not options else zip(VARIANTS, itertools.cycle(budgets), strict=False)
+    for variant, budget in pairs:
         with _build(variant, budget=1.0 if variant == "yopo" else budget)(model) as session:
             torch.manual_seed(1)
             after = model.generate(**inputs, **{**GREEDY, **options})

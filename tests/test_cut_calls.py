@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -231,6 +232,49 @@ def test_merging_inside_the_decoder(monkeypatch, positions):
     cuts = reference.cuts_of_row(heard[:1], 0, offset=0)
     wanted = reference.Masked(plain, cuts, embeddings.shape[1], positions == "compact")
     torch.testing.assert_close(logits(out)[0], wanted.logits(embeddings, out.sequences[0, -4:].tolist(), places), **CLOSE)
+
+
+def test_budgets_that_cover_everything_inside_compose(model):
+    inputs = zoo.batch("right")
+    plain = generate(model, inputs)
+    every = (foveate.ITI(budget=1.0), foveate.ITI(budget=64), foveate.AIM(budget=64), foveate.SparseVLM.released(budget=64))
+    for method in (*every, *(foveate.Compose(each) for each in every), foveate.Compose(foveate.YOPO(budget=1.0), every[3])):
+        with method(model) as session:
+            out = generate(model, inputs)
+        assert session.report.layers == [256] * 4
+        assert torch.equal(logits(out), logits(plain))
+    with foveate.AIM(budget=1)(model) as session:
+        generate(model, inputs)
+        assert session.report.layers == [4, 4, 4, 0]
+    with foveate.GSearch(rates=(1, 1, 1, 0.999))(model) as session:
+        generate(model, zoo.batch())
+        assert session.report.layers == [256] * 4  # 0.999 of 64 tokens are 64
+    with foveate.GSearch(rates=(1, 1, 1, 0.98))(model) as session:
+        generate(model, zoo.batch())
+        assert session.report.layers == [256, 256, 256, 252]
+
+
+def test_text_that_one_method_removes_and_another_reads(model):
+    first, second = foveate.TextRelevanceCut(prune_text=True, layers=(1,)), foveate.SparseVLM(layers=(2,))
+    with foveate.Compose(first, second)(model) as session:
+        generate(model, zoo.batch())
+    assert session.report.layers[2] < session.report.layers[1] < 256
+
+
+def test_a_method_that_does_not_fit_leaves_nothing_behind(model, tmp_path):
+    file, inputs = tmp_path / "heads.json", zoo.batch(rows=(0,))
+    before, plain = sorted(model.__dict__), generate(model, inputs)
+    for heads in ([[True, False]] * 3 + [[False] * 3], [[True] * 3] * 4):
+        file.write_text(json.dumps({"heads": heads}))
+        with pytest.raises(foveate.InputError, match="a mask of 3 heads"):
+            foveate.attach(model, "yopo", heads=str(file))
+        assert sorted(model.__dict__) == before
+        assert not any(module._forward_pre_hooks for module in model.get_decoder().modules())
+        assert torch.equal(logits(generate(model, inputs)), logits(plain))
+    for text in ('{"heads": ["ab"]}', '{"heads": [["false", 0.1]]}', "[]"):
+        file.write_text(text)
+        with pytest.raises(foveate.InputError, match="no head mask"):
+            foveate.YOPO(heads=str(file))
 
 
 def test_nested_methods_and_copies(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -445,13 +446,17 @@ def test_g_search_plans(tmp_path):
     for wrong in ([1, 0.5, 0.6], [0.9, 0.5], [1, 2, 0], []):
         with pytest.raises(foveate.InputError, match="not increasing"):
             GSearch(rates=tuple(wrong))
+    with pytest.raises(foveate.InputError, match="give one of them"):
+        GSearch(rates=(1, 0.5), budget=0.25)
+    assert GSearch(budget=10).cuts(8) == (2,)
     with pytest.raises(foveate.InputError, match="needs a plan"):
         GSearch()
     with pytest.raises(foveate.InputError, match="search on this model"):
         method.cuts(6)
-    plan.write_text("[]")
-    with pytest.raises(foveate.InputError, match="no plan"):
-        GSearch(plan=str(plan))
+    for text in ("[]", '{"rates": "100000"}', '{"rates": {"1": 2}}', '{"rates": [true]}'):
+        plan.write_text(text)
+        with pytest.raises(foveate.InputError, match="no plan"):
+            GSearch(plan=str(plan))
     with pytest.raises(foveate.InputError, match="no plan"):
         GSearch(plan=str(tmp_path / "missing.json"))
 
@@ -461,7 +466,7 @@ def test_g_search_plans(tmp_path):
 def test_p_sigmoid_keeps_its_budget(layers, budget, steepness, low):
     method = PSigmoid(budget=budget, steepness=steepness, low=low)
     least = (2 + (layers - 2) * low) / layers
-    if budget < least:
+    if budget < least - 1e-9:
         with pytest.raises(foveate.InputError, match="mean over"):
             method.cuts(layers)
         return
@@ -469,6 +474,69 @@ def test_p_sigmoid_keeps_its_budget(layers, budget, steepness, low):
     assert sum(rates) / layers == pytest.approx(budget, abs=1e-6)
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(rates))
     assert rates[:2] == (1.0, 1.0)
+
+
+def test_p_sigmoid_refuses_what_its_upper_end_cannot_give():
+    with pytest.raises(foveate.InputError, match="between"):
+        PSigmoid(budget=0.9, high=0.5).cuts(8)
+    assert PSigmoid(budget=8, low=0.0).cuts(8) == tuple(range(2, 8))
+
+
+def test_schedules_and_layers_are_checked():
+    for build, fields in (
+        (SparseVLM, dict(layers=())),
+        (SparseVLM, dict(layers=(3, 1, 2))),
+        (SparseVLM, dict(counts=(300, 200))),
+        (SparseVLM, dict(layers=(1.5,))),
+        (TextRelevanceCut, dict(layers=2)),
+        (TextRelevanceCut, dict(layers=(2, 2))),
+        (foveate.PyramidDrop, dict(layers=())),
+        (foveate.YOPO, dict(window="5")),
+        (VTCCls, dict(budget=3, layers=2.0)),
+        (ITI, dict(second=1.5)),
+        (ITI, dict(budget=1.0, second=0.5)),
+    ):
+        with pytest.raises(foveate.InputError):
+            build(**fields)
+    with pytest.raises(foveate.InputError, match=r"second=1\.5"):
+        ITI(second=1.5)
+
+
+def test_a_budget_over_several_layers_falls_by_equal_shares():
+    method = TextRelevanceCut(layers=(1, 2, 4), budget=3)
+    counts = [len(kept(method.cut(tokens), tokens)) for tokens in (prompt("t" + "0" * 24 + "ttt", at) for at in (1, 2, 4))]
+    assert counts == [12, 6, 3]
+
+
+def test_products_are_measured_from_their_lowest_point():
+    random = torch.Generator().manual_seed(3)
+    states = torch.randn(1, 65, 16, generator=random)
+    tap = EncoderTap(torch.randn(1, 16), torch.randn(1, 65, 16), 2, states)
+    visual = VisualTokens(torch.randn(1, 64, 16), (8, 8), {"last": tap})
+    counts = [
+        InflectionCut(similarity="dot", slope=slope, min_tokens=1).reduce(visual).index.shape[1] for slope in (0.1, 0.5, 1.0, 1.5)
+    ]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1]
+
+
+def test_sparsevlm_rank_does_not_depend_on_padding():
+    layout = "st" + "0" * 40 + "t" * 20
+    for sharp in (0.03, 0.1, 1.0):
+        counts = []
+        for padding in (0, 300):
+            tokens = prompt("_" * padding + layout, sharp=sharp)
+            base = prompt(layout, sharp=sharp)
+            query, keys, hidden = (
+                torch.zeros_like(tokens.tap.query),
+                torch.zeros_like(tokens.tap.keys),
+                torch.zeros_like(tokens.hidden),
+            )
+            query[:, :, padding:], keys[:, :, padding:], hidden[:, padding:] = base.tap.query, base.tap.keys, base.start.hidden
+            tap = dataclasses.replace(tokens.tap, query=query, keys=keys)
+            tokens = dataclasses.replace(tokens, tap=tap, start=dataclasses.replace(tokens.start, hidden=hidden))
+            counts.append(len(kept(SparseVLM(recycle=0).cut(tokens), tokens)))
+        assert counts[0] == counts[1]
 
 
 # -- VTC-CLS

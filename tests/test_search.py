@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import foveate
+from foveate.cli.searching import said
 from foveate.methods.g_search import read_plan
 from foveate.methods.yopo import read_heads
 from foveate.search import g_search, head_mask, p_sigmoid_search
@@ -104,6 +105,16 @@ def test_search_on_data_of_ones_own(capsys, monkeypatch, tmp_path):
         code, _, err = invoke(capsys, monkeypatch, "search", str(plan), "--data", str(data))
         assert code == 2
         assert message in " ".join(err.split())
+    data.write_text(json.dumps({"image": "red.png", "question": "q", "answer": " ."}) + "\n")
+    code, _, err = invoke(capsys, monkeypatch, "search", str(plan), "--data", str(data))
+    assert code == 2
+    assert "the answer is empty" in " ".join(err.split())
+    assert said("No, there is not.", "no")
+    assert not said("Nothing.", "no")
+    assert not said("12", "1")
+    code, _, err = invoke(capsys, monkeypatch, "search", str(tmp_path), "--examples", "2")
+    assert code == 2
+    assert "folder" in err
     code, _, err = invoke(capsys, monkeypatch, "search", str(plan), "--method", "fastv", "--examples", "2")
     assert code == 2
     assert "g-search, p-sigmoid or yopo" in err

@@ -210,8 +210,9 @@ def search(
     share: Annotated[float, typer.Option(min=0, max=1, help="yopo: share of the heads that stay.")] = 0.5,
 ) -> None:
     """Search keep rates per decoder layer, or a head mask, on a calibration set."""
-    from .searching import Calibration, run_search
+    from .searching import Calibration, check_search, run_search
 
+    check_search(method, plan, share)
     options = {"epsilon": epsilon, "steps": steps, "budget": budget, "share": share}
     with err.status(escape(f"loading {model or 'the pocket model'}")) as status:
         calibration = Calibration(model, data, examples)

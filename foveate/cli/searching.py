@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from ..errors import InputError
 from ..images import open_picture
 from ..methods.base import Method
 from ..search import Plan, g_search, head_mask, p_sigmoid_search
+from ..viz.overlay import make_folder
 from .answering import load_model, make_inputs
 
 
@@ -39,6 +41,8 @@ def read_examples(path: Path) -> list[Example]:
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
+            if not re.search(r"\w", str(entry["answer"])):
+                raise ValueError("the answer is empty")
             found.append(Example(path.parent / entry["image"], str(entry["question"]), str(entry["answer"])))
         except (ValueError, KeyError, TypeError) as error:
             wanted = '{"image": "a.jpg", "question": "...", "answer": "..."}'
@@ -48,6 +52,23 @@ def read_examples(path: Path) -> list[Example]:
     if not found:
         raise InputError(f"{path} holds no examples")
     return found
+
+
+def said(text: str, answer: str) -> bool:
+    """Whether a text is the answer or begins with its words, whatever the case."""
+    found, wanted = (re.findall(r"\w+", each.lower()) for each in (text, answer))
+    return found[: len(wanted)] == wanted
+
+
+def check_search(method: str, out: Path, share: float) -> None:
+    """Raise ``InputError`` before anything is loaded where a search cannot begin or its plan cannot be written."""
+    if method not in ("g-search", "p-sigmoid", "yopo"):
+        raise InputError(f"there is no search for {method!r}; choose g-search, p-sigmoid or yopo")
+    if share <= 0:
+        raise InputError(f"share={share}; expected a share of the heads above 0")
+    if out.is_dir():
+        raise InputError(f"{out} is a folder; give the name of a file")
+    make_folder(out.parent)
 
 
 class Calibration:
@@ -80,7 +101,7 @@ class Calibration:
             for inputs, answer in zip(prompts, answers, strict=True):
                 out = self.model.generate(**inputs, do_sample=False, max_new_tokens=32)
                 text = self.processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-                right += text.strip().lower().rstrip(".").startswith(answer.strip().lower().rstrip("."))
+                right += said(text, answer)
         return right / len(prompts)
 
     def inputs(self) -> Iterator[dict[str, Any]]:
@@ -91,9 +112,7 @@ class Calibration:
 def run_search(method: str, calibration: Calibration, out: Path, options: dict[str, Any], progress: Callable[[str], None]) -> str:
     """Search, write the plan, and say in one line what was found.
 
-    Raises
-    ------
-    InputError : there is no search for the method.
+    ``check_search`` has to have passed.
     """
     layers = int(calibration.model.config.get_text_config().num_hidden_layers)
     plan: Plan
@@ -104,10 +123,8 @@ def run_search(method: str, calibration: Calibration, out: Path, options: dict[s
         return f"{kept:.0%} of the heads take part in visual tokens"
     if method == "g-search":
         plan = g_search(calibration.accuracy, layers, epsilon=options["epsilon"], steps=options["steps"], progress=progress)
-    elif method == "p-sigmoid":
-        plan = p_sigmoid_search(calibration.accuracy, layers, options["budget"], progress=progress)
     else:
-        raise InputError(f"there is no search for {method!r}; choose g-search, p-sigmoid or yopo")
+        plan = p_sigmoid_search(calibration.accuracy, layers, options["budget"], progress=progress)
     plan.settings["data"] = calibration.name
     plan.save(out)
     rates = " ".join(f"{rate:.0%}" for rate in plan.rates)

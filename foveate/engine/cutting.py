@@ -12,7 +12,6 @@ from ..cuts import Cut, DecoderTap, PromptTokens
 from ..errors import FoveateError, InputError
 from ..methods.base import DecoderReducer
 from ..report import CutRecord
-from ..tokens import resolve_budget
 from .attention import OnlyRecording
 from .run import Prefill
 from .seams import cached_keys, mark_cuts
@@ -47,9 +46,7 @@ def _mixed(hidden: Tensor, cut: Cut) -> Tensor:
 
 
 def _decide(run: Prefill, layer: int, reducer: DecoderReducer, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-    before, most = run.stage(layer), max(run.report.before)
-    if resolve_budget(reducer.budget, most) == most and before is None and run.earlier is None:
-        return
+    before = run.stage(layer)
     tokens = _tokens(run, layer, reducer, module, hidden, kwargs)
     with torch.autocast(hidden.device.type, enabled=False):  # scores are float32 in mixed precision too
         cut = reducer.cut(tokens)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import CacheError, InputError, UnsupportedModelError
-from ..methods.base import DecoderReducer
+from ..methods.base import DecoderReducer, Method
 from ..report import Report
 from .attention import OnlyRecording, Recorded, Tap
 from .cutting import cut_before
@@ -37,9 +37,12 @@ OTHER = (
 class DecoderCuts:
     """The decoder reducers of one session on one decoder; without any, nothing is installed."""
 
-    def __init__(self, decoder: Any, reducers: Sequence[DecoderReducer], settings: dict[str, Any]) -> None:
-        self.decoder, self.settings, self.active = decoder, settings, bool(reducers)
+    def __init__(self, decoder: Any, method: Method | None) -> None:
+        reducers = () if method is None else method.inside_decoder()
+        self.decoder, self.method, self.active = decoder, method, bool(reducers)
+        self.settings: dict[str, Any] = {} if method is None else method.settings()
         self.layers: Any = decoder.layers if self.active else ()
+        self.places: dict[int, int] = {}  # which reducer acts before a layer
         self.plan = self._planned(reducers)
         self.first = min(self.plan, default=len(self.layers))
         reading = {layer - (reducer.reads == "previous") for layer, reducer in self.plan.items() if reducer.reads != "nothing"}
@@ -56,7 +59,7 @@ class DecoderCuts:
     def _planned(self, reducers: Sequence[DecoderReducer]) -> dict[int, DecoderReducer]:
         """The reducer that acts before each layer."""
         plan: dict[int, DecoderReducer] = {}
-        for reducer in reducers:
+        for number, reducer in enumerate(reducers):
             for layer in reducer.cuts(len(self.layers)):
                 if layer in plan:
                     raise InputError(f"{plan[layer].name!r} and {reducer.name!r} both cut before decoder layer {layer}")
@@ -65,16 +68,18 @@ class DecoderCuts:
                         f"{reducer.name}: a cut before decoder layer {layer}; this decoder can be cut before layers 1 to "
                         f"{len(self.layers) - 1} (layer 0 always reads the whole prompt)"
                     )
-                plan[layer] = reducer
+                plan[layer], self.places[layer] = reducer, number
         return dict(sorted(plan.items()))
 
     def _patterned(self, reducers: Sequence[DecoderReducer]) -> Patterned | None:
         """What the layers leave out of the computation of visual tokens."""
-        patterns = {reducer.name: reducer.pattern(len(self.layers)) for reducer in reducers}
-        found = {name: pattern for name, pattern in patterns.items() if pattern is not None}
+        patterns = [reducer.pattern(len(self.layers)) for reducer in reducers]
+        found = [number for number, pattern in enumerate(patterns) if pattern is not None]
         if len(found) > 1:
-            raise InputError(f"{' and '.join(found)} both change how visual tokens are computed; Compose takes one such method")
-        return Patterned(next(iter(found.values())), self.layers, self._reading) if found else None
+            raise InputError("Compose takes one method that changes how visual tokens are computed")
+        self.patterning = found[0] if found else -1
+        pattern = patterns[found[0]] if found else None
+        return None if pattern is None else Patterned(pattern, self.layers, self._reading)
 
     def _reading(self) -> Run | None:
         return self._runs.get(threading.get_ident())
@@ -192,7 +197,17 @@ class DecoderCuts:
             cuts = None if cache is None else HeldCuts(self.settings) if earlier is None else earlier.copy()
             self._warn_of_windows(report, past + width)
             tokens = whole.tokens(hidden.detach(), len(self.layers))
-            self._runs[thread] = Prefill(*common, prompt=whole, asked=prompt.width, tokens=tokens, report=report, cuts=cuts)
+            acting = [] if self.method is None else self.method.acting(max(report.before))
+            self._runs[thread] = Prefill(
+                *common,
+                prompt=whole,
+                asked=prompt.width,
+                tokens=tokens,
+                report=report,
+                cuts=cuts,
+                plan={layer: reducer for layer, reducer in self.plan.items() if acting[self.places[layer]]},
+                patterned=self.pattern is not None and acting[self.patterning],
+            )
         elif earlier is not None:
             self._runs[thread] = Run(*common)
 
@@ -241,12 +256,12 @@ class DecoderCuts:
         if not isinstance(run, Prefill):
             changed = run.continued(layer, hidden)
             return None if changed is None else (args, {**kwargs, **changed})
-        if layer in self.plan:
-            hidden = cut_before(run, layer, self.plan[layer], module, hidden, kwargs)
+        if layer in run.plan:
+            hidden = cut_before(run, layer, run.plan[layer], module, hidden, kwargs)
         run.note_columns(layer)
         if layer == len(self.layers) - 1:
             self._restoring[threading.get_ident()] = run
-        stage, window = run.stage(layer), None if self.pattern is None else self.pattern.pattern.window
+        stage, window = run.stage(layer), self.pattern.pattern.window if self.pattern and run.patterned else None
         if stage is None and window is None:
             return None
         if stage is not None:

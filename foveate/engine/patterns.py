@@ -19,7 +19,7 @@ from ..cuts import Pattern
 from ..errors import InputError, UnsupportedModelError
 from .run import Prefill
 from .seams import MlpParts, attention_of, mlp_of, output_of, values_of
-from .stages import take
+from .stages import Stage, take
 
 Heads: TypeAlias = "tuple[int, int, int, Tensor]"  # where values begin, in how many heads of which width, and which are pruned
 
@@ -36,12 +36,16 @@ class Patterned:
         if pattern.heads is not None and len(pattern.heads) != len(layers):
             raise InputError(f"heads of {len(pattern.heads)} layers for a decoder of {len(layers)}; calibrate on this model")
 
+        # everything that may be missing is looked for here, before anything is put on the model
+        self.attentions = {} if pattern.heads is None else {i: self._heads(i, pattern.heads[i]) for i in range(len(layers))}
+        self.mlps = [mlp_of(layer) for layer in layers] if pattern.neurons < 1 else []
+
     def install(self) -> None:
-        for number, layer in enumerate(self.layers):
-            if self.pattern.heads is not None and not all(self.pattern.heads[number]):
-                self._prune_heads(number, attention_of(layer), self.pattern.heads[number])
-            if self.pattern.neurons < 1:
-                self._prune_neurons(number, mlp_of(layer))
+        for number, (values, output, shape) in self.attentions.items():
+            self._handles.append(values.register_forward_hook(functools.partial(self._silence, number, shape)))
+            self._handles.append(output.register_forward_pre_hook(functools.partial(self._deafen, number, shape)))
+        for number, parts in enumerate(self.mlps):
+            self._prune_neurons(number, parts)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -56,18 +60,18 @@ class Patterned:
     def _visual(self, layer: int) -> Tensor | None:
         """[B, M] bool, the visual tokens that the layer runs; None where it runs none."""
         run = self.run()
-        if not isinstance(run, Prefill):
+        if not isinstance(run, Prefill) or not run.patterned:
             return None
         visual = run.image(layer) >= 0
         return visual if visual.shape[1] else None
 
-    def _prune_heads(self, layer: int, attention: nn.Module, heads: tuple[bool, ...]) -> None:
+    def _heads(self, layer: int, heads: tuple[bool, ...]) -> tuple[nn.Module, nn.Module, Heads]:
+        """The projections of values and outputs of a layer, and which of its heads are pruned."""
+        attention = attention_of(self.layers[layer])
         values, begin, groups, width = values_of(attention)
         if len(heads) != groups:
             raise InputError(f"a mask of {len(heads)} heads for decoder layer {layer}, which has {groups} key heads")
-        shape = (begin, groups, width, torch.tensor([not kept for kept in heads]))
-        self._handles.append(values.register_forward_hook(functools.partial(self._silence, layer, shape)))
-        self._handles.append(output_of(attention).register_forward_pre_hook(functools.partial(self._deafen, layer, shape)))
+        return values, output_of(attention), (begin, groups, width, torch.tensor([not kept for kept in heads]))
 
     @torch.compiler.disable
     def _silence(self, layer: int, shape: Heads, _: nn.Module, __: Any, out: Tensor) -> Tensor | None:
@@ -132,11 +136,19 @@ def _some(bias: Tensor | None, count: int) -> Tensor | None:
 
 def neighbour_mask(run: Prefill, layer: int, hidden: Tensor, window: int) -> Tensor | None:
     """The mask of a layer in which visual tokens see only their neighbours on the grid; None where the layer runs none of them."""
-    image, device = run.image(layer).to(hidden.device), hidden.device
-    implementation = run.kind.implementation
-    if "flash" in implementation:
+    if "flash" in run.kind.implementation:
         raise UnsupportedModelError("neighbour-aware attention needs a mask, which flash attention does not take. Use 'sdpa'.")
-    stage, number = run.stage(layer), image.shape[1]
+    stage, device = run.stage(layer), hidden.device
+    key = ("neighbours", -1 if stage is None else stage.start, run.window(layer), run.length(layer), device)
+    if key not in run.memo:
+        run.memo[key] = _neighbours(run, layer, stage, hidden, window)
+    mask: Tensor | None = run.memo[key]
+    return mask
+
+
+def _neighbours(run: Prefill, layer: int, stage: Stage | None, hidden: Tensor, window: int) -> Tensor | None:
+    image, device = run.image(layer).to(hidden.device), hidden.device
+    number = image.shape[1]
     columns = run.present(layer, run.columns[layer].to(device), number)
     base = run.mask_of(columns, number, plain=False, window=run.window(layer), hidden=hidden)
     if base is None:

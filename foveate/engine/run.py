@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..cuts import Cut, PromptTokens
 from ..errors import UnsupportedModelError
+from ..methods.base import DecoderReducer
 from ..report import Report
 from .attention import Recorded
 from .masks import layer_mask
@@ -131,6 +132,8 @@ class Prefill(Run):
     asked : columns of it without those that were guessed ahead (assisted generation).
     tokens : the same as methods see it, before the first layer.
     cuts : what the cache is marked with, layer by layer; None without a cache.
+    plan : the reducer that acts before a layer, of those that the budget leaves anything to do.
+    patterned : whether the computation of visual tokens is changed.
     stages : what runs from a layer on, by that layer; ``mixes`` tokens that change there.
     decided : layers before which the method has been asked already.
     """
@@ -140,6 +143,8 @@ class Prefill(Run):
     tokens: PromptTokens = field(kw_only=True)
     report: Report = field(kw_only=True)
     cuts: HeldCuts | None = field(kw_only=True)
+    plan: dict[int, DecoderReducer] = field(kw_only=True)
+    patterned: bool = field(kw_only=True)
     stages: dict[int, Stage] = field(default_factory=dict)
     mixes: dict[int, Cut] = field(default_factory=dict)
     decided: set[int] = field(default_factory=set)

@@ -55,7 +55,7 @@ class Session:
         self.method, self.front = method, method.before_decoder()
         self.model = innermost(model)
         self.report = self.new_report()
-        self._cuts = DecoderCuts(None, (), {})
+        self._cuts = DecoderCuts(None, None)
         self._guards: list[Any] = []
         self._adoptable = False  # attached by attach(), so that a with block may take it over once
         self._prefill: Report | None = None  # of the generate whose prefill comes next
@@ -106,16 +106,19 @@ class Session:
                 raise InputError("another method is attached inside this one; leave its block first")
             self._adoptable = False
             return self
-        inside = self.method.inside_decoder()
-        cuts = DecoderCuts(parts.decoder if inside else None, inside, self.method.settings())
+        cuts = DecoderCuts(parts.decoder, self.method) if self.method.inside_decoder() else DecoderCuts(None, None)
         installed = installed or Installation(self.model)
         for outer in installed.sessions[-1:]:
             outer._cuts.remove()  # the innermost method acts
         installed.sessions.append(self)
         if self.front.positions == "original":
             self._guards = guard_positions(self.model)
-        cuts.install()
         self._cuts = cuts
+        try:
+            cuts.install()
+        except BaseException:
+            self.detach()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

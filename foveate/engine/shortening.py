@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..methods.base import Method
 from ..report import Report
-from ..tokens import Reduction, resolve_budget
+from ..tokens import Reduction
 from .families import Anatomy
 from .prompt import Layout, cached_layout, image_rows, shorten
 from .seams import PRE_ENCODED, has_pixels
@@ -91,8 +91,7 @@ def acts_inside(method: Method, tokens: int) -> bool:
 
     A budget that covers all of them leaves the model as it is.
     """
-    inside = any(resolve_budget(reducer.budget, tokens) != tokens for reducer in method.inside_decoder())
-    return inside and tokens > 0 and resolve_budget(method.budget, tokens) != tokens
+    return tokens > 0 and any(method.acting(tokens))
 
 
 def expected_prompt(parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, labels: Tensor | None = None) -> Prompt:

@@ -114,7 +114,7 @@ class AIMPrune(DecoderReducer, name="aim-prune", paper=PAPER):
 def page_rank(tokens: PromptTokens, temperature: float, steps: int) -> Tensor:
     """[B, S] root mean square over heads of where a walk along attention ends that starts everywhere alike.
 
-    Heads are taken in groups, so that no more than 64 million weights exist at a time.
+    Heads are taken in groups, so that no more than 64 million weights exist at a time, or those of one key head.
     """
     tap = tokens.tap
     if tap is None:
@@ -173,4 +173,4 @@ class AIM(Method, name="aim", paper=PAPER, adaptive=False):
         return AIMMerge(budget=self.budget, order=self.order, positions=self.positions)
 
     def inside_decoder(self) -> tuple[DecoderReducer, ...]:
-        return (AIMPrune(budget=1.0 if self.budget == 1.0 else None, begin=self.begin, end=self.end),)
+        return (AIMPrune(begin=self.begin, end=self.end),)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import types
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..cuts import Cut, Pattern, PromptTokens
 from ..errors import InputError
@@ -24,6 +25,14 @@ _KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
     bool: ("True or False", (bool,)),
 }
 REGISTRY: dict[str, type[Method]] = {}
+
+
+def _unwrapped(hint: Any, value: Any) -> Any:
+    """``X`` where a field is ``X | None`` and has a value; anything for None."""
+    if get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint):
+        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+        return Any if value is None or len(kinds) > 1 else kinds[0]
+    return hint
 
 
 @dataclass(kw_only=True)
@@ -65,11 +74,13 @@ class Method:
         check_budget(self.budget)
         if self.budget is not None:
             self.budget = int(self.budget) if isinstance(self.budget, Integral) else float(self.budget)
-        if self.budget is None and not self.adaptive:
+        if self.budget is None and self.needs_budget():
             raise InputError(f"{self.name!r} has no rule of its own for how many tokens to keep. Give budget=, an int or a float.")
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            hint, value = hints[field.name], getattr(self, field.name)
+            hint, value = _unwrapped(hints[field.name], getattr(self, field.name)), getattr(self, field.name)
+            if get_origin(hint) is tuple and get_args(hint)[-1:] == (...,):
+                self._check_tuple(field.name, value, get_args(hint)[0])
             if get_origin(hint) is Literal and value not in get_args(hint):
                 raise InputError(f"{self.name}: {field.name}={value!r}; choose one of {', '.join(map(repr, get_args(hint)))}")
             kind, allowed = _KINDS.get(hint, ("", ()))
@@ -77,6 +88,32 @@ class Method:
                 raise InputError(f"{self.name}: {field.name}={value!r}; expected {kind}")
             if hint is float and not math.isfinite(value):
                 raise InputError(f"{self.name}: {field.name}={value!r}; expected a finite number")
+
+    def _check_tuple(self, field: str, value: Any, element: Any) -> None:
+        kind, allowed = _KINDS.get(element, ("", (object,)))
+        if not isinstance(value, list | tuple) or any(not isinstance(each, allowed) or isinstance(each, bool) for each in value):
+            raise InputError(f"{self.name}: {field}={value!r}; expected several of {kind or element}, such as (2, 8)")
+        setattr(self, field, tuple(value))
+
+    def needs_budget(self) -> bool:
+        """Whether there is no rule for how many tokens to keep."""
+        return not self.adaptive
+
+    def check_layers(self) -> None:
+        """Raise ``InputError`` unless the field ``layers`` is None or holds different layers in ascending order."""
+        layers = getattr(self, "layers", None)
+        if layers is not None and (not layers or list(layers) != sorted(set(layers))):
+            raise InputError(f"{self.name}: layers={layers}; expected different decoder layers in ascending order, such as (2, 8)")
+
+    def covers(self, tokens: int) -> bool:
+        """Whether the budget asks for all ``tokens`` of an image: the model then stays as it is."""
+        if isinstance(self.budget, int):
+            return self.budget >= tokens
+        return self.budget == 1.0
+
+    def acting(self, tokens: int) -> list[bool]:
+        """For each part of ``inside_decoder()`` whether it acts on images of ``tokens`` visual tokens."""
+        return [not self.covers(tokens) and not reducer.covers(tokens) for reducer in self.inside_decoder()]
 
     def check_range(self, **least: float) -> None:
         """Raise ``InputError`` where a field is below the given value."""
@@ -188,6 +225,9 @@ class Compose(Method):
 
     def inside_decoder(self) -> tuple[DecoderReducer, ...]:
         return tuple(reducer for method in self.methods for reducer in method.inside_decoder())
+
+    def acting(self, tokens: int) -> list[bool]:
+        return [acts for method in self.methods for acts in method.acting(tokens)]
 
     def settings(self) -> dict[str, Any]:
         return {"name": self.name, "methods": [method.settings() for method in self.methods]}

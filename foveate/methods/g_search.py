@@ -6,11 +6,11 @@ over depth tuned under a budget (P-Sigmoid). No code was released; see ``foveate
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +33,8 @@ class Schedule(DecoderReducer):
 
     Parameters
     ----------
-    first : the first decoder layer that may run fewer tokens. Rankings by layer 0 differ from all others, so 2 is the least.
+    first : the first decoder layer that may run fewer tokens, where no plan says it. Rankings by layer 0 differ from all others, so
+        less than 2 is not advised.
     query : who attends: the "last" token of the prompt, or all of the "question".
     """
 
@@ -52,8 +53,6 @@ class Schedule(DecoderReducer):
         raise TypeError(f"{type(self).__name__} does not implement keep_rates(layers, tokens)")
 
     def cuts(self, layers: int) -> tuple[int, ...]:
-        if isinstance(self.budget, int):
-            return tuple(range(self.first, layers))
         rates = self.keep_rates(layers, None)
         return tuple(layer for layer in range(1, layers) if rates[layer] < rates[layer - 1])
 
@@ -93,20 +92,25 @@ class GSearch(Schedule, name="g-search", paper=PAPER, adaptive=False, reconstruc
     def __post_init__(self) -> None:
         if self.plan is not None and self.rates is None:
             self.rates = read_plan(self.plan)
-        if self.rates is not None:
-            self.rates = tuple(self.rates)
-            falling = all(a >= b for a, b in itertools.pairwise(self.rates))
-            shares = all(isinstance(rate, Real) and 0 <= rate <= 1 for rate in self.rates)
-            if not self.rates or not falling or not shares or self.rates[0] < 1:
-                raise InputError(
-                    f"{self.name}: rates={self.rates}; expected one rate in [0, 1] for each decoder layer, beginning with 1 and "
-                    "not increasing"
-                )
-            if self.budget is None:
-                self.budget = max(sum(self.rates) / len(self.rates), 1e-6)
-        elif self.budget is None:
+        if self.rates is None and self.budget is None:
             raise InputError(f"{self.name} needs a plan: run 'foveate search' and give plan=, or budget= for one rate.")
         super().__post_init__()
+        if self.rates is None:
+            return
+        falling = all(a >= b for a, b in itertools.pairwise(self.rates))
+        if not self.rates or not falling or not all(0 <= rate <= 1 for rate in self.rates) or self.rates[0] < 1:
+            raise InputError(
+                f"{self.name}: rates={self.rates}; expected one rate in [0, 1] for each decoder layer, beginning with 1 and "
+                "not increasing"
+            )
+        if self.budget is not None:
+            raise InputError(f"{self.name}: a plan and budget={self.budget}; give one of them")
+
+    def needs_budget(self) -> bool:
+        return self.rates is None
+
+    def cuts(self, layers: int) -> tuple[int, ...]:
+        return (self.first,) if self.rates is None else super().cuts(layers)
 
     def keep_rates(self, layers: int, tokens: int | None) -> tuple[float, ...]:
         if self.rates is None:
@@ -143,29 +147,38 @@ class PSigmoid(Schedule, name="p-sigmoid", paper=PAPER, adaptive=False, reconstr
         if self.steepness is not None and not self.steepness > 0:
             raise InputError(f"{self.name}: steepness={self.steepness}; it must be above 0")
 
+    def cuts(self, layers: int) -> tuple[int, ...]:
+        if isinstance(self.budget, int):  # the rates depend on the size of the image
+            return tuple(range(self.first, layers))
+        return super().cuts(layers)
+
     def keep_rates(self, layers: int, tokens: int | None) -> tuple[float, ...]:
-        steepness = 16 / layers if self.steepness is None else self.steepness
-        budget, least = self.share(tokens), (self.first + (layers - self.first) * self.low) / layers
-        if budget < least:
+        budget = self.share(tokens)
+        least, most = ((self.first + (layers - self.first) * end) / layers for end in (self.low, self.high))
+        if budget < least - 1e-9 or (budget > most + 1e-9 and budget < 1):
             raise InputError(
-                f"{self.name}: budget={self.budget} is a mean over {layers} layers, and the first {self.first} run all tokens: it "
-                f"cannot be below {least:.1%} of the tokens. Give an earlier first=, a smaller low= or a larger budget."
+                f"{self.name}: budget={self.budget} is a mean over {layers} layers, and the first {self.first} run all tokens: "
+                f"with low={self.low} and high={self.high} it is between {least:.1%} and {most:.1%} of the tokens."
             )
-        most = (self.first + (layers - self.first) * self.high) / layers
-        if budget >= most:
-            return tuple(1.0 if layer < self.first else self.high for layer in range(layers))
+        steepness = 16 / layers if self.steepness is None else self.steepness
+        return _sigmoid(min(budget, most), layers, self.first, steepness, self.low, self.high)
 
-        def rates(centre: float) -> tuple[float, ...]:
-            def rate(layer: int) -> float:
-                return self.low + (self.high - self.low) / (1 + math.exp(min(steepness * (layer + 1 - centre), 700.0)))
 
-            return tuple(1.0 if layer < self.first else rate(layer) for layer in range(layers))
+@functools.lru_cache(maxsize=1024)
+def _sigmoid(budget: float, layers: int, first: int, steepness: float, low: float, high: float) -> tuple[float, ...]:
+    """Rates whose mean is the budget, by bisection of the centre."""
 
-        below, above = -40.0 * layers, 40.0 * layers
-        for _ in range(80):
-            centre = (below + above) / 2
-            below, above = (centre, above) if sum(rates(centre)) / layers < budget else (below, centre)
-        return rates(below)
+    def rates(centre: float) -> tuple[float, ...]:
+        def rate(layer: int) -> float:
+            return low + (high - low) / (1 + math.exp(min(steepness * (layer + 1 - centre), 700.0)))
+
+        return tuple(1.0 if layer < first else rate(layer) for layer in range(layers))
+
+    below, above = -40.0 * layers - 800 / steepness, 40.0 * layers + 800 / steepness
+    for _ in range(100):
+        centre = (below + above) / 2
+        below, above = (centre, above) if sum(rates(centre)) / layers < budget else (below, centre)
+    return rates(below)
 
 
 def read_plan(path: str | Path) -> tuple[float, ...]:
@@ -177,6 +190,8 @@ def read_plan(path: str | Path) -> tuple[float, ...]:
     """
     try:
         rates = json.loads(Path(path).expanduser().read_text())["rates"]
+        if not isinstance(rates, list) or not all(isinstance(rate, int | float) and not isinstance(rate, bool) for rate in rates):
+            raise TypeError("rates is no list of numbers")
         return tuple(float(rate) for rate in rates)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(f"{path} is no plan of 'foveate search': {type(error).__name__}: {error}") from error

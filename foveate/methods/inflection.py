@@ -21,6 +21,7 @@ def inflection_counts(scores: Tensor, valid: Tensor, detector: Detector, least: 
     ----------
     scores : [R, N], the higher the more important.
     valid : [R, N] bool.
+    slope : of "cumulative"; the other rules have none.
     detector : "cumulative": where the cumulative curve of shares over ranks, both from 0 to 1, gets less steep than ``slope``; with
         1, its point farthest from the diagonal, that is where scores fall below their mean. "knee": the point farthest below
         the chord of the sorted curve (Kneedle). "derivative": the steepest descent of the sorted curve, smoothed over a twentieth
@@ -70,8 +71,8 @@ def _lof(curve: Tensor, inside: Tensor, number: Tensor, neighbours: int = 10) ->
     place = torch.arange(length, device=curve.device)[:, None] + offset
     there = (place >= 0) & (place < number[:, None, None])
     place = place.clamp(0, length - 1).expand_as(there)
-    values = curve[:, None].expand(-1, length, -1).double()
-    apart = (values.gather(2, place) - curve[..., None]).abs().masked_fill(~there, float("inf"))
+    values = curve.double()
+    apart = (values[:, None].expand(-1, length, -1).gather(2, place) - values[..., None]).abs().masked_fill(~there, float("inf"))
     near = apart.topk(count, dim=-1, largest=False)
     mine, distance = place.gather(2, near.indices), near.values
     usable = torch.isfinite(distance)  # rows with fewer tokens than neighbours

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from ..cuts import Cut, PromptTokens
 from ..errors import InputError
-from ..tokens import Budget, EncoderLayer, Reduction, VisualTokens, resolve_budget
+from ..tokens import Budget, EncoderLayer, Reduction, VisualTokens, check_budget, resolve_budget
 from .base import DecoderReducer, Method, TokenReducer
 from .inflection import Detector, inflection_counts
 from .scoring import cls_attention, cls_likeness, question_attention
@@ -55,9 +55,10 @@ class InflectionCut(TokenReducer, name="inflection", paper=PAPER, reconstruction
         tap, budget = tokens.taps[self.layer], resolve_budget(self.budget, tokens.number)
         scores = cls_attention(tap) if self.similarity == "attention" else cls_likeness(tap, self.similarity)
         if budget is None:
-            counts = inflection_counts(
-                scores, torch.ones_like(scores, dtype=torch.bool), self.detector, self.min_tokens, self.slope
-            )
+            # products have no zero of their own: their curve is measured from its lowest point
+            curve = scores if self.similarity == "attention" else scores - scores.amin(-1, keepdim=True)
+            every = torch.ones_like(scores, dtype=torch.bool)
+            counts = inflection_counts(curve, every, self.detector, self.min_tokens, self.slope)
         else:
             counts = scores.new_full((len(scores),), budget).long()
         kept = ranks(scores) < counts[:, None]
@@ -75,7 +76,8 @@ class TextRelevanceCut(DecoderReducer, name="text-relevance", paper=PAPER, recon
 
     Parameters
     ----------
-    budget : of each image, what is left from the last of these layers on; None = the inflection rule, at each of them.
+    budget : of each image, what is left from the last of these layers on, by equal shares at each; None = the inflection rule at
+        each of them.
     layers : decoder layers before which tokens leave.
     detector, slope : of the inflection point, as in ``inflection_counts``.
     min_tokens : of each image, at least so many stay.
@@ -92,9 +94,7 @@ class TextRelevanceCut(DecoderReducer, name="text-relevance", paper=PAPER, recon
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_range(min_tokens=1, slope=0)
-        self.layers = tuple(self.layers)
-        if not self.layers:
-            raise InputError(f"{self.name}: layers is empty; expected decoder layers such as (2,)")
+        self.check_layers()
 
     @property
     def removes_text(self) -> bool:  # type: ignore[override]
@@ -116,7 +116,10 @@ class TextRelevanceCut(DecoderReducer, name="text-relevance", paper=PAPER, recon
     def _counts(self, tokens: PromptTokens, scores: Tensor, of_image: Tensor) -> Tensor:
         """[B, I] tokens that each image keeps."""
         if self.budget is not None:
-            return counts_of_images(self.budget, tokens.initial)
+            done = (self.layers.index(tokens.layer) + 1) / len(self.layers)
+            last = counts_of_images(self.budget, tokens.initial)
+            share = (last.double() / tokens.initial.clamp(min=1)) ** done
+            return (tokens.initial * share - 1e-6).ceil().long().maximum(last)
         rows, images, length = of_image.shape
         every = scores[:, None].expand(-1, images, -1).reshape(-1, length)
         counts = inflection_counts(every, of_image.reshape(-1, length), self.detector, self.min_tokens, self.slope)
@@ -129,8 +132,9 @@ class ITI(Method, name="iti", paper=PAPER, reconstruction=FILLED):
 
     Parameters
     ----------
-    budget : visual tokens that enter the decoder; the second stage then keeps ``second`` of them. None = the rules.
-    second : what the second stage keeps, as a share of what entered the decoder; None = its inflection rule.
+    budget : visual tokens that enter the decoder; None = the inflection rule. A budget that covers all tokens leaves the model as
+        it is, without a second stage (which is there by itself as ``text-relevance``).
+    second : what the second stage keeps: a count, or a share of what entered the decoder; None = its inflection rule.
     similarity, layer, detector, slope : of the first stage, as in ``InflectionCut``; the detector is that of the second stage, too.
     second_slope : of the second stage. Both are calibrated so that on the pocket model decoder layers run 22 % of the visual tokens
         on average, which is how we read the paper's "average of 22 % of the original token quantity".
@@ -157,6 +161,12 @@ class ITI(Method, name="iti", paper=PAPER, reconstruction=FILLED):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        try:
+            check_budget(self.second)
+        except InputError as error:
+            raise InputError(str(error).replace("budget", "second", 1)) from error
+        if self.budget == 1.0 and isinstance(self.budget, float) and self.second is not None:
+            raise InputError(f"{self.name}: budget=1.0 leaves the model as it is, and second={self.second}; use 'text-relevance'")
         self.before_decoder(), self.inside_decoder()  # raise what they have to say of the fields now
 
     def before_decoder(self) -> TokenReducer:

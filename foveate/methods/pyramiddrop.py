@@ -38,10 +38,7 @@ class PyramidDrop(DecoderReducer, name="pyramiddrop", paper="https://arxiv.org/a
         super().__post_init__()
         if not 0 < self.ratio <= 1:
             raise InputError(f"{self.name}: ratio={self.ratio}; it must be in (0, 1]")
-        if self.layers is not None:
-            self.layers = tuple(self.layers)
-            if not self.layers or list(self.layers) != sorted(set(self.layers)):
-                raise InputError(f"{self.name}: layers={self.layers}; expected different layers in ascending order")
+        self.check_layers()
 
     def cuts(self, layers: int) -> tuple[int, ...]:
         if self.layers is not None:
@@ -54,5 +51,5 @@ class PyramidDrop(DecoderReducer, name="pyramiddrop", paper="https://arxiv.org/a
         ratio: Tensor | float = self.ratio
         if self.budget is not None:
             ratio = stage_ratio(self.name, self.budget, tokens.initial, cuts, tokens.layers)
-        counts = (tokens.initial * ratio ** (cuts.index(tokens.layer) + 1) + 1e-6).long()
+        counts = (tokens.initial.double() * ratio ** (cuts.index(tokens.layer) + 1) + 1e-6).long()
         return Cut(best_of_images(scores, tokens.of_image, counts), scores)

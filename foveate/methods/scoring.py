@@ -87,12 +87,19 @@ def question_rows(tokens: PromptTokens) -> tuple[Tensor, Tensor]:
     return rows, real | (alone & first)
 
 
+def mean_attention(tokens: PromptTokens, rows: Tensor) -> Tensor:
+    """[B, R, S] ``prompt_attention`` averaged over heads, some rows at a time so that the weights of single heads stay small."""
+    batch, heads = len(tokens.valid), tokens.tap.query.shape[1] if tokens.tap is not None else 1
+    at_once = max(1, 2**25 // (batch * heads * max(1, tokens.valid.shape[1])))
+    return torch.cat([prompt_attention(tokens, part).mean(1) for part in rows.split(at_once, dim=1)], 1)
+
+
 def question_attention(tokens: PromptTokens) -> Tensor:
     """[B, S] attention that a token gets from the question, averaged over heads and over the question's tokens behind it.
 
     A token behind the whole question gets 0.
     """
     rows, real = question_rows(tokens)
-    attention = prompt_attention(tokens, rows).mean(1)
+    attention = mean_attention(tokens, rows)
     behind = (rows[..., None] > torch.arange(attention.shape[-1], device=rows.device)) & real[..., None]
     return (attention * behind).sum(1) / behind.sum(1).clamp(min=1)

@@ -140,18 +140,24 @@ def stage_ratio(name: str, budget: int | float, initial: Tensor, cuts: Sequence[
     ------
     InputError : the layers in front of the first cut take more than the budget.
     """
-    count = initial.double()
-    share = budget / count.clamp(min=1) if isinstance(budget, int) else torch.full_like(count, budget)
-    edges = (0, *cuts, layers)
-    runs = [(end - begin) / layers for begin, end in itertools.pairwise(edges)]
-    if bool(((share < runs[0]) & (initial > 0)).any()):
-        raise InputError(
-            f"{name}: budget={budget} is a mean over layers, and layers 0 to {edges[1] - 1} run all tokens: it cannot be below "
-            f"{runs[0]:.1%} of them. Give earlier layers=, or a larger budget."
-        )
-    low, high = torch.zeros_like(share), torch.ones_like(share)
-    for _ in range(40):
+    ratio = torch.zeros_like(initial, dtype=torch.double)
+    for number in initial.unique().tolist():  # sizes of images, not images
+        share = min(1.0, budget / number if isinstance(budget, int) and number else float(budget))
+        if number and share < cuts[0] / layers:
+            raise InputError(
+                f"{name}: budget={budget} is a mean over layers, and layers 0 to {cuts[0] - 1} run all tokens: it cannot be below "
+                f"{cuts[0] / layers:.1%} of them. Give earlier layers=, or a larger budget."
+            )
+        ratio = ratio.masked_fill(initial == number, _stage_ratio(share, tuple(cuts), layers) if number else 0.0)
+    return ratio
+
+
+@functools.lru_cache(maxsize=1024)
+def _stage_ratio(share: float, cuts: tuple[int, ...], layers: int) -> float:
+    runs = [(end - begin) / layers for begin, end in itertools.pairwise((0, *cuts, layers))]
+    low, high = 0.0, 1.0
+    for _ in range(50):
         middle = (low + high) / 2
         more = sum(length * middle**stage for stage, length in enumerate(runs)) < share
-        low, high = torch.where(more, middle, low), torch.where(more, high, middle)
+        low, high = (middle, high) if more else (low, middle)
     return high

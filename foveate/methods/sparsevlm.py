@@ -11,13 +11,14 @@ from typing_extensions import Self
 
 from ..cuts import Cut, PromptTokens
 from ..errors import InputError
+from ..tokens import Budget
 from .base import DecoderReducer
 from .merging import cluster_weights, normalised
-from .scoring import prompt_attention, question_rows
+from .scoring import mean_attention, question_rows
 from .selection import best_of_images, stage_ratio
 
 # what is left of 576 after each stage in the released code, by the name of the setting
-RELEASED = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
+RELEASED: dict[Budget, tuple[int, ...]] = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
 
 
 @dataclass(kw_only=True)
@@ -54,19 +55,18 @@ class SparseVLM(DecoderReducer, name="sparsevlm", paper="https://arxiv.org/abs/2
         return cls(**{**dict(combine="sum"), **fields})
 
     @classmethod
-    def released(cls, budget: int = 192, **fields: Any) -> Self:
+    def released(cls, budget: Budget = 192, **fields: Any) -> Self:
         """The fixed counts of the released code (version 1) for its settings 192, 128, 96 and 64; any other budget as usual."""
-        return cls(**{**(dict(counts=RELEASED[budget]) if budget in RELEASED else dict(budget=budget)), **fields})
+        return cls(**{**dict(budget=budget, counts=RELEASED.get(budget)), **fields})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_range(recycle=0, scale=0, cluster=1)
         if self.recycle > 1 or self.scale > 1:
             raise InputError(f"{self.name}: recycle={self.recycle}, scale={self.scale}; both are shares and at most 1")
-        if self.layers is not None:
-            self.layers = tuple(self.layers)
-        if self.counts is not None:
-            self.counts = tuple(self.counts)
+        self.check_layers()
+        if self.counts is not None and len(self.counts) != (3 if self.layers is None else len(self.layers)):
+            raise InputError(f"{self.name}: counts={self.counts}; expected one for each stage")
 
     def cuts(self, layers: int) -> tuple[int, ...]:
         if self.layers is not None:
@@ -75,7 +75,7 @@ class SparseVLM(DecoderReducer, name="sparsevlm", paper="https://arxiv.org/abs/2
 
     def cut(self, tokens: PromptTokens) -> Cut:
         rows, rating = raters(tokens)
-        attention = prompt_attention(tokens, rows).mean(1) * rating[..., None]
+        attention = mean_attention(tokens, rows) * rating[..., None]
         scores = attention.sum(1) / rating.sum(1, keepdim=True).clamp(min=1)
         of_image = tokens.of_image
         counts = self._counts(tokens, attention)
@@ -96,24 +96,29 @@ class SparseVLM(DecoderReducer, name="sparsevlm", paper="https://arxiv.org/abs/2
         cuts, initial = self.cuts(tokens.layers), tokens.initial
         stage = cuts.index(tokens.layer)
         if self.counts is not None:
-            if len(self.counts) < len(cuts):
-                raise InputError(f"{self.name}: counts={self.counts}; expected one for each of the {len(cuts)} stages")
             return (initial * self.counts[stage]).div(576, rounding_mode="floor")
         if self.budget is not None:
             ratio = stage_ratio(self.name, self.budget, initial, cuts, tokens.layers)
             return (initial * ratio ** (stage + 1) + 1e-6).long()
         left = tokens.of_image.sum(-1)
+        rows = (attention != 0).any(-1).sum(-1, keepdim=True)
+        # the tolerance must not depend on how far a batch is padded
+        tolerance = torch.finfo(torch.float32).eps * torch.maximum(rows.expand_as(left), left)
         grid = torch.nan_to_num(attention)  # the engine refuses NaN in the scores, which the rank would only choke on
-        rank = torch.linalg.matrix_rank(grid[:, None] * tokens.of_image[:, :, None])
+        rank = torch.linalg.matrix_rank(grid[:, None] * tokens.of_image[:, :, None], rtol=tolerance)
         return left - (self.scale * (left - rank).clamp(min=0)).long()
 
 
 def raters(tokens: PromptTokens) -> tuple[Tensor, Tensor]:
     """The question's tokens [B, R], and which of them rate [B, R] bool; by the embeddings that entered the decoder."""
-    start, (rows, real) = tokens.start or tokens, question_rows(tokens)
-    words, known = question_rows(start)  # the same tokens, as text is never removed
+    start = tokens.start or tokens
+    words, known = question_rows(start)
     text = start.hidden.gather(1, words[..., None].expand(-1, -1, start.hidden.shape[-1])).float()
     logits = (start.hidden.float() @ text.transpose(1, 2)).masked_fill(~known[:, None], torch.finfo(torch.float32).min)
     share = (logits.softmax(-1) * start.visual[..., None]).sum(1) / start.visual.sum(1, keepdim=True).clamp(min=1)
     mean = share.sum(1, keepdim=True) / known.sum(1, keepdim=True)
-    return rows, (share >= mean) & real
+    rates = (share >= mean * (1 - 1e-5)) & known
+    chosen = torch.zeros_like(start.valid).scatter(1, words, rates)
+    rows, real = question_rows(tokens)  # other methods may have removed text since
+    mine = chosen.gather(1, tokens.columns.gather(1, rows)) & real
+    return rows, torch.where(mine.any(1, keepdim=True), mine, real)

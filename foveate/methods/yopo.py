@@ -76,6 +76,8 @@ def read_heads(path: str | Path) -> tuple[tuple[bool, ...], ...]:
     """
     try:
         heads = json.loads(Path(path).expanduser().read_text())["heads"]
-        return tuple(tuple(bool(head) for head in layer) for layer in heads)
+        if not all(isinstance(layer, list) and all(isinstance(head, bool) for head in layer) for layer in heads):
+            raise TypeError("heads is no list of lists of true and false")
+        return tuple(tuple(layer) for layer in heads)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} holds no head mask of 'foveate search': {type(error).__name__}: {error}") from error
