@@ -35,13 +35,16 @@ def _variants() -> list[str]:
     return names
 
 
-FIELDS = {"p-sigmoid": dict(budget=0.7)}  # its default, a mean over layers, is below what four layers can do
+FIELDS = {
+    "p-sigmoid": dict(budget=0.7),  # its default, a mean over layers, is below what four layers can do
+    "sparsevlm:released": dict(budget=0.9, counts=(300, 200, 110)),  # of 576; 192 tokens would be all here
+}
 
 
 def _build(variant: str, **fields: object) -> foveate.Method:
     """A method; batch-pooled rules, which make an image depend on its neighbours by design, are set to their image form."""
     name = variant.split(":")[0]
-    fields = {**FIELDS.get(name, {}), **fields}
+    fields = {**FIELDS.get(variant, {}), **fields}
     try:
         method = foveate.get(variant, **fields)
     except foveate.InputError:
