@@ -10,12 +10,15 @@ from .methods.aim import AIM
 from .methods.base import Compose, DecoderReducer, Method, TokenReducer, get
 from .methods.baselines import Pool, Random, Sequential, Spatial
 from .methods.fastv import FastV
-from .methods.g_search import GSearch, PSigmoid
-from .methods.iti import ITI, InflectionCut, TextRelevanceCut
+from .methods.g_search import GSearch
+from .methods.inflection_cut import InflectionCut
+from .methods.iti import ITI
+from .methods.p_sigmoid import PSigmoid
 from .methods.prumerge import PruMerge
 from .methods.prumerge_plus import PruMergePlus
 from .methods.pyramiddrop import PyramidDrop
 from .methods.sparsevlm import SparseVLM
+from .methods.text_relevance import TextRelevanceCut
 from .methods.vtc_cls import FasterVLM, VTCCls
 from .methods.yopo import YOPO
 from .pocket import load_pocket

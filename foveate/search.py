@@ -20,7 +20,8 @@ from torch import Tensor
 from .cuts import Cut, PromptTokens
 from .errors import InputError
 from .methods.base import DecoderReducer, Method
-from .methods.g_search import GSearch, PSigmoid
+from .methods.g_search import GSearch
+from .methods.p_sigmoid import PSigmoid
 from .methods.scoring import prompt_attention
 
 Evaluate = Callable[[Method], float]

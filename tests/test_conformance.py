@@ -43,7 +43,6 @@ FIELDS = {
 
 def _build(variant: str, **fields: object) -> foveate.Method:
     """A method; batch-pooled rules, which make an image depend on its neighbours by design, are set to their image form."""
-    name = variant.split(":")[0]
     fields = {**FIELDS.get(variant, {}), **fields}
     try:
         method = foveate.get(variant, **fields)

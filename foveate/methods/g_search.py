@@ -1,77 +1,18 @@
-"""G-Search and P-Sigmoid: "Accelerating Multimodal LLMs by Searching Optimal Vision Token Reduction", Zhao et al., CVPR 2025.
+"""G-Search: "Accelerating Multimodal LLMs by Searching Optimal Vision Token Reduction", Zhao et al., CVPR 2025 (arXiv 2412.00556).
 
-Keep rates per decoder layer, found offline on a calibration set: the least ones that do not cost accuracy (G-Search), or a sigmoid
-over depth tuned under a budget (P-Sigmoid). No code was released; see ``foveate.search`` for the search itself.
+The least keep rates per decoder layer that do not cost accuracy, found offline on a calibration set. No code was released. The
+search itself is in ``foveate.search``.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import torch
-
-from ..cuts import Cut, PromptTokens
 from ..errors import InputError
-from ..tokens import Budget
-from .base import DecoderReducer
-from .scoring import prompt_attention, question_attention
-from .selection import best_of_images
-
-PAPER = "https://arxiv.org/abs/2412.00556"
-FILLED = "a reconstruction: neither code, nor scoring query, nor the exact search of the paper could be read"
-
-
-@dataclass(kw_only=True)
-class Schedule(DecoderReducer):
-    """A keep rate for each decoder layer; tokens are ranked by the attention of the layer before, among those that are left.
-
-    Parameters
-    ----------
-    first : the first decoder layer that may run fewer tokens, where no plan says it. Rankings by layer 0 differ from all others, so
-        less than 2 is not advised.
-    query : who attends: the "last" token of the prompt, or all of the "question".
-    """
-
-    first: int = 2
-    query: Literal["last", "question"] = "last"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_range(first=1)
-
-    def keep_rates(self, layers: int, tokens: int | None) -> tuple[float, ...]:
-        """What each layer runs of the ``tokens`` of an image that entered the decoder; never more than the layer before.
-
-        ``tokens`` is None where no image is known yet and the budget is a fraction.
-        """
-        raise TypeError(f"{type(self).__name__} does not implement keep_rates(layers, tokens)")
-
-    def cuts(self, layers: int) -> tuple[int, ...]:
-        rates = self.keep_rates(layers, None)
-        return tuple(layer for layer in range(1, layers) if rates[layer] < rates[layer - 1])
-
-    def cut(self, tokens: PromptTokens) -> Cut:
-        if self.query == "last":
-            scores = prompt_attention(tokens, tokens.last[:, None]).mean(1)[:, 0]
-        else:
-            scores = question_attention(tokens)
-        counts = torch.zeros_like(tokens.initial)
-        for number in tokens.initial.unique().tolist():  # sizes of images, not images
-            rate = self.keep_rates(tokens.layers, number)[tokens.layer] if number else 0.0
-            counts = counts.masked_fill(tokens.initial == number, math.ceil(rate * number - 1e-6))
-        return Cut(best_of_images(scores, tokens.of_image, counts), scores)
-
-    def share(self, tokens: int | None) -> float:
-        """The budget as a fraction of the tokens of an image."""
-        if isinstance(self.budget, int):
-            return min(1.0, self.budget / tokens) if tokens else 1.0
-        return 1.0 if self.budget is None else self.budget
+from .schedule import FILLED, PAPER, Schedule
 
 
 @dataclass(kw_only=True)
@@ -120,65 +61,6 @@ class GSearch(Schedule, name="g-search", paper=PAPER, adaptive=False, reconstruc
                 f"{self.name}: the plan has {len(self.rates)} rates and this decoder {layers} layers; search on this model"
             )
         return self.rates
-
-
-@dataclass(kw_only=True)
-class PSigmoid(Schedule, name="p-sigmoid", paper=PAPER, adaptive=False, reconstruction=FILLED):
-    """Keep rates that fall over depth as a sigmoid whose mean over layers is the budget.
-
-    ``rate(l) = low + (high - low) / (1 + exp(steepness * (l - centre)))`` for layers l = 1 ... L; the budget gives the centre.
-
-    Parameters
-    ----------
-    budget : mean keep rate over all decoder layers; 0.125 in the paper ("87.5 % fewer").
-    steepness : per layer; None = 16 / L.
-    low, high : what the sigmoid falls to, and from.
-    """
-
-    budget: Budget = 0.125
-    steepness: float | None = None
-    low: float = 0.0
-    high: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.low < self.high <= 1:
-            raise InputError(f"{self.name}: low={self.low}, high={self.high}; expected 0 <= low < high <= 1")
-        if self.steepness is not None and not self.steepness > 0:
-            raise InputError(f"{self.name}: steepness={self.steepness}; it must be above 0")
-
-    def cuts(self, layers: int) -> tuple[int, ...]:
-        if isinstance(self.budget, int):  # the rates depend on the size of the image
-            return tuple(range(self.first, layers))
-        return super().cuts(layers)
-
-    def keep_rates(self, layers: int, tokens: int | None) -> tuple[float, ...]:
-        budget = self.share(tokens)
-        least, most = ((self.first + (layers - self.first) * end) / layers for end in (self.low, self.high))
-        if budget < least - 1e-9 or (budget > most + 1e-9 and budget < 1):
-            raise InputError(
-                f"{self.name}: budget={self.budget} is a mean over {layers} layers, and the first {self.first} run all tokens: "
-                f"with low={self.low} and high={self.high} it is between {least:.1%} and {most:.1%} of the tokens."
-            )
-        steepness = 16 / layers if self.steepness is None else self.steepness
-        return _sigmoid(min(budget, most), layers, self.first, steepness, self.low, self.high)
-
-
-@functools.lru_cache(maxsize=1024)
-def _sigmoid(budget: float, layers: int, first: int, steepness: float, low: float, high: float) -> tuple[float, ...]:
-    """Rates whose mean is the budget, by bisection of the centre."""
-
-    def rates(centre: float) -> tuple[float, ...]:
-        def rate(layer: int) -> float:
-            return low + (high - low) / (1 + math.exp(min(steepness * (layer + 1 - centre), 700.0)))
-
-        return tuple(1.0 if layer < first else rate(layer) for layer in range(layers))
-
-    below, above = -40.0 * layers - 800 / steepness, 40.0 * layers + 800 / steepness
-    for _ in range(100):
-        centre = (below + above) / 2
-        below, above = (centre, above) if sum(rates(centre)) / layers < budget else (below, centre)
-    return rates(below)
 
 
 def read_plan(path: str | Path) -> tuple[float, ...]:

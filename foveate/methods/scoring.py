@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..cuts import PromptTokens
+from ..cuts import DecoderTap, PromptTokens
 from ..errors import FoveateError
 from ..tokens import EncoderTap
 
@@ -103,3 +103,38 @@ def question_attention(tokens: PromptTokens) -> Tensor:
     attention = mean_attention(tokens, rows)
     behind = (rows[..., None] > torch.arange(attention.shape[-1], device=rows.device)) & real[..., None]
     return (attention * behind).sum(1) / behind.sum(1).clamp(min=1)
+
+
+def page_rank(tokens: PromptTokens, temperature: float, steps: int) -> Tensor:
+    """[B, S] root mean square over heads of where a walk along attention ends that starts everywhere alike.
+
+    Heads are taken in groups, so that no more than 64 million weights exist at a time, or those of one key head.
+    """
+    tap = tokens.tap
+    if tap is None:
+        raise FoveateError("a method that reads nothing has no attention. This is a fault of the method.")
+    length, total = tap.query.shape[2], torch.zeros_like(tokens.hidden[..., 0], dtype=torch.float32)
+    share = tap.query.shape[1] // tap.keys.shape[1]
+    at_once = max(1, 2**26 // (len(tokens.valid) * share * length * tap.keys.shape[2]))
+    begin = tokens.valid.float() / tokens.valid.sum(1, keepdim=True)
+    for first in range(0, tap.keys.shape[1], at_once):
+        walk = _transitions(tap, first, first + at_once, temperature)
+        mass = begin[:, None, None].expand(-1, walk.shape[1], -1, -1)
+        for _ in range(steps):
+            mass = mass @ walk
+        total = total + mass[:, :, 0].square().sum(1)
+    return (total / tap.query.shape[1]).sqrt()
+
+
+def _transitions(tap: DecoderTap, first: int, end: int, temperature: float) -> Tensor:
+    """[B, H', S, S] sharpened attention among the tokens of the call, for the key heads from ``first`` to ``end``."""
+    batch, heads, length, width = tap.query.shape
+    groups = tap.keys.shape[1]
+    query = tap.query.view(batch, groups, heads // groups, length, width)[:, first:end].float()
+    logits = query @ tap.keys[:, first:end, None].float().transpose(3, 4) * tap.scale
+    if tap.softcap is not None:
+        logits = tap.softcap * (logits / tap.softcap).tanh()
+    rows = torch.arange(length, device=query.device).expand(batch, -1)
+    hidden = ~tap.visible(rows)[:, None, None]
+    weights = (logits / temperature).masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1)
+    return weights[..., -length:].flatten(1, 2)

@@ -1,0 +1,73 @@
+"""The second stage of image-text interaction (arXiv 2409.01162): visual tokens that the question hardly attends to leave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..cuts import Cut, PromptTokens
+from .base import DecoderReducer
+from .inflection import Detector, inflection_counts
+from .inflection_cut import FILLED, PAPER
+from .scoring import question_attention
+from .selection import best_of_images, counts_of_images
+
+
+@dataclass(kw_only=True)
+class TextRelevanceCut(DecoderReducer, name="text-relevance", paper=PAPER, reconstruction=FILLED):
+    """Second stage: before some decoder layers, visual tokens that the question hardly attends to leave.
+
+    The relevance of a token is the attention that text tokens behind it pay it in the layer before, averaged over heads and over
+    these text tokens; the same inflection rule as in the first stage then separates the head of the sorted curve.
+
+    Parameters
+    ----------
+    budget : of each image, what is left from the last of these layers on, by equal shares at each; None = the inflection rule at
+        each of them.
+    layers : decoder layers before which tokens leave.
+    detector, slope : of the inflection point, as in ``inflection_counts``.
+    min_tokens : of each image, at least so many stay.
+    prune_text : also drop text of the question below its own inflection point, as version 1 of the paper does. The beginning of
+        the prompt, special tokens and the last token always stay. AIM (arXiv 2412.03248) found that dropping text hurts.
+    """
+
+    layers: tuple[int, ...] = (2,)
+    detector: Detector = "cumulative"
+    slope: float = 1.0
+    min_tokens: int = 4
+    prune_text: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_range(min_tokens=1, slope=0)
+        self.check_layers()
+
+    @property
+    def removes_text(self) -> bool:  # type: ignore[override]
+        return self.prune_text
+
+    def cuts(self, layers: int) -> tuple[int, ...]:
+        return self.layers
+
+    def cut(self, tokens: PromptTokens) -> Cut:
+        scores, of_image = question_attention(tokens), tokens.of_image
+        keep = best_of_images(scores, of_image, self._counts(tokens, scores, of_image))
+        if self.prune_text:
+            question = (tokens.question & ~tokens.protected)[:, None]
+            keep = keep | best_of_images(
+                scores, question, inflection_counts(scores, question[:, 0], self.detector, slope=self.slope)[:, None]
+            )
+        return Cut(keep, scores)
+
+    def _counts(self, tokens: PromptTokens, scores: Tensor, of_image: Tensor) -> Tensor:
+        """[B, I] tokens that each image keeps."""
+        if self.budget is not None:
+            done = (self.layers.index(tokens.layer) + 1) / len(self.layers)
+            last = counts_of_images(self.budget, tokens.initial)
+            share = (last.double() / tokens.initial.clamp(min=1)) ** done
+            return (tokens.initial * share - 1e-6).ceil().long().maximum(last)
+        rows, images, length = of_image.shape
+        every = scores[:, None].expand(-1, images, -1).reshape(-1, length)
+        counts = inflection_counts(every, of_image.reshape(-1, length), self.detector, self.min_tokens, self.slope)
+        return counts.view(rows, images)
