@@ -25,7 +25,7 @@ from torch import Tensor
 
 import foveate
 from benchmarks.common import ratio, save, summary, synchronise
-from benchmarks.prefill import IMAGE, SHAPES, TEXT, Stamps, build, prompt
+from benchmarks.prefill import SHAPES, TEXT, Stamps, build, prompt
 from foveate.methods.fastv import FastV
 from foveate.methods.selection import best_of_images, counts_of_images
 
@@ -153,6 +153,7 @@ def main(
     size: Annotated[str, typer.Option(help="decoder, or decoder-small for a test of this script.")] = "decoder",
     steps: Annotated[int, typer.Option(help="New tokens, for the total time.")] = 9,
     rounds: int = 5,
+    visual: Annotated[int, typer.Option(help="Visual tokens that enter the decoder; fewer than 576 are a uniform choice.")] = 576,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the ledger goes.")] = None,
 ) -> None:
     """Print prefill and total times, what they are of the ideal, and the share of choosing tokens."""
@@ -161,12 +162,15 @@ def main(
     for shown, (name, fields) in METHODS.items():
         try:
             method = foveate.get(name, **fields)
-            bench.method(shown, method)
-            methods[shown] = method
+            if visual < 576 and type(method.before_decoder()) is not foveate.TokenReducer:
+                continue
+            methods[shown] = method if visual == 576 else foveate.Compose(foveate.Spatial(budget=visual), method)
+            bench.method(shown, methods[shown])
         except foveate.InputError as error:  # schedules that a shallow test model cannot have
             print(f"{shown}: {error}")
-    methods["usual fastv"] = UsualFastV()
-    bench.method("usual fastv", methods["usual fastv"])
+    if visual == 576:
+        methods["usual fastv"] = UsualFastV()
+        bench.method("usual fastv", methods["usual fastv"])
     counts = sorted({count for run in bench.runs.values() for count in run.layers})
     for count in counts:
         bench.native(count)
@@ -180,13 +184,13 @@ def main(
             bench.native(count)
     rows = [row(shown, bench.runs) for shown in methods]
     depth, parameters = len(bench.runs["fastv"].layers), sum(p.numel() for p in bench.model.get_decoder().parameters()) / 1e9
-    table = Table(title=f"decoder of {parameters:.2f} B parameters, {depth} layers; 576 visual tokens and {TEXT} of text")
+    table = Table(title=f"decoder of {parameters:.2f} B parameters, {depth} layers; {visual} visual tokens and {TEXT} of text")
     for column in ("method", "tokens, mean of layers", "prefill", "of all tokens", "ideal", "ideal / prefill", "choosing", "total"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for each in rows:
         table.add_row(*cells(each))
     Console(width=140).print(table)
-    save({"benchmark": "decoder", "image_token": IMAGE, "rows": rows}, json_file)
+    save({"benchmark": "decoder", "visual_tokens": visual, "rows": rows}, json_file)
 
 
 def row(shown: str, runs: dict[str, Timed]) -> dict[str, Any]:

@@ -58,8 +58,10 @@ def settings(plan: Path | None) -> list[Setting]:
             Setting("sparsevlm", share, get("sparsevlm", counts=tuple(stage))),
             Setting("iti", share, get("iti", budget=share**0.5, second=share**0.5)),
             Setting("aim", share, get("aim", budget=share)),
-            Setting("prumerge+ & fastv", share, Compose(get("prumerge+", budget=2 * share), get("fastv", budget=0.5))),
         ]
+        if share < 0.5:
+            both = Compose(get("prumerge+", budget=2 * share), get("fastv", budget=0.5))
+            rows.append(Setting("prumerge+ & fastv", share, both))
     rows += [Setting(name, None, get(name)) for name in ("iti", "iti:paper", "text-relevance", "sparsevlm", "sparsevlm:paper")]
     rows += [Setting(name, None, get(name)) for name in ("pyramiddrop", "aim", "yopo")]
     rows += [Setting("yopo, window only", None, get("yopo", layer_cut=6, neurons=1.0))]
