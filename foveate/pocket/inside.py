@@ -35,6 +35,8 @@ from .vocabulary import EOS, PAD, encode
 
 LONGEST = 5  # tokens of an answer, its end included
 SHARES = (0.125, 0.25, 0.5)
+COMPARED = ("spatial", "random")  # run beside every setting
+BESIDE = (*COMPARED, "pool", "vtc-cls", "fastervlm", "inflection", "aim-merge", "prumerge+")  # before the projector
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,8 @@ def measure(asker: Asker, plan: Path | None, store: Path, console: Console) -> d
     shares = {round(576 * share) for share in SHARES}
     means = shares | {nearby(row["mean"]) for row in used}
     picked = np.array(asker.picked)
-    for name in ("spatial", "random", "pool"):
-        for count in track(sorted(shares if name == "pool" else means), name, console=console, transient=True):
+    for name in BESIDE:
+        for count in track(sorted(means if name in COMPARED else shares), name, console=console, transient=True):
             if f"{name}@{count}" not in held:
                 result = evaluator.run(get(name, budget=count).before_decoder())
                 keep(f"{name}@{count}", result.right[picked].astype(int).tolist())
@@ -185,7 +187,7 @@ def table(asker: Asker, found: dict[str, Any], resamples: int = 2000) -> list[di
         row: dict[str, Any] = {"name": name, "share": share, "first": layers[0], "last": layers[-1], "mean": mean}
         row["accuracy"], row["low"], row["high"] = scores.interval(right)
         row["minus_full"], row["reading"] = scores.difference(right, full), float(right[reading].mean())
-        for base in ("random", "spatial"):
+        for base in COMPARED:
             beside = held.get(f"{base}@{nearby(mean)}")
             row[f"minus_{base}"] = None if beside is None else scores.difference(right, np.array(beside, bool))
         return row
@@ -193,7 +195,7 @@ def table(asker: Asker, found: dict[str, Any], resamples: int = 2000) -> list[di
     rows = [entry(row["name"], row["share"], np.array(row["right"], bool), row["layers"]) for row in found["rows"]]
     for key, value in held.items():
         name, _, count = key.partition("@")
-        if name in ("random", "spatial", "pool", "resize"):
+        if name in (*BESIDE, "resize"):
             rows.append(entry(name, None, np.array(value, bool), [float(count)] * 6))
     rows.append(entry("all tokens", None, full, [576.0] * 6))
     return sorted(rows, key=lambda row: (row["mean"], row["name"]))
