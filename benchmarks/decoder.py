@@ -164,8 +164,9 @@ def main(
             method = foveate.get(name, **fields)
             if visual < 576 and type(method.before_decoder()) is not foveate.TokenReducer:
                 continue
-            methods[shown] = method if visual == 576 else foveate.Compose(foveate.Spatial(budget=visual), method)
-            bench.method(shown, methods[shown])
+            method = method if visual == 576 else foveate.Compose(foveate.Spatial(budget=visual), method)
+            bench.method(shown, method)
+            methods[shown] = method
         except foveate.InputError as error:  # schedules that a shallow test model cannot have
             print(f"{shown}: {error}")
     if visual == 576:
