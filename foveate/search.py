@@ -165,7 +165,8 @@ def head_mask(model: Any, prompts: Iterable[dict[str, Any]], share: float = 0.5,
     ----------
     model : to calibrate on.
     prompts : inputs with pictures, as the processor returns them; about 100.
-    share : of the heads that stay on average; the threshold follows from it. The first two layers and the last keep all.
+    share : of the heads that stay on average; the threshold follows from it. The first two layers and the last keep all of theirs
+        and do not count.
     votes : share of the prompts that have to agree; 40 of 100 in the released code.
 
     Returns

@@ -12,7 +12,7 @@ import foveate
 from foveate.cli.searching import said
 from foveate.methods.g_search import read_plan
 from foveate.methods.yopo import read_heads
-from foveate.search import g_search, head_mask, p_sigmoid_search
+from foveate.search import _HeadRatios, g_search, head_mask, p_sigmoid_search
 
 from . import zoo
 from .test_cli import invoke
@@ -72,6 +72,11 @@ def test_head_mask_by_the_matrices_of_eager_attention(decoder):
         of_heads = torch.stack([torch.stack([m[0, :, :, visual].sum((1, 2)), m[0, :, :, ~visual].sum((1, 2))]) for m in matrices])
         on = of_heads.view(4, 2, 2, -1).sum(-1)  # both queries of a key head
         ratios.append(on[:, 0] / on[:, 1])
+    watch = _HeadRatios()
+    with watch(model):
+        for inputs in prompts:
+            model(**inputs)
+    torch.testing.assert_close(torch.cat(watch.ratios), torch.stack(ratios)[:, :3], rtol=1e-3, atol=1e-5)
     second = torch.stack(ratios).sort(dim=0, descending=True).values[1]  # two of three votes are more than 40 %
     kept = second[2] >= torch.quantile(second[2], 0.5)
     assert found == [[True] * 2, [True] * 2, kept.tolist(), [True] * 2]

@@ -119,17 +119,6 @@ def test_other_shapes_of_layers_silence_what_they_cannot_save(tmp_path, decoder)
     assert torch.equal(model(**inputs).logits, before)
 
 
-def test_pruned_heads_equal_zero_values():
-    """The identity that makes head pruning possible under any attention: weights of zero behind the softmax, or values of zero."""
-    random = torch.Generator().manual_seed(0)
-    weights = torch.randn(1, 3, 7, 7, generator=random, dtype=torch.float64).softmax(-1)
-    values = torch.randn(1, 3, 7, 5, generator=random, dtype=torch.float64)
-    visual, pruned = torch.tensor([0, 1, 1, 1, 0, 0, 0]).bool(), torch.tensor([False, True, False])
-    masked = weights.masked_fill(pruned[:, None, None] & visual, 0) @ values
-    zeroed = weights @ values.masked_fill(pruned[:, None, None] & visual[:, None], 0)
-    torch.testing.assert_close(masked, zeroed, atol=1e-15, rtol=0)
-
-
 def test_bad_settings(tmp_path):
     for fields, message in (
         (dict(window=4), "odd"),

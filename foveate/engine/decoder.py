@@ -47,7 +47,7 @@ class DecoderCuts:
         self.first = min(self.plan, default=len(self.layers))
         reading = {layer - (reducer.reads == "previous") for layer, reducer in self.plan.items() if reducer.reads != "nothing"}
         self.tapped = {layer: attention_of(self.layers[layer]) for layer in sorted(reading)}
-        self.kind = DecoderKind(decoder) if self.active else None
+        self.kind: Any = DecoderKind(decoder) if self.active else None
         self.pattern = self._patterned(reducers)
         self._handles: list[RemovableHandle] = []
         self._taps: list[Tap] = []
@@ -185,10 +185,7 @@ class DecoderCuts:
         if positions is None:
             positions = torch.arange(past, past + width, device=hidden.device)[None]
         flat = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        kind = self.kind
-        if kind is None:
-            return
-        common = (kind, cache, earlier, past, rows, width, positions, flat)
+        common = (self.kind, cache, earlier, past, rows, width, positions, flat)
         if expected is not None and expected[0].past <= past < expected[0].past + expected[0].width:
             prompt, report = expected
             self._check(cache, mask, prompt, past, width)
@@ -225,13 +222,13 @@ class DecoderCuts:
             raise InputError(f"{name!r} makes the masks of decoder layers itself and needs attention_mask as [batch, tokens].")
         if self.pattern is not None and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
             raise UnsupportedModelError(f"{name!r} cannot be trained with gradient checkpointing. Turn it off.")
-        if self.kind is not None and "flex" in self.kind.implementation:
+        if "flex" in self.kind.implementation:
             raise UnsupportedModelError(f"{name!r} does not support flex attention. Use attn_implementation='sdpa'.")
 
     def _warn_of_windows(self, report: Report, length: int) -> None:
         """Flash attention counts a sliding window in tokens that are left, SDPA and eager attention in tokens of the prompt."""
-        windows = [] if self.kind is None else [window for window in self.kind.windows[self.first :] if window is not None]
-        if self.kind is not None and "flash" in self.kind.implementation and any(length > window for window in windows):
+        windows = [window for window in self.kind.windows[self.first :] if window is not None]
+        if "flash" in self.kind.implementation and any(length > window for window in windows):
             report.warnings.append(
                 "flash attention counts sliding windows in kept tokens: layers behind a cut see farther than under SDPA"
             )

@@ -53,16 +53,22 @@ def prompt_attention(tokens: PromptTokens, rows: Tensor) -> Tensor:
     tap = tokens.tap
     if tap is None:
         raise FoveateError("a method that reads nothing has no attention. This is a fault of the method.")
-    batch, heads, length, width = tap.query.shape
-    groups = tap.keys.shape[1]
-    index = rows[:, None, :, None].expand(-1, heads, -1, width)
-    query = tap.query.gather(2, index).float().reshape(batch, groups, -1, width)
-    logits = (query @ tap.keys.float().transpose(2, 3)) * tap.scale
-    logits = logits.view(batch, heads, rows.shape[1], -1)
+    batch, heads, _, width = tap.query.shape
+    query = tap.query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, width))
+    return _weights(tap, query.view(batch, tap.keys.shape[1], -1, rows.shape[1], width), tap.keys, rows).flatten(1, 2)
+
+
+def _weights(tap: DecoderTap, query: Tensor, keys: Tensor, rows: Tensor, temperature: float = 1.0) -> Tensor:
+    """[B, G, P, R, S] attention to the tokens of the call of queries [B, G, P, R, d] at ``rows``, P of them for each key head.
+
+    ``keys`` [B, G, K, d] may be some heads of the tap only.
+    """
+    logits = query.float() @ keys[:, :, None].float().transpose(3, 4) * tap.scale
     if tap.softcap is not None:
         logits = tap.softcap * (logits / tap.softcap).tanh()
-    logits = logits.masked_fill(~tap.visible(rows)[:, None], torch.finfo(torch.float32).min)
-    return logits.softmax(-1)[..., -length:]
+    hidden = ~tap.visible(rows)[:, None, None]
+    weights = (logits / temperature).masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1)
+    return weights[..., -tap.query.shape[2] :]
 
 
 def cls_likeness(tap: EncoderTap, kind: Literal["cosine", "dot"]) -> Tensor:
@@ -117,24 +123,12 @@ def page_rank(tokens: PromptTokens, temperature: float, steps: int) -> Tensor:
     share = tap.query.shape[1] // tap.keys.shape[1]
     at_once = max(1, 2**26 // (len(tokens.valid) * share * length * tap.keys.shape[2]))
     begin = tokens.valid.float() / tokens.valid.sum(1, keepdim=True)
+    query, rows = tap.query.unflatten(1, (-1, share)), torch.arange(length, device=begin.device).expand_as(tokens.valid)
     for first in range(0, tap.keys.shape[1], at_once):
-        walk = _transitions(tap, first, first + at_once, temperature)
+        some = slice(first, first + at_once)
+        walk = _weights(tap, query[:, some], tap.keys[:, some], rows, temperature).flatten(1, 2)
         mass = begin[:, None, None].expand(-1, walk.shape[1], -1, -1)
         for _ in range(steps):
             mass = mass @ walk
         total = total + mass[:, :, 0].square().sum(1)
     return (total / tap.query.shape[1]).sqrt()
-
-
-def _transitions(tap: DecoderTap, first: int, end: int, temperature: float) -> Tensor:
-    """[B, H', S, S] sharpened attention among the tokens of the call, for the key heads from ``first`` to ``end``."""
-    batch, heads, length, width = tap.query.shape
-    groups = tap.keys.shape[1]
-    query = tap.query.view(batch, groups, heads // groups, length, width)[:, first:end].float()
-    logits = query @ tap.keys[:, first:end, None].float().transpose(3, 4) * tap.scale
-    if tap.softcap is not None:
-        logits = tap.softcap * (logits / tap.softcap).tanh()
-    rows = torch.arange(length, device=query.device).expand(batch, -1)
-    hidden = ~tap.visible(rows)[:, None, None]
-    weights = (logits / temperature).masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1)
-    return weights[..., -length:].flatten(1, 2)
