@@ -7,8 +7,14 @@ from .cuts import Cut, DecoderTap, Pattern, PromptTokens
 from .engine.session import Session, detach
 from .errors import CacheError, FoveateError, InputError, MissingExtraError, UnsupportedModelError
 from .methods.aim import AIM
-from .methods.base import Compose, DecoderReducer, Method, TokenReducer, get
-from .methods.baselines import Pool, Random, Sequential, Spatial
+from .methods.ats import ATS
+from .methods.base import Compose, DecoderReducer, EncoderReducer, FrontReducer, Method, TokenReducer, get
+from .methods.baselines import Pool, Random, Resize, Sequential, Spatial
+from .methods.cdpruner import CDPruner
+from .methods.crossget import CrossGET
+from .methods.dart import DART
+from .methods.divprune import DivPrune
+from .methods.evit import EViT
 from .methods.fastv import FastV
 from .methods.g_search import GSearch
 from .methods.inflection_cut import InflectionCut
@@ -17,13 +23,17 @@ from .methods.p_sigmoid import PSigmoid
 from .methods.prumerge import PruMerge
 from .methods.prumerge_plus import PruMergePlus
 from .methods.pyramiddrop import PyramidDrop
+from .methods.scope import Scope
 from .methods.sparsevlm import SparseVLM
 from .methods.text_relevance import TextRelevanceCut
+from .methods.tome import ToMe
+from .methods.visionzip import VisionZip
+from .methods.vispruner import VisPruner
 from .methods.vtc_cls import FasterVLM, VTCCls
 from .methods.yopo import YOPO
 from .pocket import load_pocket
 from .report import ImageReport, Report
-from .tokens import EncoderTap, Reduction, VisualTokens
+from .tokens import BlockTokens, EncoderTap, Merge, Question, Reduction, VisualTokens
 
 try:
     __version__ = version("foveate")
@@ -32,22 +42,32 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 __all__ = [
     "AIM",
+    "ATS",
+    "DART",
     "ITI",
     "YOPO",
+    "BlockTokens",
+    "CDPruner",
     "CacheError",
     "Compose",
+    "CrossGET",
     "Cut",
     "DecoderReducer",
     "DecoderTap",
+    "DivPrune",
+    "EViT",
     "Encoded",
+    "EncoderReducer",
     "EncoderTap",
     "FastV",
     "FasterVLM",
     "FoveateError",
+    "FrontReducer",
     "GSearch",
     "ImageReport",
     "InflectionCut",
     "InputError",
+    "Merge",
     "Method",
     "MethodInfo",
     "MissingExtraError",
@@ -58,17 +78,23 @@ __all__ = [
     "PruMerge",
     "PruMergePlus",
     "PyramidDrop",
+    "Question",
     "Random",
     "Reduction",
     "Report",
+    "Resize",
+    "Scope",
     "Sequential",
     "Session",
     "SparseVLM",
     "Spatial",
     "TextRelevanceCut",
+    "ToMe",
     "TokenReducer",
     "UnsupportedModelError",
     "VTCCls",
+    "VisPruner",
+    "VisionZip",
     "VisualTokens",
     "attach",
     "detach",

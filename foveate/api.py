@@ -111,18 +111,20 @@ class MethodInfo:
     name: str
     summary: str
     stage: str
-    needs_cls: bool
+    reads_cls: bool
+    reads_question: bool
     adaptive: bool
     presets: tuple[str, ...]
     paper: str
 
 
 def methods() -> list[MethodInfo]:
-    """All methods, by name: what each does, where it acts, what it needs, its paper."""
+    """All methods, by name: what each does, where it acts, what it reads, its paper."""
     found = []
     for name, cls in registered().items():
         example = cls() if cls.adaptive else cls(budget=0.5)
         summary = (cls.__doc__ or "").strip().splitlines()[0]
-        needs_cls = bool(example.before_decoder().encoder_layers(24))
-        found.append(MethodInfo(name, summary, cls.stage, needs_cls, cls.adaptive, presets(cls), cls.reference))
+        front = example.before_decoder()
+        question = front.reads_question or any(reducer.reads != "nothing" for reducer in example.inside_decoder())
+        found.append(MethodInfo(name, summary, cls.stage, front.reads_cls, question, cls.adaptive, presets(cls), cls.reference))
     return found

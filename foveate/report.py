@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -132,6 +133,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     cuts: list[CutRecord] = field(default_factory=list)
     placeholders: Tensor | None = None  # [B, S] image of its row that each column of the prompt belongs to, -1 = none
+    encoder_counts: list[Tensor] = field(default_factory=list)  # per encoder layer [images]
     copies: int = 1  # rows of the decoder for each row of the prompt (beams)
 
     def begin(self, placeholders: Tensor, copies: int) -> None:
@@ -186,6 +188,13 @@ class Report:
         return counts
 
     @property
+    def encoder_layers(self) -> list[list[int]]:
+        """Visual tokens of each image that leave each layer of the vision encoder, up to the one that makes the features; empty
+        where the encoder runs in full.
+        """
+        return [counts.tolist() for counts in self.encoder_counts]
+
+    @property
     def mean_tokens(self) -> float:
         """Visual tokens per image, averaged over decoder layers."""
         return sum(self.layers) / max(1, len(self.layers) * len(self.after))
@@ -199,6 +208,7 @@ class Report:
         return {
             "method": self.method,
             "images": [asdict(image) for image in self.images],
+            "encoder_layers": self.encoder_layers,
             "layers": self.layers,
             "seconds": self.seconds,
             "warnings": self.warnings,
@@ -217,10 +227,18 @@ class Report:
         times = ", ".join(f"{part} {1000 * span:.1f} ms" for part, span in self.seconds.items())
         layers = self.layers
         steps = [(layer, count) for layer, count in enumerate(layers) if layer and count != layers[layer - 1]]
+        inner = self.encoder_layers
+        encoder = "; in the encoder, after each layer: " + _runs([sum(counts) for counts in inner]) if inner else ""
         inside = "".join(f", {count} from decoder layer {layer} on" for layer, count in steps)
         inside += f", {self.mean_tokens:.1f} per image on average over layers" if steps else ""
         noted = "".join(f"\nwarning: {warning}" for warning in self.warnings) + "".join(f"\nnote: {note}" for note in self.notes)
-        return f"{name}: visual tokens {each}{total} in {self.decoder_layers} decoder layers{inside}; {times}{noted}"
+        return f"{name}: visual tokens {each}{total} in {self.decoder_layers} decoder layers{inside}{encoder}; {times}{noted}"
+
+
+def _runs(counts: list[int]) -> str:
+    """Numbers in a row, repeated ones once: "6 x 576, 364"."""
+    groups = [(count, len(list(group))) for count, group in itertools.groupby(counts)]
+    return ", ".join(f"{times} x {count}" if times > 1 else str(count) for count, times in groups)
 
 
 def _renumbered(source: list[int], valid: Tensor) -> list[int]:

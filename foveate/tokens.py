@@ -46,22 +46,53 @@ def resolve_budget(budget: Budget, tokens: int) -> int | None:
 class EncoderTap:
     """Queries and keys of one encoder layer, as its projections give them (not scaled, heads side by side).
 
+    L is 1 where the encoder has a [CLS] token, which comes first, and 0 elsewhere; the N patches follow in raster order.
+
     Attributes
     ----------
-    query : [B, C] of the [CLS] token.
-    keys : [B, 1 + N, C]; row 0 is [CLS], then the patches in raster order.
+    query : [B, C] of the [CLS] token; None where the encoder has none.
+    keys : [B, L + N, C].
     heads : number of attention heads that share the C channels.
-    states : [B, 1 + N, C] what the layer put out.
+    states : [B, L + N, C] what the layer put out.
+    queries, values : [B, L + N, C], where they are needed: queries without [CLS], both inside the encoder.
+    bias : [B, L + N] what the layer adds to the logits of each key: padding, and sizes of merged tokens. None = nothing.
     """
 
-    query: Tensor
+    query: Tensor | None
     keys: Tensor
     heads: int
     states: Tensor | None = None
+    queries: Tensor | None = None
+    values: Tensor | None = None
+    bias: Tensor | None = None
 
-    def float(self) -> EncoderTap:
-        """Query and keys in float32, which scores are computed in."""
-        return EncoderTap(self.query.float(), self.keys.float(), self.heads, self.states)
+    @property
+    def lead(self) -> int:
+        """L, tokens in front of the patches."""
+        return 0 if self.query is None else 1
+
+    @property
+    def patch_keys(self) -> Tensor:
+        """[B, N, C] keys without that of [CLS]."""
+        return self.keys[:, self.lead :]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Visual tokens and the question that is asked about each image, in one space.
+
+    Attributes
+    ----------
+    visual : [B, N, P].
+    text : [B, T, P] tokens, or segments, of the text.
+    valid : [B, T] bool, no padding; an image nothing is asked about has none.
+    paired : whether both were trained to lie close together, as those of a CLIP model.
+    """
+
+    visual: Tensor
+    text: Tensor
+    valid: Tensor
+    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,16 +104,58 @@ class VisualTokens:
     features : [B, N, C] in raster order, N == rows * columns.
     grid : (rows, columns).
     taps : the encoder layers the method asked for with ``encoder_layers()``, by the name it used.
+    projected : [B, N, D] the features behind the projector, for methods that say ``reads_projected``.
+    question : for methods that say ``reads_question``.
     """
 
     features: Tensor
     grid: tuple[int, int]
     taps: dict[EncoderLayer, EncoderTap] = field(default_factory=dict)
+    projected: Tensor | None = None
+    question: Question | None = None
 
     @property
     def number(self) -> int:
         """N, visual tokens per image."""
         return self.features.shape[1]
+
+
+@dataclass(frozen=True)
+class BlockTokens:
+    """The patches of B images inside one block of the vision encoder, between its attention and its MLP.
+
+    Attributes
+    ----------
+    tap : queries, keys and values of the block's attention.
+    valid : [B, n] bool, no padding: images may have kept different numbers so far.
+    sizes : [B, n] float32, how many patches of the picture each one stands for.
+    layer : of the encoder.
+    goal : how many patches are to be left, at most.
+    """
+
+    tap: EncoderTap
+    valid: Tensor
+    sizes: Tensor
+    layer: int
+    goal: int
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What becomes of the patches in a block: patch n enters output ``owner[b, n]`` with weight ``share[b, n]``.
+
+    Attributes
+    ----------
+    index : [B, M] the patch at whose place each output stands.
+    owner : [B, n] the output that each patch goes to, -1 = dropped.
+    share : [B, n] weights of the sums; None = a pure choice, output m is the patch ``index[b, m]``.
+    valid : [B, M] bool, outputs that are real; None = all.
+    """
+
+    index: Tensor
+    owner: Tensor
+    share: Tensor | None = None
+    valid: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +170,9 @@ class Reduction:
     weights : [B, M, N] merge matrix, or None for pure selection.
     scores : [B, N] float32 importance for pictures and reports, or None.
     threshold : [B] the score from which a token was kept, where the method has such a value (adaptive rules).
+    added : [B, E, C] tokens that are not made of patches, such as [CLS]; they are the first E outputs, and stand at cells that were
+        dropped.
+    owner : [B, N] where each source token went, -1 = dropped, for what happened inside the encoder; else it follows from the rest.
     """
 
     index: Tensor
@@ -104,12 +180,17 @@ class Reduction:
     weights: Tensor | None = None
     scores: Tensor | None = None
     threshold: Tensor | None = None
+    added: Tensor | None = None
+    owner: Tensor | None = None
 
     def apply(self, features: Tensor) -> Tensor:
         """[B, N, C] -> [B, M, C] output tokens (the invalid ones included: mask them with ``valid``)."""
+        added = 0 if self.added is None else self.added.shape[1]
         if self.weights is None:
-            return features.gather(1, self.index[..., None].expand(-1, -1, features.shape[-1]))
-        return self.weights.to(features.dtype) @ features
+            chosen = features.gather(1, self.index[:, added:, None].expand(-1, -1, features.shape[-1]))
+        else:
+            chosen = self.weights[:, added:].to(features.dtype) @ features
+        return chosen if self.added is None else torch.cat([self.added.to(chosen), chosen], 1)
 
     def mask(self) -> Tensor:
         """``valid``, or all True, [B, M] bool."""
@@ -121,8 +202,12 @@ class Reduction:
         A partition: a token that several outputs drew from belongs to the one that took most of it, and a token that
         sits at an output cell to that cell.
         """
+        if self.owner is not None:
+            return self.owner
         batch, outputs = self.index.shape
         valid = self.mask()
+        if self.added is not None:  # made of no patch
+            valid = valid & (torch.arange(outputs, device=valid.device) >= self.added.shape[1])
         if self.weights is None:
             owner = self.index.new_full((batch, tokens), -1)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -23,6 +24,32 @@ def test_selection(tmp_path):
     assert {"command", "hardware", "versions", "date", "rows"} <= set(ledger)
     assert [(row["batch"], row["method"]) for row in ledger["rows"]] == [(b, m) for b in (1, 8) for m in ("prumerge", "prumerge+")]
     assert all(row["faster_than_loop"] > 0 for row in ledger["rows"])
+
+
+def test_selectors(tmp_path):
+    """Every method that chooses is in the table; YOPO and a smaller picture choose nothing."""
+    file, small = tmp_path / "selectors.json", ("--width", "64", "--decoder-width", "128", "--encoder-layers", "1", "--rounds", "1")
+    run("benchmarks.selectors", *small, "--numbers", "576", "--batches", "2", "--json", str(file))
+    rows = {row["method"]: row for row in json.loads(file.read_text())["rows"]}
+    assert set(rows) - {"encoder"} == {info.name for info in foveate.methods()} - {"yopo", "resize"}
+    assert all(row["time"]["median_ms"] > 0 for row in rows.values())
+
+
+def test_encoder(tmp_path):
+    file, small = tmp_path / "encoder.json", ("--width", "64", "--layers", "6", "--side", "12", "--rounds", "1")
+    run("benchmarks.encoder", *small, "--budgets", "36", "--batches", "2", "--json", str(file))
+    rows = {row["method"]: row for row in json.loads(file.read_text())["rows"]}
+    assert set(rows) == {"all", "tome", "crossget", "evit", "ats", "resize"}
+    assert rows["all"]["share"] == rows["all"]["flops"] == 1
+    assert rows["tome"]["tokens_per_layer"] == [145, 123, 101, 79, 58, 37, 37]
+    # by hand: embedding, and per layer four projections and attention of what enters, the MLP of what leaves
+    width, counts = 64, rows["tome"]["tokens_per_layer"]
+
+    def cost(counts):
+        blocks = sum(n * 4 * width**2 + 2 * n * n * width + m * 8 * width**2 for n, m in itertools.pairwise(counts))
+        return counts[0] * 3 * 14 * 14 * width + blocks
+
+    assert abs(rows["tome"]["flops"] - cost(counts) / cost([145] * 7)) < 1e-9
 
 
 def test_the_loop_it_is_compared_with_computes_the_same():

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -83,6 +84,16 @@ def test_demo(capsys, monkeypatch, tmp_path):
     assert "Ask about one yourself:" in out
 
 
+def test_demo_of_methods_inside_the_encoder_and_without_a_rule(capsys, monkeypatch, tmp_path):
+    arguments = ("demo", "--folder", str(tmp_path), "--method", "tome", "--method", "resize", "--method", "evit", "--json")
+    code, out, _ = invoke(capsys, monkeypatch, *arguments)
+    assert code == 0
+    for scene in json.loads(out)["scenes"]:
+        assert scene["visual_tokens"] == {"full": 576, "tome": 144, "resize": 144, "evit": 201}
+        assert Path(scene["picture"]).stat().st_size > 50_000
+    assert invoke(capsys, monkeypatch, "demo", "--method", "dance")[0] == 2
+
+
 def test_demo_and_ask_show_both_stages(capsys, monkeypatch, scene, tmp_path):
     code, out, _ = invoke(capsys, monkeypatch, "demo", "--folder", str(tmp_path / "demo"), "--method", "iti", "--json")
     assert code == 0
@@ -98,7 +109,7 @@ def test_demo_and_ask_show_both_stages(capsys, monkeypatch, scene, tmp_path):
     assert "from decoder layer 2 on" in err
     assert "reconstruction" in err
     with Image.open(kept) as picture:
-        assert picture.width > 4 * picture.height
+        assert picture.width == 5 * 396  # the picture, two stages, the scores, and tokens per layer; 3.6 inches each
     code, out, _ = invoke(capsys, monkeypatch, *arguments, "--json", "--compare")
     document = json.loads(out)
     image = document["kept"][0]

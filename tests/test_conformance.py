@@ -35,7 +35,8 @@ def _variants() -> list[str]:
     return names
 
 
-FIELDS = {
+FIELDS: dict[str, dict[str, object]] = {
+    "tome": dict(budget=20),  # two blocks cannot leave fewer than 16
     "p-sigmoid": dict(budget=0.7),  # its default, a mean over layers, is below what four layers can do
     "sparsevlm:released": dict(budget=0.9, counts=(300, 200, 110)),  # of 576; 192 tokens would be all here
 }
@@ -55,6 +56,8 @@ def _build(variant: str, **fields: object) -> foveate.Method:
     return method
 
 
+LEAST = {"tome": 16, "crossget": 16}  # two blocks merge half of the patches each
+GRIDS = {1: 1, 5: 4, BUDGET: 12, 19: 16}  # of a smaller picture
 VARIANTS = _variants()
 INSIDE = [variant for variant in VARIANTS if _build(variant).inside_decoder()]
 BEFORE = [variant for variant in VARIANTS if variant not in INSIDE]  # these act before the projector only
@@ -198,6 +201,35 @@ def test_t3_for_every_method(load, variant):
         embeddings, _ = reference.spliced_embeddings(model, inputs, row, kept, embeds, zoo.IMAGE)
         expected = reference.run_spliced(model, embeddings, torch.arange(embeddings.shape[1])[None], sequences[row, -NEW:].tolist())
         torch.testing.assert_close(logits[row], expected, atol=3e-4, rtol=3e-4)
+
+
+@pytest.mark.parametrize("tower", ["siglip", "clip with its [CLS] handed on"])
+@pytest.mark.parametrize("variant", BEFORE)
+def test_other_towers(variant, tower):
+    """T1, T2 and T3 where the encoder has no [CLS], and where [CLS] is one of the visual tokens."""
+    model = zoo.tower(tower)
+    lead = 0 if tower == "siglip" else 1
+    inputs = zoo.batch(tokens=zoo.TOKENS + lead)
+    plain = _generate(model, inputs)[1]
+    with _build(variant, budget=1.0)(model):
+        assert torch.equal(_generate(model, inputs)[1], plain)
+    method = _build(variant)
+    encoded = foveate.encode(model, method, **inputs)
+    with method(model) as session:
+        sequences, logits = _generate(model, inputs)
+    images = session.report.images
+    said = any("no [CLS] token" in note for note in session.report.notes)
+    assert said == (method.before_decoder().reads_cls and not lead)
+    for row in range(4):
+        mine = [i for i, image in enumerate(images) if image.row == row]
+        kept = [[*range(lead), *(cell + lead for cell in images[i].kept)] for i in mine]
+        embeddings, _ = reference.spliced_embeddings(model, inputs, row, kept, [encoded.embeds[i] for i in mine], zoo.IMAGE)
+        places = torch.arange(embeddings.shape[1])[None]
+        expected = reference.run_spliced(model, embeddings, places, sequences[row, -NEW:].tolist())
+        torch.testing.assert_close(logits[row], expected, atol=3e-4, rtol=3e-4)
+        alone = foveate.encode(model, method, **zoo.batch(rows=(row,), tokens=zoo.TOKENS + lead)) if mine else None
+        for i, embeds in zip(mine, alone.embeds if alone else [], strict=True):
+            torch.testing.assert_close(embeds, encoded.embeds[i], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("variant", [variant for variant in INSIDE if variant != "yopo"])  # test_yopo.py
@@ -373,18 +405,23 @@ def test_t6_text_stays_and_order_too(load, decoder, variant, monkeypatch):
 def test_t6_contract_of_a_reduction(load, variant, budget):
     model, inputs = load(), zoo.batch()
     method = _build(variant) if budget is None else _build(variant, budget=budget)
+    expected = round(budget * zoo.TOKENS) if isinstance(budget, float) else budget
+    if expected is not None and expected < LEAST.get(variant, 1):
+        with pytest.raises(foveate.InputError, match=f"leave {LEAST[variant]} of {zoo.TOKENS}"):
+            foveate.encode(model, method, **inputs)
+        return
     encoded = foveate.encode(model, method, **inputs)
     reduction, counts = encoded.reduction, [len(e) for e in encoded.embeds]
-    if budget is not None:
-        expected = round(budget * zoo.TOKENS) if isinstance(budget, float) else budget
-        assert counts == [expected] * 4
+    if expected is not None:
+        assert counts == [GRIDS[expected] if variant == "resize" else expected] * 4
     valid = reduction.mask()
     source = reduction.source_map(zoo.TOKENS)
     for i, count in enumerate(counts):
         place = {int(reduction.index[i, j]): j for j in valid[i].nonzero().flatten().tolist()}
         kept = list(place)
         assert len(kept) == int(valid[i].sum()) == count, "one output per grid cell"
-        assert all(source[i, cell] == place[cell] for cell in kept), "a kept cell belongs to itself"
+        added = 0 if reduction.added is None else reduction.added.shape[1]  # these are made of no patch
+        assert all(source[i, cell] == place[cell] for cell in kept[added:]), "a kept cell belongs to itself"
         assert set(source[i].unique().tolist()) <= {-1, *valid[i].nonzero().flatten().tolist()}
     # text is never removed and stays in order
     for row in range(4):

@@ -339,20 +339,6 @@ def test_pipeline():
     assert before[0]["generated_text"].strip() == processor.decode(plain, skip_special_tokens=True).strip()
 
 
-@pytest.mark.parametrize("needs_cls", [True, False])
-def test_towers_without_cls(needs_cls):
-    model = zoo.build_llava("llama", tower=zoo.siglip_config(), strategy="full").eval()
-    inputs = zoo.batch(rows=(0,))
-    if needs_cls:
-        with pytest.raises(foveate.UnsupportedModelError, match=r"needs the \[CLS\] token.*siglip"):
-            foveate.attach(model, "prumerge+")
-        assert "generate" not in model.__dict__
-    else:
-        with foveate.Spatial(budget=9)(model) as session:
-            model.generate(**inputs, max_new_tokens=2)
-            assert session.report.after == [9]
-
-
 def test_towers_that_hand_on_their_cls_token():
     """vision_feature_select_strategy="full": [CLS] is one more placeholder, and always stays."""
     model = zoo.build_llava("llama", strategy="full").eval()

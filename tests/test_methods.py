@@ -207,8 +207,8 @@ def test_a_method_that_breaks_the_contract_is_caught():
 def test_methods_lists_every_method_with_its_paper():
     table = {info.name: info for info in foveate.methods()}
     assert {"prumerge", "prumerge+", "random", "spatial", "sequential", "pool"} <= set(table)
-    assert table["prumerge"].needs_cls
-    assert not table["pool"].needs_cls
+    assert table["prumerge"].reads_cls
+    assert not table["pool"].reads_cls
     assert table["prumerge+"].presets == ("paper", "released")
     assert all(info.paper.startswith("https://arxiv.org/") and info.summary for info in table.values())
 

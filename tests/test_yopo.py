@@ -133,3 +133,14 @@ def test_bad_settings(tmp_path):
     assert read_heads(file) == ((True,),)
     with pytest.raises(foveate.InputError, match="calibrate on this model"):
         YOPO(heads=str(file))(zoo.load()).attach()
+
+
+def test_weights_that_are_brought_in_later():
+    """accelerate's offloading puts its hooks on single linear layers: their weights cannot be cut into slices before."""
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = zoo.load(), zoo.batch()
+    with foveate.YOPO()(model):
+        expected = model(**inputs).logits
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with foveate.YOPO()(model):
+        torch.testing.assert_close(model(**inputs).logits, expected)

@@ -81,7 +81,7 @@ def siglip_config() -> SiglipVisionConfig:
     return SiglipVisionConfig(
         hidden_size=48,
         intermediate_size=96,
-        num_hidden_layers=3,
+        num_hidden_layers=5,
         num_attention_heads=4,
         image_size=SIDE,
         patch_size=PATCH,
@@ -90,6 +90,9 @@ def siglip_config() -> SiglipVisionConfig:
 
 
 def build_llava(decoder: str, *, tower: PreTrainedConfig | None = None, strategy: str = "default") -> PreTrainedModel:
+    """``decoder`` is a name of ``text_config``; with "-deep" behind it the vision encoder has five layers instead of three."""
+    if decoder.endswith("-deep"):
+        decoder, tower = decoder.removesuffix("-deep"), clip_config(num_hidden_layers=5)
     config = LlavaConfig(
         vision_config=tower or clip_config(),
         text_config=text_config(decoder),
@@ -123,6 +126,15 @@ def load(family: str = "llava", decoder: str = "llama", attn: str = "sdpa", dtyp
     return model.eval()
 
 
+@functools.cache
+def tower(name: str) -> PreTrainedModel:
+    """A model with another vision encoder than ``load()``, or that uses its own in another way."""
+    torch.manual_seed(0)
+    if name == "siglip":
+        return build_llava("llama", tower=siglip_config(), strategy="full").eval()
+    return build_llava("llama", strategy="full").eval()
+
+
 def pictures(number: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Random pictures whose [CLS] attention has different numbers of outliers."""
     generator = torch.Generator().manual_seed(seed)
@@ -130,7 +142,7 @@ def pictures(number: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
     return (torch.randn(number, 3, SIDE, SIDE, generator=generator) * strength[:, None, None, None]).to(dtype)
 
 
-def prompt(images: int, before: int, after: int, seed: int) -> list[int]:
+def prompt(images: int, before: int, after: int, seed: int, tokens: int = TOKENS) -> list[int]:
     """Token ids: <s>, text, then each image with text behind it."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -139,7 +151,7 @@ def prompt(images: int, before: int, after: int, seed: int) -> list[int]:
 
     ids = [1, *words(before)]
     for _ in range(images):
-        ids += [IMAGE] * TOKENS + words(after)
+        ids += [IMAGE] * tokens + words(after)
     return ids
 
 
@@ -157,7 +169,9 @@ def pad(rows: Sequence[Sequence[int]], side: str = "left") -> dict[str, Tensor]:
 ROWS_OF_BATCH = ((1, 3, 6, 1), (2, 2, 5, 2), (0, 9, 0, 3), (1, 8, 4, 4))  # images, words before, words after, seed
 
 
-def batch(side: str = "left", rows: Sequence[int] = (0, 1, 2, 3), dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def batch(
+    side: str = "left", rows: Sequence[int] = (0, 1, 2, 3), dtype: torch.dtype = torch.float32, tokens: int = TOKENS
+) -> dict[str, Tensor]:
     """Rows with one, two, no and one image, padded; ``rows`` picks some of them, with their own pictures."""
     total = sum(images for images, *_ in ROWS_OF_BATCH)
     every, first, picked = pictures(total, dtype=dtype), 0, []
@@ -165,7 +179,7 @@ def batch(side: str = "left", rows: Sequence[int] = (0, 1, 2, 3), dtype: torch.d
         if number in rows:
             picked += range(first, first + images)
         first += images
-    inputs = pad([prompt(*ROWS_OF_BATCH[row]) for row in rows], side)
+    inputs = pad([prompt(*ROWS_OF_BATCH[row], tokens) for row in rows], side)
     if picked:
         inputs["pixel_values"] = every[picked]
     return inputs

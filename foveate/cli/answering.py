@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ..analysis.flops import prefill_flops
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..methods.base import Method
 from ..methods.baselines import Sequential
 from ..report import Report
@@ -77,11 +77,6 @@ def make_inputs(processor: Any, model: Any, image: Image.Image, question: str) -
     inputs = inputs.to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     return dict(inputs), note
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def ask(

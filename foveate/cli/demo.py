@@ -10,13 +10,15 @@ from typing import Any
 
 from PIL import Image
 
-from ..methods.base import Method
+from ..errors import InputError
+from ..methods.base import Method, get
 from ..pocket.questions import Question, exam
 from ..pocket.scenes import LEVELS, Scene, draw_scene
 from ..viz.overlay import as_seen, picture_file, save_figure
 from .answering import Answer, ask, load_model, make_inputs
 
 SEED = 7
+BUDGET = 144  # tokens for methods that have no rule of their own
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,14 @@ class Shown:
             "scene": str(self.scene),
             "picture": str(self.picture),
         }
+
+
+def with_a_budget(name: str) -> Method:
+    """A method with its own rule, or with ``BUDGET`` tokens where it has none."""
+    try:
+        return get(name)
+    except InputError:
+        return get(name, budget=BUDGET)
 
 
 def pick_scene(level: int, seed: int) -> tuple[Scene, Question]:

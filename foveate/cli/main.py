@@ -53,15 +53,15 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("foveate-demo"),
     seed: Annotated[int, typer.Option(help="Other scenes.")] = 7,
     method: Annotated[
-        list[str] | None, typer.Option(help="Show this method instead of prumerge+ and prumerge; may be given again.")
+        list[str] | None,
+        typer.Option(help="Show this method instead of prumerge+ and prumerge; may be given again. 144 tokens if it has no rule."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
 ) -> None:
     """The pocket model answers about three scenes, with all visual tokens and with a fraction of them."""
-    from ..methods.base import get
-    from .demo import run_demo
+    from .demo import run_demo, with_a_budget
 
-    methods = {name: get(name) for name in method or ("prumerge+", "prumerge")}
+    methods = {name: with_a_budget(name) for name in method or ("prumerge+", "prumerge")}
     with err.status("starting") as status:
         scenes = run_demo(folder, seed, methods, lambda what: status.update(escape(what)))
     if as_json:
@@ -182,14 +182,16 @@ def methods_command(
         print(json.dumps([vars(info) for info in found]))
         return
     table = Table(show_lines=True)
-    for column in ("name", "decoder", "needs", "count"):
+    for column in ("name", "where", "reads", "count"):
         table.add_column(column, no_wrap=True)
     table.add_column("what it does")
     for info in found:
-        where = {"before the projector": "before", "inside the decoder": "inside"}.get(info.stage, "both")
+        places = {"inside the vision encoder": "encoder", "before the projector": "projector", "inside the decoder": "decoder"}
         name = "\n".join([info.name, *([", ".join(info.presets)] if info.presets else [])])
         paper = info.paper.rpartition("/")[2]
-        row = (name, where, "[CLS]" if info.needs_cls else "", "adaptive" if info.adaptive else "budget", f"{info.summary} {paper}")
+        where = places.get(info.stage, "both")
+        reads = "\n".join(["[CLS]"] * info.reads_cls + ["question"] * info.reads_question)
+        row = (name, where, reads, "adaptive" if info.adaptive else "budget", f"{info.summary} {paper}")
         table.add_row(*(escape(cell) for cell in row))
     out.print(table)
     out.print("second line of a name: its presets, as in prumerge:paper; last word: the paper's number at arxiv.org", style="dim")
@@ -220,6 +222,41 @@ def search(
         found = run_search(method, calibration, plan, options, lambda line: err.print(line, style="dim", markup=False))
     out.print(found, markup=False, soft_wrap=True)
     err.print(f"plan: {plan}", soft_wrap=True, markup=False)
+
+
+@app.command(
+    epilog="Examples:  foveate compare --methods prumerge+,visionzip --budgets 64,144 --scenes 60  |  "
+    "foveate compare --save results  |  foveate compare --table 4"
+)
+def compare(
+    methods: Annotated[
+        str | None, typer.Option(help="Names or name:preset, separated by commas. Default: all registered methods.")
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Visual tokens of 576 to keep, separated by commas. Default: 16,36,64,144,288.")
+    ] = None,
+    own: Annotated[bool, typer.Option("--own/--no-own", help="Also run the methods' own adaptive rules.")] = True,
+    scenes: Annotated[int, typer.Option(min=1, help="Test scenes to draw.")] = 501,
+    each: Annotated[int, typer.Option(min=1, help="Questions about each scene, at most; a scene has about 16.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the test set.")] = 2403,
+    store: Annotated[Path, typer.Option(help="Results so far; an interrupted run goes on from there.")] = Path(
+        "foveate-compare.json"
+    ),
+    save: Annotated[Path | None, typer.Option(help="Folder for the tables and the picture (md, json, csv, png).")] = None,
+    table: Annotated[int | None, typer.Option(help="Table 4, 5 or 7 of the LLaVA-PruMerge paper in small, instead.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+) -> None:
+    """Registered methods at several budgets on the pocket test set, beside baselines at equal cost."""
+    from .comparing import Options, checked, run_compare, show
+
+    options = checked(Options(methods, budgets, own, scenes, each, seed, store, save, table))
+    report = run_compare(options, err)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        show(report, out)
+    if save:
+        err.print(f"written to {save}", soft_wrap=True, markup=False)
 
 
 def parse_budget(text: str) -> int | float:

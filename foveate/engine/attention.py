@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+BIASED = ("eager", "sdpa")  # implementations that take a bias for each key
+_LOCK = threading.Lock()
+_HELD = "_foveate_attends"  # on a module: its own config, and for how many calls it has another one
 _NAME = "foveate_tap"
 _ATTRIBUTE = "_foveate_tap"
 
@@ -45,6 +49,33 @@ class Tap:
     def remove(self) -> None:
         self.attention.config = self.config
         delattr(self.attention, _ATTRIBUTE)
+
+
+def implementation_of(attention: Any) -> str:
+    """What an attention module attends with, when nobody has changed it."""
+    config, _ = getattr(attention, _HELD, (attention.config, 0))
+    return str(config._attn_implementation)
+
+
+def attend_with_sdpa(attention: Any) -> None:
+    """Let an attention module attend with SDPA, until ``attend_as_before`` was called as often: several threads may use it."""
+    with _LOCK:
+        config, calls = getattr(attention, _HELD, (attention.config, 0))
+        if not calls:
+            attention.config = copy.copy(config)
+            attention.config._attn_implementation_internal = "sdpa"
+        setattr(attention, _HELD, (config, calls + 1))
+
+
+def attend_as_before(attention: Any) -> None:
+    """Undo one ``attend_with_sdpa``."""
+    with _LOCK:
+        config, calls = getattr(attention, _HELD)
+        if calls > 1:
+            setattr(attention, _HELD, (config, calls - 1))
+        else:
+            attention.config = config
+            delattr(attention, _HELD)
 
 
 def _tapped(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:

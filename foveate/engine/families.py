@@ -24,13 +24,22 @@ class Family:
 
 @dataclass(frozen=True)
 class Tower:
-    """One kind of vision encoder; paths are attributes of the tower, ``query`` and ``key`` of one of its layers."""
+    """One kind of vision encoder; ``layers`` is an attribute of the tower, the other paths are attributes of one of its layers.
+
+    A layer is ``x + attention(...)``, then ``x + mlp(norm(x))``. ``resizable`` encoders take pictures of any size, with the option
+    ``interpolate_pos_encoding``.
+    """
 
     model_type: str
     has_cls: bool
     layers: str = "encoder.layers"
+    attention: str = "self_attn"
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    norm: str = "layer_norm2"
+    mlp: str = "mlp"
+    resizable: bool = True
 
 
 FAMILIES = {family.model_type: family for family in (Family("llava", "LLaVA-1.5"),)}
@@ -72,6 +81,20 @@ def _part(root: nn.Module, path: str, what: str) -> Any:
 
 
 @dataclass(frozen=True)
+class Block:
+    """The parts of one layer of the vision encoder."""
+
+    module: nn.Module
+    attention: Any
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    norm: nn.Module
+    mlp: nn.Module
+    heads: int
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """Where the parts of one model are."""
 
@@ -80,6 +103,7 @@ class Anatomy:
     tower_kind: Tower
     tower: nn.Module
     projector: nn.Module
+    chosen: Any = None  # the layers that make the features, where a call says it and not the config
 
     @property
     def image_token(self) -> int:
@@ -113,32 +137,48 @@ class Anatomy:
                 found |= set(value if isinstance(value, list | tuple) else [] if value is None else [value])
         return tuple(sorted(found))
 
-    def feature_layer(self) -> int:
-        """Index of the encoder layer whose output the projector reads."""
-        chosen = self.model.config.vision_feature_layer
-        chosen = chosen if isinstance(chosen, int) else chosen[-1]
-        return chosen + len(self.layers) if chosen < 0 else chosen - 1
+    def feature_layers(self) -> list[int]:
+        """Indices of the encoder layers whose outputs the projector reads, side by side; -1 is what enters the first layer."""
+        chosen = self.model.config.vision_feature_layer if self.chosen is None else self.chosen
+        every = [chosen] if isinstance(chosen, int) else list(chosen)
+        return [layer + len(self.layers) if layer < 0 else layer - 1 for layer in every]
 
-    def projections(self, layer: EncoderLayer) -> tuple[nn.Module, nn.Module, nn.Module, int]:
-        """An encoder layer, its query and key projection, and its number of heads.
+    def feature_layer(self) -> int:
+        """Index of the last encoder layer whose output the projector reads.
 
         Raises
         ------
-        UnsupportedModelError : the encoder has no [CLS] token, or no such layer.
+        UnsupportedModelError : no layer makes it.
         """
-        if not self.tower_kind.has_cls:
+        layer = self.feature_layers()[-1]
+        if not 0 <= layer < len(self.layers):
             raise UnsupportedModelError(
-                f"this method needs the [CLS] token of the vision encoder, and {self.tower_kind.model_type!r} has none. "
-                "Use a method that needs no [CLS], such as 'spatial' or 'pool'."
+                f"the features of this model come from no layer of its vision encoder (vision_feature_layer="
+                f"{self.model.config.vision_feature_layer if self.chosen is None else self.chosen}). Use a method that reads none."
             )
-        depth = len(self.layers)
-        index = {"last": depth - 1, "aligned": self.feature_layer()}.get(str(layer), layer)
+        return layer
+
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether the encoder takes pictures of other sizes: it must be able to read its position embeddings at any time."""
+        here = (not p.is_meta for name, p in self.tower.named_parameters() if "position_embedding" in name)
+        return self.tower_kind.resizable and all(here)
+
+    def encoder_block(self, layer: EncoderLayer) -> Block:
+        """The parts of an encoder layer.
+
+        Raises
+        ------
+        UnsupportedModelError : there is no such layer, or it has no such part.
+        """
+        depth, kind = len(self.layers), self.tower_kind
+        index = self.feature_layer() if layer == "aligned" else depth - 1 if layer == "last" else layer
         if not isinstance(index, int) or not -depth <= index < depth:
             raise UnsupportedModelError(f'encoder layer {layer!r} does not exist; use "last", "aligned" or 0 to {depth - 1}')
         block = self.layers[index]
-        query = _part(block, self.tower_kind.query, "query projection")
-        key = _part(block, self.tower_kind.key, "key projection")
-        return block, query, key, int(self.model.config.vision_config.num_attention_heads)
+        names = ("attention", "query", "key", "value", "norm", "mlp")
+        parts = {name: _part(block, getattr(kind, name), f"{name} in its encoder layers") for name in names}
+        return Block(block, **parts, heads=int(self.model.config.vision_config.num_attention_heads))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of visual tokens of a picture of ``height`` x ``width`` pixels."""

@@ -43,10 +43,10 @@ def has_pixels(kwargs: dict[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in RAW_INPUTS)
 
 
-def encode_images(base: Any, kwargs: dict[str, Any]) -> Any:
+def encode_images(base: Any, kwargs: dict[str, Any], **options: Any) -> Any:
     """Run the model's own ``get_image_features``; what it consumed is taken out of ``kwargs``, as ``generate`` does."""
     names = [name for name in inspect.signature(base.get_image_features).parameters if name != "kwargs" and name in kwargs]
-    return base.get_image_features(**{name: kwargs.pop(name) for name in names}, return_dict=True)
+    return base.get_image_features(**{name: kwargs.pop(name) for name in names}, **options, return_dict=True)
 
 
 def with_features(output: Any, features: list[Tensor]) -> Any:
@@ -162,7 +162,8 @@ def mlp_of(layer: Any) -> MlpParts:
     if module is None or down is None:
         raise UnsupportedModelError(f"{type(layer).__name__} has no MLP that could be found.")
     gate, up, act = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "act_fn"))
-    plain = act is not None and all(type(part) is nn.Linear for part in (gate, up, down)) and not hasattr(module, "_hf_hook")
+    linear = all(type(part) is nn.Linear for part in (gate, up, down))
+    plain = act is not None and linear and not any(hasattr(part, "_hf_hook") for part in (module, gate, up, down))
     return MlpParts(module, down, gate, up, act, plain)
 
 

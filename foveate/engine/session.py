@@ -17,6 +17,7 @@ from ..report import Clock, Report
 from ..tokens import resolve_budget
 from .decoder import DecoderCuts
 from .families import Anatomy, anatomy, innermost
+from .front import check_front
 from .generation import FullPrompt, Settings, on_full_prompt
 from .guards import guard_positions
 from .install import Installation, installed_on
@@ -127,8 +128,7 @@ class Session:
     def parts(self) -> Anatomy:
         """Where the parts of the model are, checked against what the method needs."""
         parts = anatomy(self.model)
-        for layer in self.front.encoder_layers(len(parts.layers)):
-            parts.projections(layer)
+        check_front(parts, self.front)
         check_pre_encoded_input(self.model)
         return parts
 

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from ..methods.base import Method
+from ..methods.base import FrontReducer, Method
 from ..report import Report
 from ..tokens import Reduction
+from .asking import Asking, asking, question_tokens
 from .families import Anatomy
+from .front import encode_and_reduce
 from .prompt import Layout, cached_layout, image_rows, shorten
 from .seams import PRE_ENCODED, has_pixels
 from .stages import Prompt
-from .vision import encode_and_reduce
 
 IGNORED = -100  # the label of what is not taught
 
@@ -72,18 +73,31 @@ def shorten_prompt(
     embeds: list[Tensor] = []
     changed = cached is not None and cached.removed > 0
     if has_pixels(kwargs):
-        visuals = encode_and_reduce(parts, method.before_decoder(), kwargs, report.clock)
+        front = method.before_decoder()
+        asked = _asked(parts, front, ids, mask, past, kwargs) if front.reads_question else None
+        visuals = encode_and_reduce(parts, front, kwargs, report.clock, asked)
         embeds, kept, changed = visuals.embeds, visuals.kept, changed or visuals.changed
         sizes = [visuals.size] * len(embeds)
         kwargs[PRE_ENCODED] = {"image": visuals.output}
         report.rows, report.grid, report.reduction = image_rows(visual, sizes)[1], visuals.grid, visuals.reduction
         report.before, report.after = sizes, [len(features) for features in embeds]
+        report.encoder_counts, report.notes = visuals.encoder_counts, [*report.notes, *visuals.notes]
     layout = None
     if pad_left and acts_inside(method, max(report.before, default=0)) and bool((mask[:, -1] == 0).any()):
         changed = True  # rows padded on the right are generated from as if padded on the left, as where tokens were removed
     if changed:
         layout = shorten(visual, mask.bool(), sizes, kept, cached, method.settings(), pad_left=pad_left)
     return ShortPrompt(layout, held, embeds, report.reduction)
+
+
+def _asked(parts: Anatomy, front: FrontReducer, ids: Tensor, mask: Tensor, past: int, kwargs: dict[str, Any]) -> Asking:
+    """How the method gets the question of each image; earlier turns, and what a training step teaches, are none of it."""
+    outside, labels = mask.shape[1] - ids.shape[1], kwargs.get("labels")
+    new = mask[:, outside:].bool() & (torch.arange(ids.shape[1], device=ids.device) >= past - outside)
+    asked = new if labels is None else new & (labels == IGNORED)
+    words = question_tokens(ids, asked, parts.image_token, parts.special_tokens())
+    rows = ((ids == parts.image_token) & new).nonzero()[:, 0].tolist()
+    return asking(parts, front.text_encoder(), ids, words, rows)
 
 
 def acts_inside(method: Method, tokens: int) -> bool:

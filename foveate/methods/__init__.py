@@ -8,7 +8,7 @@ import pkgutil
 
 from .base import REGISTRY, TokenReducer, get, presets, registered
 
-_SHARED = ("base", "scoring", "selection", "merging", "inflection", "schedule")
+_SHARED = ("base", "scoring", "selection", "merging", "inflection", "schedule", "shrinking")
 
 __all__ = ["REGISTRY", "TokenReducer", "get", "presets", "registered"]
 

@@ -17,7 +17,7 @@ from typing_extensions import Self
 from ..cuts import Cut, PromptTokens
 from ..errors import InputError
 from ..tokens import Budget, EncoderLayer, Reduction, VisualTokens, resolve_budget
-from .base import DecoderReducer, Method, TokenReducer
+from .base import DecoderReducer, FrontReducer, Method, TokenReducer
 from .scoring import page_rank
 from .selection import best_of_images
 
@@ -42,7 +42,7 @@ class AIMMerge(TokenReducer, name="aim-merge", paper=PAPER, adaptive=False):
         return ("last",)
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
-        metric, number = tokens.taps["last"].keys[:, 1:].float(), tokens.number
+        metric, number = tokens.taps["last"].patch_keys.float(), tokens.number
         goal = resolve_budget(self.budget, number) or number
         weights = torch.eye(number, device=metric.device).expand(len(metric), -1, -1)
         index = torch.arange(number, device=metric.device).expand(len(metric), -1)
@@ -135,7 +135,7 @@ class AIM(Method, name="aim", paper=PAPER, adaptive=False):
         """With the order of tokens that the released code leaves."""
         return cls(**{**dict(order="released"), **fields})
 
-    def before_decoder(self) -> TokenReducer:
+    def before_decoder(self) -> FrontReducer:
         return AIMMerge(budget=self.budget, order=self.order, positions=self.positions)
 
     def inside_decoder(self) -> tuple[DecoderReducer, ...]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_o
 
 from ..cuts import Cut, Pattern, PromptTokens
 from ..errors import InputError
-from ..tokens import Budget, EncoderLayer, Reduction, VisualTokens, check_budget
+from ..tokens import BlockTokens, Budget, EncoderLayer, Merge, Reduction, VisualTokens, check_budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,8 +40,8 @@ class Method:
     """What every method is: a dataclass whose fields are its hyper-parameters.
 
     A subclass registers itself by naming itself in its class statement: ``class Mine(TokenReducer, name="mine", paper="...")``.
-    Most derive from ``TokenReducer`` or ``DecoderReducer``; one that acts in both places derives from this class and says what it
-    is made of.
+    Most derive from ``EncoderReducer``, ``TokenReducer`` or ``DecoderReducer``, by the place where they act; one that acts in two
+    places derives from this class and says what it is made of.
 
     Parameters
     ----------
@@ -121,8 +121,8 @@ class Method:
             if getattr(self, field) < bound:
                 raise InputError(f"{self.name}: {field}={getattr(self, field)}; it must be at least {bound}")
 
-    def before_decoder(self) -> TokenReducer:
-        """What acts between the vision encoder and the projector."""
+    def before_decoder(self) -> FrontReducer:
+        """What acts in the vision encoder, or between it and the projector."""
         raise TypeError(f"{type(self).__name__} does not implement before_decoder()")
 
     def inside_decoder(self) -> tuple[DecoderReducer, ...]:
@@ -145,23 +145,84 @@ class Method:
 
 
 @dataclass(kw_only=True)
-class TokenReducer(Method):
+class FrontReducer(Method):
+    """What reduces visual tokens before the decoder sees any."""
+
+    reads_projected: ClassVar[bool] = False  # asks for the features behind the projector, too
+    reads_question: ClassVar[bool] = False  # asks for the question
+    reads_cls: ClassVar[bool] = False  # scores by the [CLS] token of the encoder, where it has one
+    without_cls: ClassVar[str] = "the mean attention that each token receives stands for that of [CLS]"
+
+    def before_decoder(self) -> FrontReducer:
+        return self
+
+    def text_encoder(self) -> str | None:
+        """Hub id or folder of the CLIP model whose text encoder reads the question; None = the decoder's input embeddings."""
+        return None
+
+    def encoder_layers(self, depth: int) -> tuple[EncoderLayer, ...]:
+        """Layers of an encoder of ``depth`` layers whose queries and keys the method needs: an index, "last", or "aligned"
+        (the layer that made the features). Empty: the method reads no attention.
+        """
+        return ()
+
+
+@dataclass(kw_only=True)
+class TokenReducer(FrontReducer):
     """A method that reduces visual tokens between the vision encoder and the projector; it implements ``reduce``."""
 
     stage: ClassVar[str] = "before the projector"
 
-    def before_decoder(self) -> TokenReducer:
-        return self
-
-    def encoder_layers(self, depth: int) -> tuple[EncoderLayer, ...]:
-        """Layers of an encoder of ``depth`` layers whose [CLS] query and keys the method needs: an index, "last", or "aligned"
-        (the layer that made the features). Empty: the method needs no [CLS] token.
-        """
-        return ()
+    def picture(self, grid: tuple[int, int]) -> tuple[int, int] | None:
+        """The grid of a smaller picture to encode instead of one of ``grid``; None = the picture stays, and ``reduce`` is asked."""
+        return None
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Choose and merge. Row b of a batch must equal the same image alone."""
         raise TypeError(f"{type(self).__name__} does not implement reduce(tokens)")
+
+
+@dataclass(kw_only=True)
+class EncoderReducer(FrontReducer):
+    """A method that reduces patches inside the blocks of the vision encoder, between attention and MLP; it implements ``plan`` and
+    ``shrink``. [CLS] always stays, and is none of the patches.
+
+    Parameters
+    ----------
+    order : in which the decoder gets what is left: "raster", by the place of each token, or as the "encoder" left it.
+    """
+
+    stage: ClassVar[str] = "inside the vision encoder"
+    order: Literal["raster", "encoder"] = "raster"
+
+    def plan(self, depth: int, patches: int) -> dict[int, int]:
+        """The blocks to act in, of the ``depth`` ones that make the features, and how many patches each leaves, at most."""
+        raise TypeError(f"{type(self).__name__} does not implement plan(depth, patches)")
+
+    def check_per_block(self, field: str, least: int) -> tuple[int, ...]:
+        """The numbers of a field that holds one for all blocks, or one for each; raise ``InputError`` if they are none."""
+        value = getattr(self, field)
+        self._check_tuple(field, (value,) if isinstance(value, Integral) else value, int)
+        found: tuple[int, ...] = getattr(self, field)
+        if any(number < least for number in found):
+            raise InputError(f"{self.name}: {field}={found}; each must be at least {least}")
+        if self.budget is not None and found:
+            raise InputError(f"{self.name}: budget={self.budget} and {field}={found}; give one of them")
+        return found
+
+    def for_each_block(self, field: str, numbers: tuple[int, ...], blocks: list[int]) -> tuple[int, ...]:
+        """One number for each of ``blocks``; raise ``InputError`` if there are others."""
+        if len(numbers) not in (1, len(blocks)):
+            raise InputError(f"{self.name}: {field} has {len(numbers)} numbers; expected one, or {len(blocks)}, one for each block")
+        return numbers * len(blocks) if len(numbers) == 1 else numbers
+
+    def counts_sizes(self) -> bool:
+        """Whether later blocks attend to a token as often as it has patches (proportional attention of ToMe)."""
+        return False
+
+    def shrink(self, tokens: BlockTokens) -> Merge:
+        """Choose and merge, to ``tokens.goal`` patches at most. Row b of a batch must equal the same image alone."""
+        raise TypeError(f"{type(self).__name__} does not implement shrink(tokens)")
 
 
 @dataclass(kw_only=True)
@@ -177,7 +238,7 @@ class DecoderReducer(Method):
 
     positions: Literal["compact", "original"] = "original"
 
-    def before_decoder(self) -> TokenReducer:
+    def before_decoder(self) -> FrontReducer:
         return TokenReducer(budget=1.0)
 
     def inside_decoder(self) -> tuple[DecoderReducer, ...]:
@@ -216,11 +277,11 @@ class Compose(Method):
         fronts = [front for front in fronts if type(front) is not TokenReducer]
         if len(fronts) > 1:
             names = " and ".join(front.name for front in fronts)
-            raise InputError(f"{names} both act before the projector; Compose takes one method there")
+            raise InputError(f"{names} both act before the decoder; Compose takes one method there")
         self.methods, self._front = methods, fronts[0] if fronts else TokenReducer(budget=1.0)
         self.budget, self.positions = None, self._front.positions
 
-    def before_decoder(self) -> TokenReducer:
+    def before_decoder(self) -> FrontReducer:
         return self._front
 
     def inside_decoder(self) -> tuple[DecoderReducer, ...]:

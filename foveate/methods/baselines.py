@@ -1,20 +1,22 @@
 """Baselines that every method must be compared with: independent benchmarks find random and uniform choice hard to beat.
 
 Sources: the sampling baselines of PruMerge, Table 4 (arXiv 2403.15388); UniPruneBench (arXiv 2511.02650) for random pruning and
-VTC-Bench (arXiv 2510.07143) for average pooling, the cheapest way to lower the resolution.
+VTC-Bench (arXiv 2510.07143) for smaller pictures; DeCo (arXiv 2405.20985) for pooling.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
 from ..tokens import Reduction, VisualTokens, resolve_budget
 from .base import TokenReducer
-from .selection import lattice_blocks, uniform_lattice
+from .selection import grid_middles, lattice_blocks, uniform_lattice
 
 
 def _count(method: TokenReducer, tokens: VisualTokens) -> int:
@@ -70,9 +72,7 @@ class Spatial(TokenReducer, name="spatial", paper="https://arxiv.org/abs/2403.15
         (rows, columns), (r, c) = tokens.grid, self.shape
         if r > rows or c > columns:
             raise InputError(f"{self.name}: a pattern of {r} x {c} does not fit on a grid of {rows} x {columns}")
-        row = (2 * torch.arange(r) + 1) * rows // (2 * r)
-        column = (2 * torch.arange(c) + 1) * columns // (2 * c)
-        return _same_for_all((row[:, None] * columns + column).flatten(), tokens)
+        return _same_for_all(grid_middles(rows, columns, r, c), tokens)
 
 
 @dataclass(kw_only=True)
@@ -84,7 +84,7 @@ class Sequential(TokenReducer, name="sequential", paper="https://arxiv.org/abs/2
 
 
 @dataclass(kw_only=True)
-class Pool(TokenReducer, name="pool", paper="https://arxiv.org/abs/2510.07143", adaptive=False):
+class Pool(TokenReducer, name="pool", paper="https://arxiv.org/abs/2405.20985", adaptive=False):
     """Average pooling: the grid is cut into even blocks, and each becomes its mean."""
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
@@ -96,3 +96,37 @@ class Pool(TokenReducer, name="pool", paper="https://arxiv.org/abs/2510.07143", 
         weights = weights.flatten(1).to(tokens.features.device, non_blocking=True)
         index = _same_for_all(uniform_lattice(rows, columns, count), tokens).index
         return Reduction(index, weights=weights.expand(len(tokens.features), -1, -1))
+
+
+@dataclass(kw_only=True)
+class Resize(TokenReducer, name="resize", paper="https://arxiv.org/abs/2510.07143", adaptive=False):
+    """A smaller picture: as many rows and columns of patches as the budget allows, in about the proportions of the grid.
+
+    The encoder then is cheaper, too. It interpolates its position embeddings; where it cannot, its features are shrunk instead. The
+    report says which. Exact where the budget is the size of such a grid (64 is 8 x 8, 288 is 16 x 18), else a little less (a budget
+    of 50 gives 7 x 7).
+
+    Parameters
+    ----------
+    where : shrink "pixels" (bicubic, antialiased), or "features" (the same filter on the grid of tokens).
+    """
+
+    where: Literal["pixels", "features"] = "pixels"
+
+    def picture(self, grid: tuple[int, int]) -> tuple[int, int] | None:
+        return self.shape(grid) if self.where == "pixels" else None
+
+    def shape(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """The grid of about the proportions of ``grid`` with the most cells that the budget allows."""
+        rows, columns = grid
+        budget = resolve_budget(self.budget, rows * columns) or rows * columns
+        high = max(1, min(rows, budget, int((budget * rows / columns) ** 0.5)))
+        shapes = [(r, min(columns, budget // r)) for r in {high, min(rows, high + 1)} if r <= budget]
+        return max(shapes, key=lambda shape: (shape[0] * shape[1], -abs(shape[0] * columns - shape[1] * rows)))
+
+    def reduce(self, tokens: VisualTokens) -> Reduction:
+        (rows, columns), (r, c) = tokens.grid, self.shape(tokens.grid)
+        every = torch.eye(tokens.number).view(tokens.number, 1, rows, columns)
+        weights = F.interpolate(every, (r, c), mode="bicubic", antialias=True, align_corners=False).view(tokens.number, r * c)
+        weights = weights.T.to(tokens.features.device, non_blocking=True).expand(len(tokens.features), -1, -1)
+        return Reduction(_same_for_all(grid_middles(rows, columns, r, c), tokens).index, weights=weights)

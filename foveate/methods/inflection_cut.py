@@ -29,6 +29,9 @@ class InflectionCut(TokenReducer, name="inflection", paper=PAPER, reconstruction
     min_tokens : at least so many stay.
     """
 
+    reads_cls = True
+    without_cls = "the mean attention that each token receives, or the mean of all tokens, stands for [CLS]"
+
     similarity: Literal["attention", "cosine", "dot"] = "attention"
     layer: EncoderLayer = "last"
     detector: Detector = "cumulative"

@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from ..errors import InputError
 from ..tokens import Budget, EncoderLayer, check_budget
-from .base import DecoderReducer, Method, TokenReducer
+from .base import DecoderReducer, FrontReducer, Method
 from .inflection import Detector
 from .inflection_cut import FILLED, PAPER, InflectionCut
 from .text_relevance import TextRelevanceCut
@@ -63,7 +63,7 @@ class ITI(Method, name="iti", paper=PAPER, reconstruction=FILLED):
             raise InputError(f"{self.name}: budget=1.0 leaves the model as it is, and second={self.second}; use 'text-relevance'")
         self.before_decoder(), self.inside_decoder()  # raise what they have to say of the fields now
 
-    def before_decoder(self) -> TokenReducer:
+    def before_decoder(self) -> FrontReducer:
         return InflectionCut(
             budget=self.budget,
             similarity=self.similarity,

@@ -58,6 +58,8 @@ class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.
     min_tokens : at least so many tokens are chosen, also where attention has no outliers at all.
     """
 
+    reads_cls = True
+
     score_layer: EncoderLayer = "last"
     key_layer: EncoderLayer = "last"
     attn_mode: Heads = "per_head_mean"
@@ -102,7 +104,7 @@ class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.
         index, valid = take_in_order(order_keys(scores, first, choice.kept), choice.most)
         if not self.merge:
             return Reduction(index, valid if budget is None else None, None, scores, choice.fence)
-        similar = similarity(tokens.taps[self.key_layer].keys[:, 1:], index, self.similarity)
+        similar = similarity(tokens.taps[self.key_layer].patch_keys, index, self.similarity)
         pool = ~choice.kept if self.neighbour_pool == "pruned" else torch.ones_like(choice.kept)
         weights = neighbour_weights(similar, scores, index, pool, self.merging(choice).gather(1, index), self.k, self.include_self)
         weights = normalised(weights) if self.normalise_weights else weights

@@ -18,9 +18,11 @@ Heads = Literal["per_head_mean", "fused"]
 def cls_attention(tap: EncoderTap, heads: Heads = "per_head_mean") -> Tensor:
     """Attention of [CLS] to the patches, at O(N): only this row of the attention matrix is computed.
 
+    Where the encoder has no [CLS], the mean attention that each patch receives stands for it (``received_attention``).
+
     Parameters
     ----------
-    tap : query [B, C] and keys [B, 1 + N, C] of one encoder layer.
+    tap : queries and keys of one encoder layer.
     heads : "per_head_mean" is the encoder's own attention, averaged over its heads; "fused" takes all channels as one head
         with scale ``C ** -0.5``, as the code released with PruMerge does.
 
@@ -28,14 +30,44 @@ def cls_attention(tap: EncoderTap, heads: Heads = "per_head_mean") -> Tensor:
     -------
     [B, N] float32; with the weight of [CLS] itself, which is left out, each row sums to 1.
     """
-    tap = tap.float()
-    batch, length, channels = tap.keys.shape
-    number = tap.heads if heads == "per_head_mean" else 1
-    width = channels // number
-    query = tap.query.view(batch, number, 1, width)
-    keys = tap.keys.view(batch, length, number, width).transpose(1, 2)
-    logits = (query @ keys.transpose(2, 3)) * width**-0.5
-    return logits.softmax(-1).mean(1)[:, 0, 1:]
+    if tap.query is None:
+        return received_attention(tap, heads)
+    return cls_attention_by_head(tap, heads).mean(1)
+
+
+def cls_attention_by_head(tap: EncoderTap, heads: Heads = "per_head_mean") -> Tensor:
+    """[B, H, N] float32 attention of [CLS] to the patches in each head."""
+    if tap.query is None:
+        raise FoveateError("the encoder has no [CLS] token. This is a fault of the method.")
+    products = _by_head(tap.query[:, None], tap, heads) @ _by_head(tap.keys, tap, heads).transpose(2, 3)
+    return _softmax(products, tap)[:, :, 0, 1:]
+
+
+@torch.no_grad()
+def received_attention(tap: EncoderTap, heads: Heads = "per_head_mean", *, cls_looks: bool = False, block: int = 64) -> Tensor:
+    """[B, N] float32 attention that each patch receives, averaged over heads and over the patches that look, with ``cls_looks``
+    [CLS] among them. Computed for ``block`` queries at a time: O(N) memory.
+    """
+    if tap.queries is None:
+        raise FoveateError("the queries of the encoder layer were not recorded. This is a fault of the engine.")
+    first = 0 if cls_looks else tap.lead
+    queries, keys = _by_head(tap.queries[:, first:], tap, heads), _by_head(tap.keys, tap, heads).transpose(2, 3).contiguous()
+    real = torch.ones_like(queries[:, :1, :, 0]) if tap.bias is None else torch.isfinite(tap.bias[:, None, first:]).float()
+    total = torch.zeros_like(keys[:, :, 0])
+    for rows, looks in zip(queries.split(block, 2), real.split(block, 2), strict=True):
+        total += (looks[:, :, None] @ _softmax(rows @ keys, tap))[:, :, 0]
+    return total.mean(1)[:, tap.lead :] / real.sum(2)
+
+
+def _by_head(channels: Tensor, tap: EncoderTap, heads: Heads) -> Tensor:
+    """[B, R, C] -> [B, H, R, d] float32."""
+    return channels.float().unflatten(-1, (tap.heads if heads == "per_head_mean" else 1, -1)).transpose(1, 2)
+
+
+def _softmax(products: Tensor, tap: EncoderTap) -> Tensor:
+    """[B, H, R, L + N] attention from products of queries and keys."""
+    logits = products * (tap.keys.shape[-1] // products.shape[1]) ** -0.5
+    return (logits if tap.bias is None else logits + tap.bias.float()[:, None, None]).softmax(-1)
 
 
 def prompt_attention(tokens: PromptTokens, rows: Tensor) -> Tensor:
@@ -72,10 +104,15 @@ def _weights(tap: DecoderTap, query: Tensor, keys: Tensor, rows: Tensor, tempera
 
 
 def cls_likeness(tap: EncoderTap, kind: Literal["cosine", "dot"]) -> Tensor:
-    """[B, N] float32 likeness of what a layer put out for [CLS] and for the patches."""
+    """[B, N] float32 likeness of what a layer put out for [CLS] and for the patches.
+
+    Where the encoder has no [CLS], the mean of the patches stands for it.
+    """
     if tap.states is None:
         raise FoveateError("the encoder layer has no output recorded. This is a fault of the engine.")
     states = tap.states.float()
+    if tap.query is None:
+        states = torch.cat([states.mean(1, keepdim=True), states], 1)
     if kind == "cosine":
         states = states / states.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     return (states[:, 1:] @ states[:, 0, :, None])[..., 0]

@@ -89,6 +89,13 @@ def uniform_lattice(rows: int, columns: int, count: int) -> Tensor:
     return torch.tensor(middles, dtype=torch.long)
 
 
+def grid_middles(rows: int, columns: int, r: int, c: int) -> Tensor:
+    """[r * c] the cells of a grid in the middle of each of ``r`` x ``c`` even parts, in raster order (on the CPU)."""
+    row = (2 * torch.arange(r) + 1) * rows // (2 * r)
+    column = (2 * torch.arange(c) + 1) * columns // (2 * c)
+    return (row[:, None] * columns + column).flatten()
+
+
 def uniform_stride(tokens: int, count: int) -> Tensor:
     """``count`` distinct raster indices at equal distances along the flattened grid, the first one 0 (on the CPU)."""
     return torch.arange(count) * tokens // max(1, count)
@@ -161,3 +168,54 @@ def _stage_ratio(share: float, cuts: tuple[int, ...], layers: int) -> float:
         more = sum(length * middle**stage for stage, length in enumerate(runs)) < share
         low, high = (middle, high) if more else (low, middle)
     return high
+
+
+@torch.no_grad()
+def cosines(features: Tensor, block: int = 384) -> Tensor:
+    """[B, N, N] float32 cosine similarity of the tokens of each image; a token of zeros is like no other.
+
+    Only the upper half is computed, ``block`` rows at a time. [B, N, C] -> [B, N, N].
+    """
+    number = features.shape[1]
+    vectors = features.float()
+    similar = vectors.new_empty(len(vectors), number, number)
+    for first in range(0, number, block):
+        rows = vectors[:, first : first + block] @ vectors[:, first:].transpose(1, 2)
+        similar[:, first : first + block, first:] = rows
+        similar[:, first:, first : first + block] = rows.transpose(1, 2)
+    scale = similar.diagonal(dim1=1, dim2=2).clamp(min=1e-24).rsqrt()
+    return similar.mul_(scale[:, None]).mul_(scale[..., None])
+
+
+def rows_of(matrices: Tensor, index: Tensor) -> Tensor:
+    """[B, R, N] the rows at ``index`` [B, R] of matrices [B, M, N]: ``gather``, at the speed of a copy."""
+    batch, rows, width = matrices.shape
+    flat = index + rows * torch.arange(batch, device=index.device)[:, None]
+    return matrices.flatten(0, 1).index_select(0, flat.flatten()).view(*index.shape, width)
+
+
+@torch.no_grad()
+def farthest_first(similar: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Greedy max-min diversity: each token is the one least similar to its most similar token chosen so far.
+
+    The first is the one whose most similar other token is least similar. Ties go to the earlier token.
+
+    Parameters
+    ----------
+    similar : [B, N, N]; its diagonal is overwritten.
+    count : how many to choose.
+
+    Returns
+    -------
+    [B, count] in the order they were chosen, and [B, N] how similar each token is to its most similar other one.
+    """
+    similar.diagonal(dim1=1, dim2=2).fill_(-1.0)
+    alone = nearest = similar.amax(-1)
+    taken, order = torch.zeros_like(nearest, dtype=torch.bool), []
+    for step in range(count):
+        best = nearest.masked_fill(taken, float("inf")).argmin(-1, keepdim=True)
+        taken = taken.scatter(1, best, True)
+        row = rows_of(similar, best)[:, 0]
+        nearest = row if step == 0 else torch.maximum(nearest, row)
+        order.append(best)
+    return torch.cat(order, 1), alone

@@ -24,6 +24,8 @@ class VTCCls(TokenReducer, name="vtc-cls", paper="https://arxiv.org/abs/2412.058
     layers : how many encoder layers vote; None = those of the last third, without the last one: 7 of 24, as in the code.
     """
 
+    reads_cls = True
+
     layers: int | None = None
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -25,12 +25,14 @@ from rich.table import Table
 from torch import Tensor
 
 from ..engine.families import Anatomy, anatomy
+from ..engine.front import check_front, encode_and_reduce
 from ..engine.vision import Encoded, encode, reduce, unchanged
-from ..methods.base import TokenReducer, get
+from ..errors import InputError
+from ..methods.base import FrontReducer, TokenReducer, get
 from ..methods.prumerge import PruMerge
 from ..methods.scoring import cls_attention
 from ..report import Clock
-from ..tokens import EncoderLayer
+from ..tokens import resolve_budget
 from . import load_pocket
 from .answers import text_states
 from .batches import IGNORE, collate_text, normalise, text_rows
@@ -38,7 +40,6 @@ from .questions import FAMILIES, Question, exam
 from .scenes import LEVELS, Scene, draw_scene
 
 BUDGETS = (16, 36, 64, 144, 288)
-LAYERS: tuple[EncoderLayer, ...] = ("last", "aligned")
 SEED = 2403
 Variant = tuple[str, str, dict[str, Any]]  # shown name, registered name, fields
 ADAPTIVE: tuple[Variant, ...] = (
@@ -96,38 +97,65 @@ class Result:
 
 
 class Evaluator:
-    """Encodes the pictures of a test set once, and answers all questions for any method."""
+    """Encodes the pictures of a test set once, and answers all questions for any method that acts before the decoder."""
 
     def __init__(self, model: Any, data: TestSet, chunk: int = 12) -> None:
         self.model, self.data, self.chunk = model, data, chunk
         self.parts: Anatomy = anatomy(model)
+        self.depth = len(self.parts.layers)
         self.clock = Clock(model.device)
-        self.encoded: list[Encoded] = []
+        self.encoded: list[Encoded] = []  # with the taps of all layers, by index
         self.text: list[dict[str, Tensor]] = []
         with torch.no_grad():
             for part in data.chunks(chunk):
-                pixels = normalise([scene.image for scene in data.scenes[part]]).to(model.device, model.dtype)
-                self.encoded.append(encode(self.parts, LAYERS, {"pixel_values": pixels}, project=True))
+                images = {"pixel_values": self.pixels(part)}
+                encoded = encode(self.parts, tuple(range(self.depth)), images, project=True)
+                # the query of [CLS] alone, and not with it those of all patches
+                taps = {i: tap if tap.query is None else replace(tap, query=tap.query.clone()) for i, tap in encoded.taps.items()}
+                self.encoded.append(replace(encoded, taps=taps))
                 rows = collate_text([text_rows(asked) for asked in data.questions[part]])
                 self.text.append({name: value.to(model.device) for name, value in rows.items()})
 
+    def pixels(self, part: slice) -> Tensor:
+        """The pictures of a chunk."""
+        return normalise([scene.image for scene in self.data.scenes[part]]).to(self.model.device, self.model.dtype)
+
     @torch.no_grad()
-    def run(self, method: TokenReducer | None, *, wrong_picture: bool = False) -> Result:
+    def run(self, method: FrontReducer | None, *, wrong_picture: bool = False) -> Result:
         """Answer everything with the tokens a method leaves; None = all of them.
 
         With ``wrong_picture`` each question is asked about another picture of the chunk: what remains is what can be guessed.
+
+        Raises
+        ------
+        InputError : the method reads the question, and all questions of a picture share one reduction here.
         """
+        if method is not None:
+            if method.reads_question:
+                raise InputError(
+                    f"{method.name} reads the question, and here all questions of a picture share its tokens. Use Asker."
+                )
+            check_front(self.parts, method)
         right, tokens = [], []
-        for encoded, text in zip(self.encoded, self.text, strict=True):
-            if method is None:
-                embeds = unchanged(encoded, list(encoded.output.pooler_output)).embeds
-            else:
-                embeds = reduce(self.parts, method, encoded, self.clock).embeds
+        for part, encoded, text in zip(self.data.chunks(self.chunk), self.encoded, self.text, strict=True):
+            embeds = self.reduced(method, encoded, part)
             if wrong_picture:
                 embeds = embeds[1:] + embeds[:1]
             tokens += [len(visual) for visual in embeds]
             right += self.answers(embeds, text)
         return Result(np.array(right, bool), tokens)
+
+    def reduced(self, method: FrontReducer | None, encoded: Encoded, part: slice) -> list[Tensor]:
+        """Per picture of a chunk the tokens that a method leaves; pictures are encoded anew only where it acts before their end."""
+        number = encoded.cells.shape[1]
+        if method is None or resolve_budget(method.budget, number) == number:
+            return unchanged(encoded, list(encoded.output.pooler_output)).embeds
+        if not isinstance(method, TokenReducer) or method.picture(encoded.grid) is not None:
+            return encode_and_reduce(self.parts, method, {"pixel_values": self.pixels(part)}, self.clock).embeds
+        named = {"last": self.depth - 1, "aligned": self.parts.feature_layer()}
+        asked = {name: named[name] if isinstance(name, str) else name % self.depth for name in method.encoder_layers(self.depth)}
+        taps = {name: encoded.taps[index] for name, index in asked.items()}
+        return reduce(self.parts, method, replace(encoded, taps=taps), self.clock).embeds
 
     def answers(self, embeds: list[Tensor], text: dict[str, Tensor]) -> list[bool]:
         """Per question of a chunk whether every token of the answer, its end included, is the most likely one."""
@@ -160,7 +188,7 @@ class Scores:
         drawn = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=resamples)
         return cls(data.column(lambda _, q: q.family), data.column(lambda i, _: i), drawn)
 
-    def per_family(self, right: NDArray[np.bool_]) -> dict[str, float]:
+    def per_family(self, right: NDArray[Any]) -> dict[str, float]:
         return {f: float(right[self.families == f].mean()) for f in FAMILIES if (self.families == f).any()}
 
     def interval(self, values: NDArray[Any]) -> tuple[float, float, float]:
@@ -168,13 +196,14 @@ class Scores:
         number = self.resamples.shape[1]
         totals = np.bincount(self.scene, values.astype(float), minlength=number)
         counts = np.bincount(self.scene, minlength=number)
-        means = (self.resamples @ totals) / (self.resamples @ counts)
+        asked = self.resamples @ counts
+        means = (self.resamples @ totals)[asked > 0] / asked[asked > 0]
         low, high = np.quantile(means, [0.025, 0.975])
         return float(values.mean()), float(low), float(high)
 
-    def difference(self, a: NDArray[np.bool_], b: NDArray[np.bool_]) -> tuple[float, float, float]:
+    def difference(self, a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float, float]:
         """Accuracy of a minus accuracy of b on the same questions, with its paired 95 % interval."""
-        return self.interval(a.astype(int) - b.astype(int))
+        return self.interval(a.astype(float) - b.astype(float))
 
 
 def majority(data: TestSet) -> dict[str, float]:
@@ -193,7 +222,7 @@ def attention_facts(evaluator: Evaluator) -> dict[str, Any]:
     reducer = PruMerge()
     counts, scores = [], []
     for encoded in evaluator.encoded:
-        scores.append(cls_attention(encoded.taps["last"], reducer.attn_mode))
+        scores.append(cls_attention(encoded.taps[evaluator.depth - 1], reducer.attn_mode))
         counts += reducer.outliers(scores[-1])[0].tolist()
     share = torch.cat(scores)
     share = share / share.sum(-1, keepdim=True)

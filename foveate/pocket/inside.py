@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -28,15 +27,15 @@ from torch import Tensor
 from ..methods.base import Compose, Method, get
 from . import load_pocket
 from .batches import normalise
-from .evaluate import SEED, Evaluator, Result, Scores, TestSet
+from .evaluate import SEED, Evaluator, Scores, TestSet
 from .questions import Question
-from .scenes import PATCH
 from .vocabulary import EOS, PAD, encode
 
 LONGEST = 5  # tokens of an answer, its end included
 SHARES = (0.125, 0.25, 0.5)
 COMPARED = ("spatial", "random")  # run beside every setting
 BESIDE = (*COMPARED, "pool", "vtc-cls", "fastervlm", "inflection", "aim-merge", "prumerge+")  # before the projector
+RESIZED = (64, 144, 289)  # squares
 
 
 @dataclass(frozen=True)
@@ -120,21 +119,6 @@ class Asker:
         }
 
 
-def resized(evaluator: Evaluator, side: int) -> Result:
-    """Pictures shrunk to ``side`` x ``side`` patches before the encoder, whose position embeddings are interpolated."""
-    right, tokens = [], []
-    chunks = evaluator.data.chunks(evaluator.chunk)
-    for part, text in zip(chunks, evaluator.text, strict=True):
-        size = (side * PATCH, side * PATCH)
-        small = [np.asarray(Image.fromarray(s.image).resize(size, Image.Resampling.BICUBIC)) for s in evaluator.data.scenes[part]]
-        pixels = normalise(small).to(evaluator.model.device, evaluator.model.dtype)
-        with torch.no_grad():
-            features = evaluator.model.get_image_features(pixels, interpolate_pos_encoding=True, return_dict=True).pooler_output
-            right += evaluator.answers(list(features), text)
-        tokens += [side * side] * len(pixels)
-    return Result(np.array(right, bool), tokens)
-
-
 def nearby(mean: float) -> int:
     """The count at which baselines are run beside a mean over layers: the nearest multiple of 12."""
     return max(12, 12 * round(mean / 12))
@@ -164,9 +148,10 @@ def measure(asker: Asker, plan: Path | None, store: Path, console: Console) -> d
             if f"{name}@{count}" not in held:
                 result = evaluator.run(get(name, budget=count).before_decoder())
                 keep(f"{name}@{count}", result.right[picked].astype(int).tolist())
-    for side in (8, 12, 17):
-        if f"resize@{side * side}" not in held:
-            keep(f"resize@{side * side}", resized(evaluator, side).right[picked].astype(int).tolist())
+    for count in RESIZED:
+        if f"resize@{count}" not in held:
+            result = evaluator.run(get("resize", budget=count).before_decoder())
+            keep(f"resize@{count}", result.right[picked].astype(int).tolist())
     if "all" not in held:
         keep("all", evaluator.run(None).right[picked].astype(int).tolist())
     return {"rows": used, "held": held}

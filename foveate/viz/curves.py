@@ -19,6 +19,11 @@ STYLES = {
     "pool": ("#8e44ad", "D", "--"),
 }
 
+COLORS = ("#c0392b", "#1f5fbf", "#27ae60", "#8e44ad", "#e67e22", "#16a2b8")  # as many methods as one panel shows
+MARKERS = ("o", "s", "^", "D", "v", "P")
+TICKS = (4, 8, 16, 36, 64, 100, 144, 200, 288, 400, 576)
+GREY: dict[str, tuple[str, Any]] = {"random": ("x", "--"), "spatial": ("^", "-."), "resize": ("s", ":")}
+
 
 def save_accuracy_curves(report: dict[str, Any], path: str | Path) -> None:
     """Draw the rows of an evaluation: one line per method over its budgets, stars for adaptive rules, bands for 95 % intervals.
@@ -51,6 +56,72 @@ def save_accuracy_curves(report: dict[str, Any], path: str | Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def save_comparison(report: dict[str, Any], path: str | Path) -> None:
+    """Draw a report of ``foveate compare``: accuracy against mean tokens over decoder layers.
+
+    One line per method with its 95 % interval, a star for a rule of its own. One panel per kind, or several where a kind has many
+    methods; baselines are in each.
+
+    Raises
+    ------
+    MissingExtraError : matplotlib is not installed.
+    """
+    kinds = dict.fromkeys(row["kind"] for row in report["rows"] if row["kind"] != "baseline")
+    panels = []
+    for kind in sorted(kinds, key=("inside the encoder", "before the projector", "inside the decoder").index):
+        names = list(dict.fromkeys(row["method"] for row in report["rows"] if row["kind"] == kind))
+        parts = -(-len(names) // len(COLORS))
+        size = -(-len(names) // parts)
+        panels += [(kind + (f", {i + 1} of {parts}" if parts > 1 else ""), names[i * size : (i + 1) * size]) for i in range(parts)]
+    panels = panels or [("baselines", [])]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, grid = _figure((5.4 * columns, 4.6 * rows), rows, columns)
+    every = [axes for line in grid for axes in line]
+    for axes, (title, names) in zip(every, panels, strict=False):
+        _panel(axes, report, names)
+        axes.set_title(title, fontsize=10)
+    for axes in every[len(panels) :]:
+        axes.set_axis_off()
+    for line in grid:
+        line[0].set_ylabel("answers right, %")
+    figure.supxlabel("visual tokens per image, mean over decoder layers (stars: the method's own rule)", fontsize=10)
+    figure.suptitle(f"pocket model, {report['questions']} questions about {report['scenes']} unseen scenes", fontsize=12)
+    figure.savefig(path, dpi=140)
+
+
+def _panel(axes: Any, report: dict[str, Any], names: Sequence[str]) -> None:
+    """The lines of some methods, with all tokens and the baselines behind them."""
+    whole = report["all"]
+    axes.axhspan(100 * whole["low"], 100 * whole["high"], color="black", alpha=0.08, linewidth=0)
+    axes.axhline(100 * whole["accuracy"], color="black", linewidth=1, label="all tokens")
+    baselines = dict.fromkeys(row["method"] for row in report["rows"] if row["kind"] == "baseline")
+    for name in baselines:
+        marker, dash = GREY.get(name, ("d", (0, (2, 2))))
+        points = sorted({(r["mean_tokens"], 100 * r["accuracy"]) for r in report["rows"] if r["method"] == name})
+        style: dict[str, Any] = {"marker": marker, "linestyle": dash, "markersize": 3, "linewidth": 1}
+        axes.plot([x for x, _ in points], [y for _, y in points], color="#8a8a8a", label=name, zorder=1, **style)
+    for name, color, marker in zip(names, COLORS, MARKERS, strict=False):
+        rows = sorted((r for r in report["rows"] if r["method"] == name and r["budget"]), key=lambda r: r["mean_tokens"])
+        tokens = [row["mean_tokens"] for row in rows]
+        axes.fill_between(
+            tokens, [100 * r["low"] for r in rows], [100 * r["high"] for r in rows], color=color, alpha=0.1, linewidth=0
+        )
+        line = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.5}
+        axes.plot(tokens, [100 * row["accuracy"] for row in rows], label=name, zorder=3, **line)
+        for row in report["rows"]:
+            if row["method"] == name and row["budget"] is None:
+                style = {"color": color, "markersize": 12, "markeredgecolor": "white", "zorder": 4}
+                axes.plot(row["mean_tokens"], 100 * row["accuracy"], "*", **style)
+    axes.set_xscale("log", base=2)
+    shown = [row["mean_tokens"] for row in report["rows"] if row["method"] in (names or baselines)]
+    axes.set_xticks(TICKS, [str(tick) for tick in TICKS], fontsize=8)
+    axes.set_xlim(0.85 * min(shown), 1.1 * TICKS[-1])
+    axes.set_ylim(min(100 * row["low"] for row in report["rows"]) - 2, 101)
+    axes.grid(alpha=0.2)
+    axes.legend(fontsize=7.5, loc="lower right", ncols=2, framealpha=0.85)
+
+
 def save_training_curve(log: Sequence[dict[str, Any]], path: str | Path, side: int = 24) -> None:
     """Draw the log of ``foveate.pocket.train``: accuracy of answers on whole pictures, per family, over the steps.
 
@@ -75,11 +146,11 @@ def save_training_curve(log: Sequence[dict[str, Any]], path: str | Path, side: i
     figure.savefig(path, dpi=120)
 
 
-def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure with one pair of axes."""
+def _figure(size: tuple[float, float], rows: int = 0, columns: int = 0) -> tuple[Any, Any]:
+    """A figure with one pair of axes, or with rows of them that share their scales."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("matplotlib", "viz") from error
     figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots()
+    return figure, figure.subplots(rows, columns, squeeze=False, sharey=True) if rows else figure.subplots()

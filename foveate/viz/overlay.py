@@ -142,7 +142,7 @@ def save_figure(
     shown = {label: view for name, report in reports.items() for label, view in panels_of(name, report).items()}
     steps = any(len(set(counts)) > 1 for counts in (layers or {}).values())
     panels = 1 + len(shown) + bool(scored) + steps
-    figure = Figure(figsize=(3.6 * panels, 4.1), layout="constrained")
+    figure = Figure(figsize=(3.6 * panels, 4.7), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     axes[0].imshow(picture.resize((480, 480 * picture.height // picture.width), Image.Resampling.NEAREST))
     axes[0].set_title("the picture")

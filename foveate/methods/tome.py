@@ -1,0 +1,72 @@
+"""ToMe: "Token Merging: Your ViT But Faster", Bolya et al., ICLR 2023 (arXiv 2210.09461)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..tokens import BlockTokens, Merge, resolve_budget
+from .base import EncoderReducer
+from .shrinking import even_plan, outputs_of, paired_plan
+
+
+@dataclass(kw_only=True)
+class ToMe(EncoderReducer, name="tome", paper="https://arxiv.org/abs/2210.09461", adaptive=False):
+    """In each encoder block the most similar pairs of patches become one, weighted by how many patches they stand for.
+
+    Patches at even places of the sequence (with [CLS] in front) look for the most similar one at an odd place, by the cosine of
+    their keys, averaged over heads; the best pairs merge. Attention then counts a token as often as it has patches
+    (proportional attention). The decoder gets raster order, by the odd token of each merged one; the official order mixes
+    both halves in every block (``order="encoder"``).
+
+    Parameters
+    ----------
+    budget : patches that leave the last block, exactly; the blocks merge as evenly as whole numbers allow (144 of 576 over 23
+        blocks: 18 merge 19 and 5 merge 18). None = ``r`` says how many.
+    r : pairs that each block merges, one number for all or one for each; never more than half of the patches (the official code).
+    layers : the blocks that merge; None = all that make the features. ``layers=(6, 12, 18), r=(432, 108, 27)`` is the variant of
+        Haurum et al. (arXiv 2308.04657) for a keep rate of 0.25, which leaves 288, 180 and 153.
+    proportional : whether attention counts sizes.
+    """
+
+    r: int | tuple[int, ...] = ()
+    layers: tuple[int, ...] | None = None
+    proportional: bool = True
+
+    def __post_init__(self) -> None:
+        self.pairs = self.check_per_block("r", least=0)
+        super().__post_init__()
+        self.check_layers()
+
+    def needs_budget(self) -> bool:
+        return not self.pairs
+
+    def counts_sizes(self) -> bool:
+        return self.proportional
+
+    def plan(self, depth: int, patches: int) -> dict[int, int]:
+        blocks = list(range(depth)) if self.layers is None else list(self.layers)
+        goal = resolve_budget(self.budget, patches)
+        if goal is not None:
+            return even_plan(self.name, patches, goal, blocks, at_most_half=True)
+        return paired_plan(patches, self.for_each_block("r", self.pairs, blocks), blocks)
+
+    def shrink(self, tokens: BlockTokens) -> Merge:
+        tap, number = tokens.tap, tokens.valid.shape[1]
+        metric = tap.patch_keys.float().unflatten(-1, (tap.heads, -1)).mean(2)
+        first, other = tap.lead % 2, 1 - tap.lead % 2  # [CLS] is the first of the even ones
+        looking, into = (torch.arange(begin, number, 2, device=metric.device) for begin in (first, other))
+        unit = F.normalize(metric, dim=-1)
+        best = (unit[:, first::2] @ unit[:, other::2].transpose(1, 2)).max(-1)
+        ranked = best.values.argsort(dim=-1, descending=True, stable=True)
+        pairs = number - tokens.goal
+        staying = ranked[:, pairs:].sort(dim=-1).values  # what does not merge, in order, in front of the other half
+        index = torch.cat([looking[staying], into.expand(len(metric), -1)], 1)
+        owner = outputs_of(index, number, 0)
+        merged = ranked[:, :pairs]
+        target = tokens.goal - len(into) + best.indices.gather(1, merged)
+        owner = owner.scatter(1, looking[merged], target)
+        total = torch.zeros(len(metric), tokens.goal, device=metric.device).scatter_add(1, owner, tokens.sizes)
+        return Merge(index, owner, tokens.sizes / total.gather(1, owner))
