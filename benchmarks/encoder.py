@@ -20,7 +20,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 import foveate
 from benchmarks.common import interleaved, ratio, save, summary
 from foveate.analysis.flops import encoder_flops
-from foveate.engine.families import anatomy
+from foveate.engine.anatomy import anatomy
 from foveate.engine.front import encode_and_reduce
 from foveate.report import Clock
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engine.families import innermost
+from .engine.anatomy import innermost
+from .engine.positions import Positions
 from .engine.prompt import filler, original_positions
 from .engine.seams import PER_TOKEN_INPUTS, has_pixels
 from .engine.session import Session
@@ -58,7 +59,7 @@ class Encoded:
     ----------
     embeds : per image, visual tokens [m_i, D] in the space of the decoder.
     reduction : which tokens stayed, for all images.
-    inputs : the short prompt: ``input_ids``, ``attention_mask`` and ``position_ids`` [B, T'].
+    inputs : the short prompt: ``input_ids``, ``attention_mask`` and ``position_ids`` [B, T'] (with M-RoPE [4, B, T']).
     report : as ``session.report``.
     """
 
@@ -90,14 +91,16 @@ def encode(model: Any, method: str | Method, **inputs: Any) -> Encoded:
     if ids is None or not has_pixels(inputs):
         raise InputError("encode needs input_ids and pixel_values: pass what the processor returned for text and images")
     mask = torch.ones_like(ids) if mask is None else mask
+    numbered = Positions(parts, session.front.positions == "compact")
+    numbered.of_prompt(ids, mask, 0, inputs)
     report = session.new_report()
     short = shorten_prompt(parts, session.method, ids, mask, inputs, report, pad_left=bool((mask[:, 0] == 0).any()))
-    positions = original_positions(mask.bool())
     if short.layout is not None:
-        short_mask = short.layout.take(mask, 0)
-        original = session.front.positions == "original"
-        positions = short.layout.take(positions, 0) if original else original_positions(short_mask.bool())
-        ids, mask = short.layout.take(ids, filler(ids, mask, parts.image_token)), short_mask
+        fill = filler(ids, mask, parts.visual(ids))
+        numbered.follow(short.layout, mask, inputs)
+        ids, mask = short.layout.take(ids, fill), inputs["attention_mask"]
+    positions = inputs.get("position_ids")
+    positions = original_positions(mask.bool()) if positions is None else positions
     if session.method.inside_decoder():
         report.warnings.append(f"{session.method.name} also acts inside the decoder; encode does not run it")
     prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}

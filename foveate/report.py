@@ -88,8 +88,31 @@ class StageReport:
 
 
 @dataclass(frozen=True)
+class Item:
+    """A picture or video: one run of placeholders in a prompt.
+
+    Attributes
+    ----------
+    row : its prompt in the batch.
+    modality : "image" or "video".
+    before : placeholders.
+    kept : [m] those that stay, in the order of the features.
+    part, cell : [m] the grid (picture, tile or frame) that each of them belongs to, and its cell there; -1 = none, as a newline.
+    grids : rows and columns of each grid.
+    """
+
+    row: int
+    modality: str
+    before: int
+    kept: Tensor
+    part: Tensor
+    cell: Tensor
+    grids: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class ImageReport:
-    """One image.
+    """One grid of visual tokens: a picture, a tile of one, or a frame of a video.
 
     Attributes
     ----------
@@ -101,6 +124,8 @@ class ImageReport:
     scores : [rows * columns] importance, where the method has one.
     threshold : the score from which tokens were kept, where the method has such a value.
     stages : what was left of it from a decoder layer on, for each cut inside the decoder.
+    item, part : the picture or video it belongs to, and its number within that.
+    modality : "image" or "video".
     """
 
     row: int
@@ -112,6 +137,9 @@ class ImageReport:
     scores: list[float] | None
     threshold: float | None
     stages: list[StageReport] = field(default_factory=list)
+    item: int = 0
+    part: int = 0
+    modality: str = "image"
 
 
 @dataclass
@@ -119,21 +147,23 @@ class Report:
     """What the last call did; ``str(report)`` is a summary, ``to_dict()`` is JSON-able.
 
     Tensors stay on the device until somebody asks for ``images``.
+
+    Attributes
+    ----------
+    items : pictures and videos in the order of the prompts.
+    reduction : of all their grids, in the same order.
     """
 
     method: dict[str, Any]
     decoder_layers: int
     clock: Clock
-    rows: list[int] = field(default_factory=list)
-    before: list[int] = field(default_factory=list)
-    after: list[int] = field(default_factory=list)
-    grid: tuple[int, int] = (0, 0)
+    items: list[Item] = field(default_factory=list)
     reduction: Reduction | None = None
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     cuts: list[CutRecord] = field(default_factory=list)
     placeholders: Tensor | None = None  # [B, S] image of its row that each column of the prompt belongs to, -1 = none
-    encoder_counts: list[Tensor] = field(default_factory=list)  # per encoder layer [images]
+    encoder_counts: list[Tensor] = field(default_factory=list)  # per encoder layer [grids]
     copies: int = 1  # rows of the decoder for each row of the prompt (beams)
 
     def begin(self, placeholders: Tensor, copies: int) -> None:
@@ -141,40 +171,69 @@ class Report:
         self.cuts, self.placeholders, self.copies = [], placeholders, copies
 
     @property
+    def rows(self) -> list[int]:
+        """The prompt of each picture or video."""
+        return [item.row for item in self.items]
+
+    @property
+    def before(self) -> list[int]:
+        """Visual tokens of each picture or video."""
+        return [item.before for item in self.items]
+
+    @property
+    def after(self) -> list[int]:
+        """Visual tokens that are left of each picture or video, before the decoder."""
+        return [len(item.kept) for item in self.items]
+
+    @property
+    def kept(self) -> list[list[int]]:
+        """The placeholders of each picture or video that stay, in the order of its features."""
+        return [item.kept.tolist() for item in self.items]
+
+    @property
     def images(self) -> list[ImageReport]:
-        """One entry per image, in the order of the prompts."""
+        """One entry per picture, tile or frame, in the order of the prompts."""
         reduction = self.reduction
         if reduction is None:
             return []
-        cells = self.grid[0] * self.grid[1]
-        sources, valid = reduction.source_map(cells).tolist(), reduction.mask()
-        return [
-            ImageReport(
-                row=row,
-                before=self.before[i],
-                after=self.after[i],
-                grid=self.grid,
-                kept=reduction.index[i][valid[i]].tolist(),
-                source=_renumbered(sources[i], valid[i]),
-                scores=None if reduction.scores is None else reduction.scores[i].tolist(),
-                threshold=None if reduction.threshold is None else float(reduction.threshold[i]),
-                stages=[self._stage(cut, row, self.rows[:i].count(row), reduction.index[i][valid[i]]) for cut in self.cuts],
+        grids = [(i, part, grid) for i, item in enumerate(self.items) for part, grid in enumerate(item.grids)]
+        sources, valid = reduction.source_map(max(r * c for *_, (r, c) in grids)).tolist(), reduction.mask()
+        found = []
+        for n, (i, part, grid) in enumerate(grids):
+            item, cells = self.items[i], grid[0] * grid[1]
+            single, kept = len(item.grids) == 1, reduction.index[n][valid[n]]
+            found.append(
+                ImageReport(
+                    row=item.row,
+                    before=item.before if single else cells,
+                    after=len(item.kept) if single else len(kept),
+                    grid=grid,
+                    kept=kept.tolist(),
+                    source=_renumbered(sources[n][:cells], valid[n]),
+                    scores=None if reduction.scores is None else reduction.scores[n][:cells].tolist(),
+                    threshold=None if reduction.threshold is None else float(reduction.threshold[n]),
+                    stages=[self._stage(cut, i, part) for cut in self.cuts],
+                    item=i,
+                    part=part,
+                    modality=item.modality,
+                )
             )
-            for i, row in enumerate(self.rows)
-        ]
+        return found
 
-    def _stage(self, cut: CutRecord, row: int, number: int, cells: Tensor) -> StageReport:
-        """What one cut left of the image of that ``number`` in a row, whose tokens sit at ``cells``."""
+    def _stage(self, cut: CutRecord, number: int, part: int) -> StageReport:
+        """What one cut left of one grid of an item."""
+        item = self.items[number]
+        mine, cells = item.part == part, item.cell.tolist()
         if self.placeholders is None:
-            return StageReport(cut.layer, cells.tolist(), None)
-        places = (self.placeholders[row] == number).nonzero().flatten().tolist()
-        lead = len(places) - len(cells)  # tokens in front of the grid, such as [CLS], have no cell
-        cell = dict(zip(places[lead:], cells.tolist(), strict=True))
-        line, scores = row * self.copies, None
-        left = cut.column[line][cut.image[line] == number].tolist()
+            return StageReport(cut.layer, item.cell[mine].tolist(), None)
+        of_row = self.rows[:number].count(item.row)  # number of the item in its row
+        places = (self.placeholders[item.row] == of_row).nonzero().flatten().tolist()
+        cell = {place: cells[i] for i, place in enumerate(places) if bool(mine[i])}
+        line, scores = item.row * self.copies, None
+        left = cut.column[line][cut.image[line] == of_row].tolist()
         if cut.scores is not None:
-            mine = cut.seen_image[line] == number
-            pairs = zip(cut.seen_column[line][mine].tolist(), cut.scores[line][mine].tolist(), strict=True)
+            seen = cut.seen_image[line] == of_row
+            pairs = zip(cut.seen_column[line][seen].tolist(), cut.scores[line][seen].tolist(), strict=True)
             scores = {cell[column]: score for column, score in pairs if column in cell}
         return StageReport(cut.layer, [cell[column] for column in left if column in cell], scores)
 

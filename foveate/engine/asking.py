@@ -12,20 +12,19 @@ from transformers import AutoModel, AutoTokenizer
 
 from ..errors import InputError, first_line
 from ..tokens import Question
-from .families import Anatomy
+from .anatomy import Anatomy
 
-Asking = Callable[[Tensor, Tensor], Question]  # features [B, N, C] and projected [B, N, D] -> the question
+Asking = Callable[[Tensor, Tensor, list[int]], Question]  # features [B, N, C], projected [B, N, D], their prompts -> the question
 
 
-def question_tokens(ids: Tensor, real: Tensor, image_token: int, special: tuple[int, ...]) -> Tensor:
+def question_tokens(ids: Tensor, real: Tensor, visual: Tensor, special: tuple[int, ...]) -> Tensor:
     """[B, S] bool, text behind the first visual token of its row, without special tokens; all text where none is behind."""
-    visual = real & (ids == image_token)
-    text = real & (ids != image_token) & ~torch.isin(ids, torch.tensor(special, device=ids.device, dtype=ids.dtype))
-    behind = text & (visual.long().cumsum(1) > 0)
+    text = real & ~visual & ~torch.isin(ids, torch.tensor(special, device=ids.device, dtype=ids.dtype))
+    behind = text & ((real & visual).long().cumsum(1) > 0)
     return torch.where(behind.any(1, keepdim=True), behind, text)
 
 
-def asking(parts: Anatomy, text_tower: str | None, ids: Tensor, asked: Tensor, rows: list[int]) -> Asking:
+def asking(parts: Anatomy, text_tower: str | None, ids: Tensor, asked: Tensor) -> Asking:
     """How a method gets its question.
 
     Parameters
@@ -33,13 +32,10 @@ def asking(parts: Anatomy, text_tower: str | None, ids: Tensor, asked: Tensor, r
     parts : where the parts of the model are.
     text_tower : Hub id or folder of the CLIP model whose text encoder reads it; None = the decoder's own input embeddings.
     ids, asked : [B, S] tokens of the prompts, and which of them are the question (``question_tokens``).
-    rows : the prompt of each placeholder; every image has the same number of them.
     """
 
     @torch.no_grad()
-    def read(features: Tensor, projected: Tensor) -> Question:
-        images = len(features)
-        prompts = [rows[i * len(rows) // images] if rows else 0 for i in range(images)]
+    def read(features: Tensor, projected: Tensor, prompts: list[int]) -> Question:
         if text_tower is not None:
             clip = ClipText.load(text_tower)
             texts = clip.texts(parts.model, [row[some] for row, some in zip(ids, asked, strict=True)])

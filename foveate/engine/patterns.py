@@ -153,11 +153,10 @@ def _neighbours(run: Prefill, layer: int, stage: Stage | None, hidden: Tensor, w
     base = run.mask_of(columns, number, plain=False, window=run.window(layer), hidden=hidden)
     if base is None:
         return None
-    cell = run.prompt.cell if stage is None else take(run.prompt.cell, stage.index)
-    row, column = (part.to(device) for part in (cell // run.prompt.grid[1], cell % run.prompt.grid[1]))
+    grid, row, column = (part.to(device) if stage is None else take(part, stage.index).to(device) for part in run.prompt.cell)
     reach = (window - 1) // 2
     near = ((row[:, :, None] - row[:, None]).abs() <= reach) & ((column[:, :, None] - column[:, None]).abs() <= reach)
-    near = near & (image[:, :, None] == image[:, None])
+    near = near & (image[:, :, None] == image[:, None]) & (grid[:, :, None] == grid[:, None])
     pairs = (image >= 0)[:, :, None] & (image >= 0)[:, None]
     past = columns.shape[1] - number
     near, pairs = (F.pad(part, (past, 0))[:, None] for part in (near, pairs))

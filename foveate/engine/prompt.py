@@ -41,9 +41,10 @@ class Layout:
         return self.length - self.gather.shape[1]
 
     def take(self, values: Tensor, fill: int | Tensor) -> Tensor:
-        """[B, T] values of the full prompt -> [B, T'] of the short one."""
+        """[B, T] or [..., B, T] values of the full prompt -> [..., B, T'] of the short one."""
         index = self.gather.to(values.device)
-        taken = values.expand(len(index), -1).gather(1, index.clamp(min=0))
+        values = values.expand(*values.shape[:-2], len(index), values.shape[-1])
+        taken = values.gather(-1, index.clamp(min=0).expand(*values.shape[:-1], -1))
         return torch.where(index < 0, torch.as_tensor(fill, dtype=values.dtype, device=values.device), taken)
 
     def extended(self, columns: int) -> Layout:
@@ -90,13 +91,14 @@ def layout_past(cache: Any) -> int:
     return held if layout is None else held + layout.removed
 
 
-def image_rows(visual: Tensor, sizes: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Where the placeholders are, [placeholders, 2] as (row, column), and the row of each image.
+def image_rows(visual: Tensor, sizes: Sequence[int], what: str = "image") -> tuple[Tensor, list[tuple[int, int]]]:
+    """Where the placeholders are, [placeholders, 2] as (row, column), and row and first column of each image.
 
     Parameters
     ----------
     visual : [B, T] bool, which tokens are placeholders.
     sizes : placeholders that each image needs, in the order of the prompts.
+    what : "image" or "video".
 
     Raises
     ------
@@ -105,17 +107,23 @@ def image_rows(visual: Tensor, sizes: Sequence[int]) -> tuple[Tensor, list[int]]
     places = visual.nonzero()
     if len(places) != sum(sizes):
         raise InputError(
-            f"the prompts have {len(places)} image placeholders and the {len(sizes)} image(s) give {sum(sizes)} visual tokens. "
-            "Make text and images with the model's processor in one call, with one image tag for each image."
+            f"the prompts have {len(places)} {what} placeholders and the {len(sizes)} {what}(s) give {sum(sizes)} visual tokens. "
+            f"Make text and {what}s with the model's processor in one call, with one {what} tag for each {what}."
         )
     if not sizes:
         return places, []
     starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
     ends = starts + torch.tensor(sizes) - 1
-    first, last = (places[at.to(places.device), 0].tolist() for at in (starts, ends))
-    if first != last:
-        raise InputError("the placeholders of one image lie in two prompts. Check the number of image tags in each prompt.")
-    return places, first
+    first, last = (places[at.to(places.device)].tolist() for at in (starts, ends))
+    if any(a[0] != b[0] for a, b in zip(first, last, strict=True)):
+        raise InputError(f"the placeholders of one {what} lie in two prompts. Check the number of {what} tags in each prompt.")
+    return places, [(row, column) for row, column in first]
+
+
+def runs_of(visual: Tensor) -> list[int]:
+    """Lengths of the runs of placeholders [B, T] bool, row by row."""
+    edges = torch.nn.functional.pad(visual, (1, 1)).long().diff(dim=1)
+    return ((edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]).tolist()
 
 
 def shorten(
@@ -169,8 +177,9 @@ def original_positions(valid: Tensor) -> Tensor:
     return (valid.long().cumsum(1) - 1).clamp(min=0)
 
 
-def filler(ids: Tensor, mask: Tensor, image_token: int) -> Tensor:
+def filler(ids: Tensor, mask: Tensor, visual: Tensor) -> Tensor:
     """[B, 1] what to write into padding: the first text token of each row, so that penalties on tokens seen stay the same."""
-    text = mask.bool() & (ids != image_token)
+    text = mask.bool() & ~visual
     first = ids.gather(1, text.long().argmax(1, keepdim=True))
-    return torch.where(text.any(1, keepdim=True), first, 0 if image_token else 1)
+    spare = int(bool((ids[visual] == 0).any()))  # no placeholder
+    return torch.where(text.any(1, keepdim=True), first, spare)

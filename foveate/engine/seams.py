@@ -6,7 +6,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -43,18 +48,139 @@ def has_pixels(kwargs: dict[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in RAW_INPUTS)
 
 
-def encode_images(base: Any, kwargs: dict[str, Any], **options: Any) -> Any:
-    """Run the model's own ``get_image_features``; what it consumed is taken out of ``kwargs``, as ``generate`` does."""
-    names = [name for name in inspect.signature(base.get_image_features).parameters if name != "kwargs" and name in kwargs]
-    return base.get_image_features(**{name: kwargs.pop(name) for name in names}, **options, return_dict=True)
+def modalities(kwargs: dict[str, Any]) -> list[str]:
+    """Which of "image" and "video" a call brings."""
+    here = {"image": ("pixel_values", "pixel_values_images", "image_patches"), "video": ("pixel_values_videos",)}
+    return [modality for modality, names in here.items() if any(kwargs.get(name) is not None for name in names)]
 
 
-def with_features(output: Any, features: list[Tensor]) -> Any:
-    """The encoder output with other projected features, one tensor [m_i, D] per image."""
+def of_modality(base: Any, modality: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``kwargs`` that the model's own ``get_image_features``, or ``get_video_features``, takes."""
+    names = inspect.signature(getattr(base, f"get_{modality}_features")).parameters
+    return {name: kwargs[name] for name in names if name != "kwargs" and kwargs.get(name) is not None}
+
+
+def encode_visuals(base: Any, modality: str, kwargs: dict[str, Any]) -> Any:
+    """What the model's own ``get_image_features``, or ``get_video_features``, returns."""
+    return getattr(base, f"get_{modality}_features")(**kwargs, return_dict=True)
+
+
+class PerItem(list[Tensor]):
+    """Projected features of several pictures, one tensor [m_i, D] each, for models that expect one tensor [items, n, D] of all.
+
+    As a list it can have other counts per picture; asked for anything that a tensor has, it is [1, sum of m_i, D].
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copy and pickle look for these
+            raise AttributeError(name)
+        return getattr(torch.cat(list(self))[None], name)
+
+
+_PER_ITEM: dict[type, type] = {}  # classes made by ``_per_item_output``
+
+
+def _per_item_output(cls: type) -> type:
+    """An encoder output whose ``pooler_output`` stays ``PerItem``: beam search makes a list of it, chunked prefill a new output."""
+
+    def set_item(self: Any, name: str, value: Any) -> None:
+        if name == "pooler_output" and isinstance(value, list | tuple):
+            value = PerItem(value)
+        super(made, self).__setattr__(name, value)
+
+    if cls not in _PER_ITEM:
+        _PER_ITEM[cls] = type(f"{cls.__name__}PerItem", (cls,), {"__setattr__": set_item})
+    made: type[Any] = _PER_ITEM[cls]
+    return made
+
+
+def with_features(output: Any, features: list[Tensor], levels: list[list[Tensor]] | None = None) -> Any:
+    """The encoder output with other projected features, one tensor [m_i, D] per item, and with other ``deepstack`` levels."""
     changed = copy.copy(output)
+    if isinstance(output.pooler_output, Tensor):
+        changed.__class__ = _per_item_output(type(output))
     changed.pooler_output = features
-    changed.__dict__[_REDUCED] = True
-    return changed
+    if levels is not None:
+        changed.deepstack_features = levels
+    return marked(changed)
+
+
+def marked(output: Any) -> Any:
+    """The encoder output, known as one of ours."""
+    output.__dict__[_REDUCED] = True
+    return output
+
+
+def deepstack(output: Any) -> list[list[Tensor]] | None:
+    """[levels][items] features that the decoder adds behind its first layers, None where it does not (deepstack)."""
+    found: list[list[Tensor]] | None = getattr(output, "deepstack_features", None)
+    return found
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A model's own layout of tiles: [R, n, C] of all tiles -> a list of [n_i, C], with a newline [C] behind each row."""
+
+    call: Callable[..., Any]
+    tiles: list[int]
+    tokens: int
+
+    def __call__(self, values: Tensor, newline: Tensor) -> list[Tensor]:
+        return list(self.call(list(values.split(self.tiles)), image_newline=newline)[0])
+
+
+@contextmanager
+def recorded_packing(base: Any) -> Iterator[list[Packing]]:
+    """Note how ``pack_image_features`` was called by this thread, so that other values can be laid out in the same way."""
+    found: list[Packing] = []
+    original, owner = getattr(base, "pack_image_features", None), threading.get_ident()
+    if original is None:
+        yield found
+        return
+    names = list(inspect.signature(original).parameters)
+
+    def pack(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == owner:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            tiles, _ = given.pop("image_features"), given.pop("image_newline", None)
+            found.append(Packing(functools.partial(original, **given), [len(each) for each in tiles], tiles[0].shape[1]))
+        return original(*args, **kwargs)
+
+    before = base.__dict__.get("pack_image_features")
+    base.__dict__["pack_image_features"] = pack
+    try:
+        yield found
+    finally:
+        if before is None:
+            del base.__dict__["pack_image_features"]
+        else:
+            base.__dict__["pack_image_features"] = before
+
+
+def window_order(tower: Any, grid_thw: Tensor) -> Tensor:
+    """[F] in which order a tower with attention windows keeps its tokens."""
+    from transformers.vision_utils import get_vision_window_index
+
+    window, merge = tower.window_size, tower.spatial_merge_size
+    order: Tensor = get_vision_window_index(grid_thw, spatial_merge_size=merge, window_size=window, patch_size=tower.patch_size)[0]
+    return order
+
+
+def full_positions(model: Any, ids: Tensor, mask: Tensor, past: int, kwargs: dict[str, Any]) -> Tensor:
+    """[4, B, T] or [1, B, T] positions (all, t, h, w) of a prompt before anything is removed, of models with M-RoPE."""
+    given: dict[str, Any] = {name: value for name, value in kwargs.items() if isinstance(value, Tensor | list) and name != "position_ids"}
+    given |= {"attention_mask": mask, "past_key_values": _Past(past) if past else None}
+    found: Tensor = model._prepare_position_ids_for_generation(ids, given)
+    return found
+
+
+class _Past(NamedTuple):
+    """As much of a cache as positions are computed from."""
+
+    length: int
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.length
 
 
 def is_ours(pre_encoded: Any) -> bool:

@@ -8,22 +8,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import InputError
 from ..methods.base import Method
 from ..report import Clock, Report
 from ..tokens import resolve_budget
+from .anatomy import Anatomy, anatomy, innermost
 from .decoder import DecoderCuts
-from .families import Anatomy, anatomy, innermost
 from .front import check_front
 from .generation import FullPrompt, Settings, on_full_prompt
 from .guards import guard_positions
 from .install import Installation, installed_on
-from .prompt import Layout, cached_layout, filler, layout_past, original_positions
+from .positions import Positions
+from .prompt import Layout, cached_layout, filler, layout_past
 from .seams import (
-    PER_TOKEN_INPUTS,
     PRE_ENCODED,
     check_pre_encoded_input,
     cuts_of,
@@ -112,7 +112,7 @@ class Session:
         for outer in installed.sessions[-1:]:
             outer._cuts.remove()  # the innermost method acts
         installed.sessions.append(self)
-        if self.front.positions == "original":
+        if self.front.positions == "original" and not parts.family.mrope:
             self._guards = guard_positions(self.model)
         self._cuts = cuts
         try:
@@ -159,6 +159,9 @@ class Session:
         mask = kwargs.get("attention_mask")
         mask = settings.infer_mask(ids) if mask is None else mask
         parts = self.parts()
+        numbered = Positions(parts, self.front.positions == "compact")
+        numbered.refuse(kwargs.get("position_ids"))
+        numbered.of_prompt(ids, mask, layout_past(cache), kwargs)
         short = shorten_prompt(parts, self.method, ids, mask, kwargs, report, pad_left=True)
         layout = short.layout
         if layout is None:
@@ -167,12 +170,13 @@ class Session:
         if bool((mask[:, -1] == 0).any()):
             report.warnings.append("prompts were padded on the right; they were generated from as if padded on the left")
         outside = mask.shape[1] - ids.shape[1]
-        fill = filler(ids, mask[:, outside:], parts.image_token)
+        fill = filler(ids, mask[:, outside:], parts.visual(ids))
         whole = torch.cat([fill.expand(-1, outside), ids], 1)
         short_ids = layout.take(whole, fill)[:, short.held if outside else 0 :]
         given = kwargs.get("position_ids")
-        self._follow(layout, mask, kwargs)
-        missing = missing_positions(mask, given, kwargs["position_ids"]) if self.front.positions == "original" else None
+        numbered.follow(layout, mask, kwargs)
+        layout = replace(layout, ahead=numbered.ahead())
+        missing = None if numbered.compact else missing_positions(mask, given, kwargs["position_ids"])
         kwargs.update(settings.lengths(ids.shape[1] - short_ids.shape[1]))
         full, beams = FullPrompt(ids, short_ids.shape[1]), (settings["num_beams"] or 1) > 1
         kwargs.update(on_full_prompt(kwargs, full, 1 if beams else settings["num_return_sequences"] or 1))
@@ -224,7 +228,7 @@ class Session:
         return self._cuts.expecting(expected_prompt(parts, ids, mask, report, labels), report)
 
     def _refuse_missing_pictures(self, ids: Tensor | None, cache: Any) -> None:
-        placeholders = 0 if ids is None else int((ids == self.parts().image_token).sum())
+        placeholders = 0 if ids is None else int(self.parts().visual(ids).sum())
         if placeholders and (cache is None or cache.get_seq_length() == 0):
             raise InputError(
                 f"the prompts have {placeholders} image placeholders and no picture is given. Pass the pixel_values that the "
@@ -239,26 +243,6 @@ class Session:
             )
         if kwargs.get(PRE_ENCODED):
             raise InputError(f"{PRE_ENCODED} holds pictures that are encoded already. Pass pixel_values instead.")
-
-    def _follow(self, layout: Layout, mask: Tensor, kwargs: dict[str, Any]) -> None:
-        """Everything in ``kwargs`` that has one entry per token follows the layout."""
-        given, short_mask = kwargs.get("position_ids"), layout.take(mask, 0)
-        self._refuse_positions(given)
-        if self.front.positions == "original":
-            full = original_positions(mask.bool()) if given is None else given
-            # the user's may be of the new tokens only, where a cache has the others
-            full = nn.functional.pad(full, (layout.length - full.shape[1], 0))
-            kwargs["position_ids"] = layout.take(full, 0)
-        kwargs["attention_mask"] = short_mask
-        for name in PER_TOKEN_INPUTS:
-            if kwargs.get(name) is not None:
-                kwargs[name] = layout.take(kwargs[name], 0)
-
-    def _refuse_positions(self, given: Tensor | None) -> None:
-        if given is not None and self.front.positions == "compact":
-            raise InputError(
-                "position_ids cannot be given where the prompt is renumbered. Leave them out, or use positions='original'."
-            )
 
     # -- forward
 
@@ -328,15 +312,16 @@ class Session:
             raise InputError(f"labels have shape {tuple(labels.shape)} and input_ids {tuple(ids.shape)}; both must be the same")
         parts, cache = self.parts(), kwargs.get("past_key_values")
         if mask is not None and mask.ndim != 2:
-            cells = parts.grid(*kwargs["pixel_values"].shape[-2:])
-            whole = resolve_budget(self.front.budget, cells[0] * cells[1]) == cells[0] * cells[1]
-            if whole and not self._cuts.active and layout_of(cache) is None:
+            if self._keeps_all(parts, kwargs) and not self._cuts.active and layout_of(cache) is None:
                 return None
             raise InputError(f"attention_mask has {mask.ndim} dimensions; shortening a prompt needs one of [batch, tokens]")
         past = layout_past(cache)
         full_mask = torch.ones(len(ids), past + ids.shape[1], dtype=torch.long, device=ids.device) if mask is None else mask
         # the last column is what a decoding loop reads, unless the rows end in padding already, or a loss is all that is wanted
         left = bool((full_mask[:, 0] == 0).any()) or past > 0 or (labels is None and bool(full_mask[:, -1].all()))
+        numbered, given = Positions(parts, self.front.positions == "compact"), kwargs.get("position_ids")
+        numbered.refuse(given)
+        numbered.of_prompt(ids, full_mask, past, kwargs)
         short = shorten_prompt(parts, self.method, ids, full_mask, kwargs, report, pad_left=left)
         report.clock.start("prefill")
         layout = short.layout
@@ -346,26 +331,20 @@ class Session:
             raise InputError("logits_to_keep as a tensor counts columns of the full prompt. Give an int, or leave it out.")
         outside = full_mask.shape[1] - ids.shape[1]
         new = replace(layout, gather=torch.where(layout.gather < 0, -1, layout.gather - outside)[:, short.held if outside else 0 :])
-        kwargs["input_ids"] = new.take(ids, filler(ids, full_mask[:, outside:], parts.image_token))
+        kwargs["input_ids"] = new.take(ids, filler(ids, full_mask[:, outside:], parts.visual(ids)))
         if labels is not None:
             kwargs["labels"] = new.take(labels, -100)
-        given, earlier = kwargs.get("position_ids"), layout_of(cache)
+        earlier = layout_of(cache)
         if given is not None and mask is None and bool((given.diff(dim=-1) <= 0).any()):
             raise InputError("position_ids begin anew: packed prompts cannot be shortened. Give each prompt a row of its own.")
-        self._follow(layout, full_mask, kwargs)
-        ahead = None if earlier is None else earlier.ahead
-        if past > 0 and earlier is None:  # transformers numbers a cache that was filled by hand by its columns, padding too
+        whole = kwargs.get("position_ids")
+        numbered.follow(layout, full_mask, kwargs)
+        ahead = numbered.ahead() if numbered.mrope else None if earlier is None else earlier.ahead
+        if past > 0 and earlier is None and not numbered.mrope:
+            # transformers numbers a cache that was filled by hand by its columns, padding too
             ahead = (full_mask[:, :past] == 0).sum(1, keepdim=True)
-        self._number(kwargs, kwargs["attention_mask"], given, ahead, kwargs["input_ids"].shape[1])
+        numbered.number(kwargs, kwargs["attention_mask"], whole, ahead, kwargs["input_ids"].shape[1])
         return replace(layout, ahead=ahead)
-
-    def _number(self, kwargs: dict[str, Any], mask: Tensor, given: Tensor | None, ahead: Tensor | None, new: int) -> None:
-        """Position ids of the ``new`` last tokens of a direct call."""
-        if self.front.positions == "compact":
-            kwargs["position_ids"] = original_positions(mask.bool())
-        kwargs["position_ids"] = kwargs["position_ids"][:, -new:]
-        if given is None and ahead is not None:
-            kwargs["position_ids"] = kwargs["position_ids"] + ahead
 
     def _continue_forward(self, kwargs: dict[str, Any]) -> None:
         """New text tokens on a shortened cache, called by hand: the mask may still count the full prompt."""
@@ -376,20 +355,28 @@ class Session:
         if cached is None:
             return
         new, given = ids.shape[1], kwargs.get("position_ids")
-        self._refuse_positions(given)
+        numbered = Positions(self.parts(), self.front.positions == "compact")
+        numbered.refuse(given)
         layout = cached.extended(new)
         if mask is None:
             mask = torch.ones(len(ids), layout.length, dtype=torch.long, device=ids.device)
         if mask.shape[1] == layout.length:
-            self._follow(layout, mask, kwargs)
+            numbered.follow(layout, mask, kwargs)
         elif mask.shape[1] != layout.gather.shape[1]:
             raise InputError(
                 f"attention_mask has {mask.shape[1]} columns; expected {layout.length} for the full prompt and the new tokens "
                 f"(or {layout.gather.shape[1]} for the shortened one)"
             )
-        elif self.front.positions == "original" and given is None:
+        elif not numbered.compact and given is None:
             kwargs["position_ids"] = cached.real[:, None] + torch.arange(new, device=ids.device)
-        self._number(kwargs, kwargs.get("attention_mask", mask), given, cached.ahead, new)
+        numbered.number(kwargs, kwargs.get("attention_mask", mask), given, cached.ahead, new)
+
+    def _keeps_all(self, parts: Anatomy, kwargs: dict[str, Any]) -> bool:
+        """Whether the budget covers every token."""
+        if self.front.budget == 1.0 or parts.arrangement != "grid":
+            return self.front.budget == 1.0
+        cells = parts.grid(*kwargs["pixel_values"].shape[-2:])
+        return resolve_budget(self.front.budget, cells[0] * cells[1]) == cells[0] * cells[1]
 
 
 def detach(model: Any) -> None:

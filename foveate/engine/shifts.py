@@ -26,7 +26,7 @@ class Shifts:
 
     @contextmanager
     def during(self, missing: Tensor | None, prompt: int) -> Iterator[None]:
-        """Add ``missing`` [B, 1] to positions of columns from ``prompt`` on; None adds nothing. Blocks may be nested."""
+        """Add ``missing`` [..., B, 1] to positions of columns from ``prompt`` on; None adds nothing. Blocks may be nested."""
         thread = threading.get_ident()
         outer = self._open.pop(thread, None)
         if missing is not None and bool((missing > 0).any()):
@@ -46,12 +46,13 @@ class Shifts:
         if missing is None or positions is None:
             return kwargs
         first = 0 if cache is None else int(cache.get_seq_length())
-        behind = torch.arange(first, first + positions.shape[1], device=positions.device) >= prompt
-        return {**kwargs, "position_ids": positions + missing.repeat_interleave(len(positions) // len(missing), 0) * behind}
+        behind = torch.arange(first, first + positions.shape[-1], device=positions.device) >= prompt
+        copies = positions.shape[-2] // missing.shape[-2]
+        return {**kwargs, "position_ids": positions + missing.repeat_interleave(copies, -2) * behind}
 
 
 def missing_positions(mask: Tensor, given: Tensor | None, short: Tensor) -> Tensor:
-    """[B, 1] how far the last of the ``short`` positions [B, T'] is in front of the last one of the full prompt.
+    """[..., B, 1] how far the last of the ``short`` positions [..., B, T'] is in front of the last one of the full prompt.
 
     ``mask`` [B, T] of the full prompt; ``given`` the user's positions of all or of its last columns, None = counted by the mask.
     """
@@ -59,5 +60,11 @@ def missing_positions(mask: Tensor, given: Tensor | None, short: Tensor) -> Tens
     if given is None:
         last = real.long().sum(1, keepdim=True) - 1
     else:
-        last = given.expand(len(real), -1).masked_fill(~real[:, -given.shape[1] :], -1).amax(1, keepdim=True)
-    return last - short[:, -1:]
+        shown = real[:, -given.shape[-1] :]
+        place = (shown.long() * torch.arange(shown.shape[1], device=shown.device)).amax(1, keepdim=True)  # of the last real token
+        given = given.expand(*given.shape[:-2], len(real), -1)
+        last = given.gather(-1, place.expand(*given.shape[:-1], 1))
+    missing = last - short[..., -1:]
+    if missing.ndim == 3:  # M-RoPE: the first row is renumbered in any case
+        missing[0] = 0
+    return missing

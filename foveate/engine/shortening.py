@@ -11,14 +11,16 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..methods.base import FrontReducer, Method
-from ..report import Report
+from ..report import Item, Report
 from ..tokens import Reduction
+from .anatomy import Anatomy
 from .asking import Asking, asking, question_tokens
-from .families import Anatomy
 from .front import encode_and_reduce
-from .prompt import Layout, cached_layout, image_rows, shorten
-from .seams import PRE_ENCODED, has_pixels
+from .grouping import stacked
+from .prompt import Layout, cached_layout, image_rows, runs_of, shorten
+from .seams import PRE_ENCODED, has_pixels, modalities, of_modality
 from .stages import Prompt
+from .vision import Visuals
 
 IGNORED = -100  # the label of what is not taught
 
@@ -39,6 +41,45 @@ class ShortPrompt:
     held: int
     embeds: list[Tensor]
     reduction: Reduction | None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A picture or video of a call: where its placeholders begin (row, column), and its number among those of its modality."""
+
+    start: tuple[int, int]
+    number: int
+    modality: str
+    visuals: Visuals
+
+    @property
+    def embeds(self) -> Tensor:
+        return self.visuals.embeds[self.number]
+
+    def reported(self) -> Item:
+        arrangement, kept = self.visuals.arrangement, self.visuals.kept[self.number]
+        size, units = arrangement.sizes[self.number], arrangement.of_item(self.number)
+        part, cell = torch.full((2, size), -1, device=kept.device)
+        for unit in units:
+            part[unit.places] = unit.part
+            cell[unit.places] = torch.arange(len(unit.places), device=kept.device)
+        return Item(self.start[0], self.modality, size, kept, part[kept], cell[kept], [unit.grid for unit in units])
+
+
+def _together(found: list[_Found]) -> Reduction | None:
+    """The reductions of all grids, in the order of the prompts."""
+    kinds = {one.modality: one.visuals.reduction for one in found}
+    if len(kinds) < 2:
+        return next(iter(kinds.values()), None)
+    first, start = {}, 0
+    for one in found:
+        if one.modality not in first:
+            first[one.modality], start = start, start + len(one.visuals.arrangement.units)
+    units = {modality: next(one for one in found if one.modality == modality).visuals.arrangement.units for modality in kinds}
+    rows = [first[one.modality] + i for one in found for i, unit in enumerate(units[one.modality]) if unit.item == one.number]
+    return stacked(
+        [kinds[modality] for modality in first], [max(r * c for r, c in (u.grid for u in units[m])) for m in first], rows
+    )
 
 
 def shorten_prompt(
@@ -65,23 +106,38 @@ def shorten_prompt(
             f"attention_mask has {mask.shape[1]} columns, input_ids {ids.shape[1]} and the cache {past}: give either the whole "
             "prompt or only its new tokens, with a mask for the whole prompt."
         )
-    visual = torch.cat([ids.new_zeros(len(ids), outside), ids], 1) == parts.image_token
-    visual[:, :past] = False
+    new = mask.new_zeros(mask.shape, dtype=torch.bool)
+    new[:, max(past, outside) :] = True
     report.decoder_layers = parts.decoder_layers
-    sizes: list[int] = []
-    kept: list[Tensor] = []
-    embeds: list[Tensor] = []
+    found: list[_Found] = []
+    visual = new & False
     changed = cached is not None and cached.removed > 0
     if has_pixels(kwargs):
         front = method.before_decoder()
         asked = _asked(parts, front, ids, mask, past, kwargs) if front.reads_question else None
-        visuals = encode_and_reduce(parts, front, kwargs, report.clock, asked)
-        embeds, kept, changed = visuals.embeds, visuals.kept, changed or visuals.changed
-        sizes = [visuals.size] * len(embeds)
-        kwargs[PRE_ENCODED] = {"image": visuals.output}
-        report.rows, report.grid, report.reduction = image_rows(visual, sizes)[1], visuals.grid, visuals.reduction
-        report.before, report.after = sizes, [len(features) for features in embeds]
-        report.encoder_counts, report.notes = visuals.encoder_counts, [*report.notes, *visuals.notes]
+        whole = F.pad(ids, (outside, 0), value=-1)
+        base, encoded = parts.model.base_model, {}
+        given = {modality: of_modality(base, modality, kwargs) for modality in modalities(kwargs)}
+        for modality, mine in given.items():
+            here = new & (whole == parts.placeholders.get(modality, -1))
+            visual = visual | here
+            own = parts.of(modality, kwargs.get("vision_feature_layer"))
+
+            def locate(sizes: list[int], here: Tensor = here, modality: str = modality) -> list[int]:
+                return [row for row, _ in image_rows(here, sizes, modality)[1]]
+
+            visuals = encode_and_reduce(own, front, mine, report.clock, asked, runs_of(here), locate)
+            changed = changed or visuals.changed
+            encoded[modality] = visuals.output
+            starts = image_rows(here, visuals.arrangement.sizes, modality)[1]
+            found += [_Found(start, i, modality, visuals) for i, start in enumerate(starts)]
+            report.encoder_counts, report.notes = visuals.encoder_counts, [*report.notes, *visuals.notes]
+        for name in {name for mine in given.values() for name in mine}:
+            del kwargs[name]
+        kwargs[PRE_ENCODED] = encoded
+        found.sort(key=lambda one: one.start)
+        report.items, report.reduction = [one.reported() for one in found], _together(found)
+    sizes, kept, embeds = report.before, [item.kept for item in report.items], [one.embeds for one in found]
     layout = None
     if pad_left and acts_inside(method, max(report.before, default=0)) and bool((mask[:, -1] == 0).any()):
         changed = True  # rows padded on the right are generated from as if padded on the left, as where tokens were removed
@@ -95,9 +151,8 @@ def _asked(parts: Anatomy, front: FrontReducer, ids: Tensor, mask: Tensor, past:
     outside, labels = mask.shape[1] - ids.shape[1], kwargs.get("labels")
     new = mask[:, outside:].bool() & (torch.arange(ids.shape[1], device=ids.device) >= past - outside)
     asked = new if labels is None else new & (labels == IGNORED)
-    words = question_tokens(ids, asked, parts.image_token, parts.special_tokens())
-    rows = ((ids == parts.image_token) & new).nonzero()[:, 0].tolist()
-    return asking(parts, front.text_encoder(), ids, words, rows)
+    words = question_tokens(ids, asked, parts.visual(ids), parts.special_tokens())
+    return asking(parts, front.text_encoder(), ids, words)
 
 
 def acts_inside(method: Method, tokens: int) -> bool:
@@ -119,17 +174,21 @@ def expected_prompt(parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, l
     labels : [B, S] of a training step; what they teach is not part of the question.
     """
     past, real = mask.shape[1] - ids.shape[1], mask.bool()
-    visual = ids == parts.image_token
+    visual = parts.visual(ids)
     sizes = torch.tensor(report.after, device=ids.device)
     image = torch.full_like(ids, -1)
     numbers = torch.tensor([report.rows[:i].count(row) for i, row in enumerate(report.rows)], device=ids.device)
     image[visual] = numbers.repeat_interleave(sizes)
-    cell = torch.full_like(ids, -1)
-    if report.reduction is not None:
-        index, kept = report.reduction.index, report.reduction.mask()
-        lead = sizes - kept.sum(1).to(sizes)  # tokens in front of the grid, such as [CLS]
-        places = [F.pad(one[some], (int(n), 0), value=-1) for one, some, n in zip(index, kept, lead.tolist(), strict=True)]
-        cell[visual] = torch.cat(places).to(cell)
+    cell = torch.full((3, *ids.shape), -1, dtype=torch.long, device=ids.device)
+    if report.items:
+        columns = [
+            torch.tensor([c for _, c in item.grids] or [1], device=ids.device)[item.part.clamp(min=0)] for item in report.items
+        ]
+        part = torch.cat([item.part for item in report.items]).to(ids.device)
+        own = -2 - torch.arange(len(part), device=ids.device)  # what is in no grid is nobody's neighbour
+        place, width = torch.cat([item.cell for item in report.items]).to(ids.device), torch.cat(columns)
+        inside = part >= 0
+        cell[:, visual] = torch.stack([torch.where(inside, part, own), place // width, place % width])
     special = torch.isin(ids, torch.tensor(parts.special_tokens(), device=ids.device))
     valid, column = real[:, past:], torch.arange(ids.shape[1], device=ids.device)
     asked = valid
@@ -138,4 +197,4 @@ def expected_prompt(parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, l
         asked = valid & (behind.long().cumsum(1) == 0)
         special = special | (labels != IGNORED)  # what is taught is never removed
     last = (column * asked).amax(1)
-    return Prompt(image, cell, report.grid, valid, special, last, past, real[:, :past])
+    return Prompt(image, cell, valid, special, last, past, real[:, :past])

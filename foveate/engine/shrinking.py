@@ -20,8 +20,8 @@ from torch import Tensor
 from ..errors import FoveateError, UnsupportedModelError
 from ..methods.base import EncoderReducer
 from ..tokens import BlockTokens, EncoderTap, Merge, Reduction
+from .anatomy import Anatomy, Block
 from .attention import BIASED, attend_as_before, attend_with_sdpa, implementation_of
-from .families import Anatomy, Block
 
 
 class Shrinking:

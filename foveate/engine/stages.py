@@ -18,8 +18,8 @@ class Prompt:
 
     Attributes
     ----------
-    image, cell : [B, S] the image of its row that a visual token belongs to, and its place on the grid; -1 = none.
-    grid : rows and columns of it.
+    image : [B, S] the picture or video of its row that a visual token belongs to, -1 = none.
+    cell : [3, B, S] the grid of its row that it belongs to, a number of its own where that is none, and its row and column there.
     valid : [B, S] bool.
     special : [B, S] bool, tokens of the model's own such as the end of a turn.
     last : [B] the last column of the question; in training the one before the answer.
@@ -28,7 +28,6 @@ class Prompt:
 
     image: Tensor
     cell: Tensor
-    grid: tuple[int, int]
     valid: Tensor
     special: Tensor
     last: Tensor
@@ -44,13 +43,12 @@ class Prompt:
         copies, more = rows // len(self.image), width - self.width
 
         def fit(values: Tensor, fill: Any) -> Tensor:
-            values = values.to(device).repeat_interleave(copies, 0)
-            return torch.cat([values, values.new_full((rows, more), fill)], 1) if more else values
+            values = values.to(device).repeat_interleave(copies, -2)
+            return torch.nn.functional.pad(values, (0, more), value=fill)
 
         return Prompt(
             fit(self.image, -1),
             fit(self.cell, -1),
-            self.grid,
             fit(self.valid, True),
             fit(self.special, False),
             self.last.to(device).repeat_interleave(copies, 0),

@@ -14,25 +14,27 @@ from torch import Tensor
 from ..errors import FoveateError, InputError, UnsupportedModelError
 from ..methods.base import FrontReducer, TokenReducer
 from ..report import Clock
-from ..tokens import EncoderLayer, EncoderTap, Reduction, VisualTokens, keep_all
+from ..tokens import EncoderLayer, EncoderTap, Reduction, VisualTokens
+from .anatomy import Anatomy
+from .arrangement import ARRANGEMENTS, Arrangement, Seen
 from .asking import Asking
-from .families import Anatomy
-from .seams import encode_images, with_features
+from .grouping import Group, Reduced, changed_cells, grouped, joined, keep_every, laid_out
+from .seams import deepstack, encode_visuals, marked, recorded_packing, with_features
 
 
 @dataclass(frozen=True)
 class Visuals:
-    """The pictures of one call, encoded and reduced.
+    """The pictures or videos of one call, encoded and reduced.
 
     Attributes
     ----------
     output : the encoder output of transformers, with the reduced features.
-    embeds : per image [m_i, D] in the space of the decoder.
-    reduction : of all images, over the grid.
-    kept : per image, which of its placeholders stay, in the order of the features.
-    size : placeholders per image; the first ``size - rows * columns`` of them stand for no grid cell and always stay.
+    embeds : per item [m_i, D] in the space of the decoder.
+    reduction : of all units, over their grids.
+    kept : per item, which of its placeholders stay, in the order of the features.
+    arrangement : of all placeholders.
     changed : False where every token stayed in place: the prompt and the features are then the unmodified model's.
-    encoder_counts : per encoder layer [B] tokens that leave it, where they became fewer inside.
+    encoder_counts : per encoder layer [units] tokens that leave it, where they became fewer inside.
     notes : for the report.
     """
 
@@ -40,8 +42,7 @@ class Visuals:
     embeds: list[Tensor]
     reduction: Reduction
     kept: list[Tensor]
-    size: int
-    grid: tuple[int, int]
+    arrangement: Arrangement
     changed: bool
     encoder_counts: list[Tensor] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -58,15 +59,20 @@ def _taps(parts: Anatomy, layers: tuple[EncoderLayer, ...]) -> Iterator[dict[Enc
     handles, owner, cls = [], threading.get_ident(), parts.tower_kind.has_cls  # another thread may use the same model
     blocks = {name: parts.encoder_block(name) for name in layers}
     for name, block in blocks.items():
-        for module, what in ((block.query, "query"), (block.key, "key"), (block.module, "states")):
+        sources = ((block.query, "qkv"),) if block.fused else ((block.query, "query"), (block.key, "key"))
+        for module, what in (*sources, (block.module, "states")):
 
             def record(_: Any, __: Any, out: Any, name: EncoderLayer = name, what: str = what) -> None:
                 if threading.get_ident() == owner:
-                    seen[name, what] = (out[0] if isinstance(out, tuple) else out).detach()
+                    found = (out[0] if isinstance(out, tuple) else out).detach()
+                    seen[name, what] = found if found.ndim == 3 else found[None]  # some encoders know no batch
 
             handles.append(module.register_forward_hook(record))
     try:
         yield taps
+        for name, block in blocks.items():
+            if block.fused and (name, "qkv") in seen:
+                seen[name, "query"], seen[name, "key"], _ = seen.pop((name, "qkv")).chunk(3, -1)
         if len(seen) < 3 * len(layers):
             raise UnsupportedModelError(
                 "the vision encoder shows no queries and keys: is it compiled by itself? Compile the whole model instead."
@@ -81,7 +87,10 @@ def _taps(parts: Anatomy, layers: tuple[EncoderLayer, ...]) -> Iterator[dict[Enc
 
 @contextmanager
 def projector_input(parts: Anatomy, skip: bool) -> Iterator[list[Tensor]]:
-    """Record what enters the projector; with ``skip`` the projector sees one token per image, as its output is not used."""
+    """Record what enters the projector; with ``skip`` the projector sees one token per image, as its output is not used.
+
+    Nothing is recorded where the projector does not work on each token by itself.
+    """
     seen: list[Tensor] = []
     owner = threading.get_ident()
 
@@ -91,6 +100,9 @@ def projector_input(parts: Anatomy, skip: bool) -> Iterator[list[Tensor]]:
         seen.append(args[0])
         return (args[0][:, :1], *args[1:]) if skip else None
 
+    if parts.projector is None:
+        yield seen
+        return
     handle = parts.projector.register_forward_pre_hook(record)
     try:
         yield seen
@@ -100,59 +112,97 @@ def projector_input(parts: Anatomy, skip: bool) -> Iterator[list[Tensor]]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Pictures after the vision encoder.
+    """Pictures or videos after the vision encoder.
 
     Attributes
     ----------
-    output : what the model's ``get_image_features`` returned.
-    features : [B, lead + N, C] about to enter the projector.
-    grid : rows and columns, N = rows * columns.
-    lead : 1 where [CLS] stands among the visual tokens, else 0.
-    taps : queries and keys of the layers that were asked for.
+    output : what the model's own encoding returned.
+    arrangement : S placeholders of all items.
+    features : [S, C] what methods read: about to enter the projector, or behind it.
+    projected : [S, D] behind the projector; None where it did not run on all tokens.
+    taps : queries and keys of the patches, of the layers that were asked for.
+    batch : [R, T, C] what entered the projector, as it did.
     """
 
     output: Any
+    arrangement: Arrangement
     features: Tensor
-    grid: tuple[int, int]
-    lead: int
+    projected: Tensor | None
     taps: dict[EncoderLayer, EncoderTap]
+    batch: Tensor | None = None
 
     @property
-    def cells(self) -> Tensor:
-        """[B, N, C] the features of the grid."""
-        return self.features[:, self.lead :]
+    def grid(self) -> tuple[int, int]:
+        """Of the first unit."""
+        return self.arrangement.units[0].grid
+
+    def tap(self, name: EncoderLayer, group: Group) -> EncoderTap:
+        """Queries and keys of the tokens of a group."""
+        tap, units = self.taps[name], group.units
+        batch = len(units) == len(tap.keys) == len(self.arrangement.sizes)
+        if batch and tap.patch_keys.shape[1] == len(units[0].tap):
+            return tap  # pictures of one grid each
+        rows = torch.tensor([unit.row for unit in units], device=tap.keys.device)
+        at = torch.stack([unit.tap for unit in units]).to(tap.keys.device)
+
+        def tokens(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            chosen = self.arrangement.cells(values[:, tap.lead :])[at]
+            return torch.cat([values[rows, : tap.lead], chosen], 1) if tap.lead else chosen
+
+        keys = tokens(tap.keys)
+        query = None if tap.query is None else tap.query[rows]
+        return EncoderTap(query, tap.keys if keys is None else keys, tap.heads, tokens(tap.states), queries=tokens(tap.queries))
 
 
-def encode(parts: Anatomy, layers: tuple[EncoderLayer, ...], kwargs: dict[str, Any], *, project: bool, **options: Any) -> Encoded:
-    """Run the model's own encoder on the pictures in ``kwargs`` (taken out of it).
+def encode(
+    parts: Anatomy, layers: tuple[EncoderLayer, ...], kwargs: dict[str, Any], *, project: bool, runs: list[int] | None = None
+) -> Encoded:
+    """Run the model's own encoder on pictures, or videos.
 
     Parameters
     ----------
-    parts : where the parts of the model are.
+    parts : where the parts of the model are, for the modality.
     layers : encoder layers to record.
-    kwargs : arguments of the call.
+    kwargs : arguments of the model's own encoding.
     project : whether the projection of all tokens is needed.
-    **options : of the vision encoder.
+    runs : lengths of the runs of placeholders in the prompts.
 
     Raises
     ------
     InputError : the pictures do not give a grid of tokens.
+    UnsupportedModelError : the engine does not take this modality.
     """
-    pixels = kwargs["pixel_values"]
-    grid = parts.grid(*pixels.shape[-2:])
-    with _taps(parts, layers) as taps, projector_input(parts, skip=not project) as seen:
-        output = encode_images(parts.model.base_model, kwargs, **options)
-    features = seen[0]
-    lead = features.shape[1] - grid[0] * grid[1]
-    if lead not in (0, 1):
-        raise InputError(
-            f"pictures of {pixels.shape[-2]} x {pixels.shape[-1]} pixels gave features {tuple(features.shape)} and not a grid of "
-            f"{grid[0]} x {grid[1]} tokens."
-        )
-    return Encoded(output, features, grid, lead, taps)
+    base: Any = parts.model.base_model
+    skip = not project and parts.projector is not None and parts.arrangement != "packed"
+    with _taps(parts, layers) as taps, projector_input(parts, skip) as seen, recorded_packing(base) as packings:
+        output = encode_visuals(base, parts.modality, kwargs)
+    tokens, packing = seen[0] if seen else None, packings[0] if packings else None
+    arrangement = ARRANGEMENTS[parts.arrangement or ""](Seen(parts, kwargs, tokens, output.pooler_output, runs or [], packing))
+    projected = None
+    if not skip:
+        items = output.pooler_output
+        projected = items.flatten(0, -2) if isinstance(items, Tensor) else torch.cat(list(items))
+    if tokens is None:
+        features = projected
+    elif packing is not None:
+        features = torch.cat(packing(tokens, tokens.new_zeros(tokens.shape[-1])))
+    else:
+        features = tokens.flatten(0, 1)
+    if features is None:
+        raise FoveateError("the projector of this model was not seen at work. This is a fault of foveate.")
+    return Encoded(output, arrangement, features, projected, taps, tokens)
 
 
-def reduce(parts: Anatomy, method: TokenReducer, encoded: Encoded, clock: Clock, asked: Asking | None = None) -> Visuals:
+def reduce(
+    parts: Anatomy,
+    method: TokenReducer,
+    encoded: Encoded,
+    clock: Clock,
+    asked: Asking | None = None,
+    rows: list[int] | None = None,
+) -> Visuals:
     """Let the method reduce encoded pictures, and project what stays.
 
     Parameters
@@ -162,45 +212,101 @@ def reduce(parts: Anatomy, method: TokenReducer, encoded: Encoded, clock: Clock,
     encoded : with its projection, where the method reads that.
     clock : what takes the time.
     asked : gives the question, where the method reads that.
+    rows : the prompt of each item; with ``asked``.
 
     Raises
     ------
     InputError : the attention or features hold NaN or infinite values.
     FoveateError : the method returned something that breaks its contract.
     """
-    lead = encoded.lead
-    device = encoded.features.device.type
-    cells = encoded.cells
-    with clock.measure("selection"), torch.autocast(device, enabled=False):  # scores are float32 in mixed precision too
-        projected = torch.stack(list(encoded.output.pooler_output)) if method.reads_projected else None
-        places = None if projected is None else projected[:, lead:]
-        question = asked(cells, _given(places)) if asked is not None and method.reads_question else None
-        reduction = method.reduce(VisualTokens(cells, encoded.grid, encoded.taps, places, question))
-        reduced, valid = reduction.apply(cells), reduction.mask()
-        counts, in_place = check(method, cells.shape[1], reduced, reduction, valid)
-    notes = notes_of(parts, method)
-    with clock.measure("vision"):
-        if in_place:
-            every = list(parts.projector(encoded.features)) if projected is None else list(projected)
-            return replace(unchanged(encoded, every), notes=notes)
-        if projected is not None and reduction.weights is None and reduction.added is None:  # a choice of what is projected already
-            whole = kept_tokens(torch.cat([projected[:, :lead], reduction.apply(_given(places))], 1), valid, lead)
-        else:
-            whole = parts.projector(kept_tokens(torch.cat([encoded.features[:, :lead], reduced], 1), valid, lead)[None])[0]
-    return reduced_visuals(encoded.output, whole, reduction, counts, lead, encoded.grid, notes)
-
-
-def _given(tensor: Tensor | None) -> Tensor:
-    if tensor is None:
+    arrangement, features, projected = encoded.arrangement, encoded.features, encoded.projected
+    if method.reads_projected and projected is None:
         raise FoveateError("a method that reads the question, or projected features, has to say reads_projected. A fault of it.")
-    return tensor
+    found: list[Reduced] = []
+    with clock.measure("selection"), torch.autocast(features.device.type, enabled=False):  # scores are float32 in any case
+        units, notes = arrangement.units, notes_of(parts, method)
+        if parts.modality == "video" and method.temporal is not None:
+            units = changed_cells(arrangement, features, method.temporal)
+        same = sum(len(unit.places) for unit in units) == sum(len(unit.places) for unit in arrangement.units)
+        for group in grouped(method, arrangement, units):
+            places = group.places(arrangement)
+            cells = features[places]
+            if group.method is None:
+                found.append(keep_every(group, cells))
+                continue
+            behind = projected[places] if projected is not None and method.reads_projected else None
+            question = None
+            if asked is not None and method.reads_question and behind is not None:
+                question = asked(cells, behind, [rows[unit.item] if rows else 0 for unit in group.units])
+            taps = {name: encoded.tap(name, group) for name in method.encoder_layers(len(parts.layers))}
+            reduction = group.method.reduce(VisualTokens(cells, group.units[0].shape, taps, behind, question))
+            if reduction.added is not None and parts.projector is None:
+                raise UnsupportedModelError(
+                    f"{method.name} hands on [CLS] in front of the projector, where {parts.family.name} has no visual tokens yet. "
+                    "Use another method."
+                )
+            outputs = reduction.apply(cells)
+            counts, in_place = check(method, cells.shape[1], outputs, reduction, reduction.mask())
+            same = same and in_place
+            found.append(Reduced(group, reduction, counts, outputs))
+        same = same and sum(sum(reduced.counts) for reduced in found) == sum(len(unit.places) for unit in units)
+    with clock.measure("vision"):
+        if same:
+            return replace(unchanged(parts, encoded), notes=notes)
+        return assembled(parts, encoded, found, notes)
+
+
+def assembled(parts: Anatomy, encoded: Encoded, found: list[Reduced], notes: list[str]) -> Visuals:
+    """What groups left, projected, in the order of the prompt."""
+    arrangement, projected = encoded.arrangement, encoded.projected
+    layout = laid_out(arrangement, found)
+    pure = all(reduced.reduction.weights is None and reduced.reduction.added is None for reduced in found)
+    source = projected if projected is not None and (pure or parts.projector is None) else encoded.features
+    outputs = _outputs(arrangement, found, source, made=source is encoded.features)
+    if source is projected:
+        pool = torch.cat([outputs, projected[layout.fixed]])
+    elif projected is None:
+        pool = _projected(parts, torch.cat([outputs, encoded.features[layout.fixed]]))
+    else:
+        pool = torch.cat([_projected(parts, outputs), projected[layout.fixed]])
+    embeds = [pool[order] for order in layout.order]
+    levels = deepstack(encoded.output)
+    if levels is not None:
+        whole = [torch.cat(list(level)) for level in levels]
+        pools = [torch.cat([_outputs(arrangement, found, level), level[layout.fixed]]) for level in whole]
+        levels = [[pool[order] for order in layout.order] for pool in pools]
+    output = with_features(encoded.output, embeds, levels)
+    return Visuals(output, embeds, joined(arrangement, found), layout.kept, arrangement, changed=True, notes=notes)
+
+
+def _outputs(arrangement: Arrangement, found: list[Reduced], source: Tensor, *, made: bool = False) -> Tensor:
+    """[sum of counts, C] what all groups keep of ``source`` [S, C], one group behind the other; ``made``: it is at hand already."""
+    kept = []
+    for reduced in found:
+        outputs = reduced.outputs if made else reduced.reduction.apply(source[reduced.group.places(arrangement)])
+        kept.append(outputs[reduced.reduction.mask()])
+    return torch.cat(kept)
+
+
+def _projected(parts: Anatomy, tokens: Tensor) -> Tensor:
+    """[S, C] -> [S, D], by the model's projector."""
+    if parts.projector is None:
+        raise FoveateError("tokens of this model are merged behind its projector. This is a fault of foveate.")
+    behind: Tensor = parts.projector(tokens[None])[0]
+    return behind
 
 
 def notes_of(parts: Anatomy, method: FrontReducer) -> list[str]:
     """What has to be said of how a method got on with this model."""
-    notes = []
-    if method.reads_cls and not parts.tower_kind.has_cls:
-        notes.append(f"{parts.tower_kind.model_type} has no [CLS] token: {method.without_cls}")
+    notes, kind, reads = [], parts.tower_kind, bool(method.encoder_layers(len(parts.layers)))
+    if method.reads_cls and not kind.has_cls:
+        notes.append(f"{kind.model_type} has no [CLS] token: {method.without_cls}")
+    if reads and kind.rotary:
+        notes.append(f"{kind.model_type}: queries and keys are read in front of their rotary embeddings")
+    if reads and parts.projector is None and parts.arrangement != "packed":
+        notes.append(f"{parts.family.name}: where a visual token stands for several patches, their queries and keys are averaged")
+    if method.positions == "compact" and parts.family.mrope:
+        notes.append(f"{parts.family.name}: tokens keep their (t, h, w) positions, whatever positions= says")
     if method.reads_question:
         encoder = method.text_encoder()
         reader = "the decoder's input embeddings" if encoder is None else f"the text encoder of {encoder}"
@@ -208,29 +314,23 @@ def notes_of(parts: Anatomy, method: FrontReducer) -> list[str]:
     return notes
 
 
-def kept_tokens(features: Tensor, valid: Tensor, lead: int) -> Tensor:
-    """The valid tokens of all images, one behind the other: [B, lead + M, C] -> [sum of m_i, C]."""
-    return features[torch.cat([valid.new_ones(len(valid), lead), valid], 1)]
-
-
-def reduced_visuals(
-    output: Any, projected: Tensor, reduction: Reduction, counts: list[int], lead: int, grid: tuple[int, int], notes: list[str]
-) -> Visuals:
-    """Reduced pictures from the projected tokens of all of them [sum of m_i, D]; ``counts`` is how many grid tokens each keeps."""
-    embeds = list(projected.split([count + lead for count in counts]))
-    first = torch.arange(lead, device=reduction.index.device)
-    chosen = reduction.index[reduction.mask()].split(counts)
-    kept = [torch.cat([first, index + lead]) for index in chosen]
-    size = lead + grid[0] * grid[1]
-    return Visuals(with_features(output, embeds), embeds, reduction, kept, size, grid, changed=True, notes=notes)
-
-
-def unchanged(encoded: Encoded, embeds: list[Tensor]) -> Visuals:
-    """Every token of every picture, projected to ``embeds``."""
-    size = encoded.features.shape[1]
-    kept = [torch.arange(size, device=encoded.features.device)] * len(embeds)
-    output = with_features(encoded.output, embeds)
-    return Visuals(output, embeds, keep_all(encoded.cells), kept, size, encoded.grid, changed=False)
+def unchanged(parts: Anatomy, encoded: Encoded) -> Visuals:
+    """Every token of every item."""
+    arrangement, projected, output = encoded.arrangement, encoded.projected, encoded.output
+    if projected is None and encoded.batch is not None and parts.projector is not None:
+        projected = parts.projector(encoded.batch).flatten(0, 1)
+        embeds = list(projected.split(arrangement.sizes))
+        output = with_features(output, embeds)
+    elif projected is None:
+        raise FoveateError("an encoder that was not asked to project showed no features. This is a fault of foveate.")
+    else:
+        embeds = list(projected.split(arrangement.sizes))
+    kept = [torch.arange(size, device=projected.device) for size in arrangement.sizes]
+    groups = [
+        keep_every(group, encoded.features[group.places(arrangement)])
+        for group in grouped(TokenReducer(budget=1.0), arrangement, arrangement.units)
+    ]
+    return Visuals(marked(output), embeds, joined(arrangement, groups), kept, arrangement, changed=False)
 
 
 def check(method: FrontReducer, number: int, reduced: Tensor, reduction: Reduction, valid: Tensor) -> tuple[list[int], bool]:

@@ -146,12 +146,20 @@ class Method:
 
 @dataclass(kw_only=True)
 class FrontReducer(Method):
-    """What reduces visual tokens before the decoder sees any."""
+    """What reduces visual tokens before the decoder sees any.
+
+    Parameters
+    ----------
+    temporal : in videos, tokens are dropped whose cosine similarity with the same place of the frame before is higher (efficient
+        video sampling, arXiv 2510.14624); the method and its budget see what is left. None = none are.
+    """
 
     reads_projected: ClassVar[bool] = False  # asks for the features behind the projector, too
     reads_question: ClassVar[bool] = False  # asks for the question
     reads_cls: ClassVar[bool] = False  # scores by the [CLS] token of the encoder, where it has one
     without_cls: ClassVar[str] = "the mean attention that each token receives stands for that of [CLS]"
+
+    temporal: float | None = None
 
     def before_decoder(self) -> FrontReducer:
         return self

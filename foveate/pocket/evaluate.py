@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from ..engine.families import Anatomy, anatomy
+from ..engine.anatomy import Anatomy, anatomy
 from ..engine.front import check_front, encode_and_reduce
 from ..engine.vision import Encoded, encode, reduce, unchanged
 from ..errors import InputError
@@ -147,9 +147,9 @@ class Evaluator:
 
     def reduced(self, method: FrontReducer | None, encoded: Encoded, part: slice) -> list[Tensor]:
         """Per picture of a chunk the tokens that a method leaves; pictures are encoded anew only where it acts before their end."""
-        number = encoded.cells.shape[1]
+        number = encoded.grid[0] * encoded.grid[1]
         if method is None or resolve_budget(method.budget, number) == number:
-            return unchanged(encoded, list(encoded.output.pooler_output)).embeds
+            return unchanged(self.parts, encoded).embeds
         if not isinstance(method, TokenReducer) or method.picture(encoded.grid) is not None:
             return encode_and_reduce(self.parts, method, {"pixel_values": self.pixels(part)}, self.clock).embeds
         named = {"last": self.depth - 1, "aligned": self.parts.feature_layer()}

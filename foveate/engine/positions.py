@@ -1,0 +1,79 @@
+"""Position ids of a prompt that became shorter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .anatomy import Anatomy
+from .prompt import Layout, original_positions
+from .seams import PER_TOKEN_INPUTS, full_positions, has_pixels, layout_of
+
+
+class Positions:
+    """How the tokens of a method's prompts are numbered.
+
+    Parameters
+    ----------
+    parts : of the model; with M-RoPE, tokens that stay keep their (t, h, w) positions in any case.
+    compact : what is left is renumbered; else kept tokens keep their places.
+    """
+
+    def __init__(self, parts: Anatomy, compact: bool) -> None:
+        self.model: Any = parts.model
+        self.mrope = parts.family.mrope
+        self.compact = compact and not self.mrope
+
+    def of_prompt(self, ids: Tensor, mask: Tensor, past: int, kwargs: dict[str, Any]) -> None:
+        """Number a prompt of a model with M-RoPE as the model does, before anything is removed from it."""
+        if not self.mrope or kwargs.get("position_ids") is not None:
+            return
+        layout = layout_of(kwargs.get("past_key_values"))
+        if has_pixels(kwargs) or layout is None or layout.ahead is None:
+            found = full_positions(self.model, ids, mask, past, kwargs)
+            found = found if len(found) == 4 else torch.cat([original_positions(mask.bool())[None], found.expand(3, -1, -1)])
+        else:
+            text = original_positions(mask.bool())
+            found = torch.cat([text[None], (text + layout.ahead).expand(3, -1, -1)])
+        kwargs["position_ids"] = found
+
+    def ahead(self) -> Tensor | None:
+        """[B, 1] by how much the positions behind the prompt numbered last are ahead of its tokens, with M-RoPE."""
+        return getattr(self.model.base_model, "rope_deltas", None) if self.mrope else None
+
+    def refuse(self, given: Tensor | None) -> None:
+        """Raise ``InputError`` for positions of the user's where prompts are renumbered."""
+        if given is not None and self.compact:
+            raise InputError(
+                "position_ids cannot be given where the prompt is renumbered. Leave them out, or use positions='original'."
+            )
+
+    def follow(self, layout: Layout, mask: Tensor, kwargs: dict[str, Any]) -> None:
+        """Everything in ``kwargs`` that has one entry per token follows the layout."""
+        given, short_mask = kwargs.get("position_ids"), layout.take(mask, 0)
+        self.refuse(given)
+        if not self.compact:
+            full = original_positions(mask.bool()) if given is None else given
+            # the user's may be of the new tokens only, where a cache has the others
+            full = nn.functional.pad(full, (layout.length - full.shape[-1], 0))
+            short = layout.take(full, 0)
+            if self.mrope and len(short) == 4 and short.ndim == 3:  # the first row is read for packed sequences only
+                short[0] = original_positions(short_mask.bool())
+            kwargs["position_ids"] = short
+        kwargs["attention_mask"] = short_mask
+        for name in PER_TOKEN_INPUTS:
+            if kwargs.get(name) is not None:
+                kwargs[name] = layout.take(kwargs[name], 0)
+
+    def number(self, kwargs: dict[str, Any], mask: Tensor, given: Tensor | None, ahead: Tensor | None, new: int) -> None:
+        """Position ids of the ``new`` last tokens of a direct call."""
+        if self.compact:
+            kwargs["position_ids"] = original_positions(mask.bool())
+        kwargs["position_ids"] = kwargs["position_ids"][..., -new:]
+        if given is None and ahead is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + ahead.to(kwargs["position_ids"].device)
+        if self.mrope and kwargs["position_ids"].ndim == 2:
+            kwargs["position_ids"] = kwargs["position_ids"].expand(3, -1, -1)
