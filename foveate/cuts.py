@@ -21,6 +21,7 @@ class DecoderTap:
     softcap : bound of the scaled products (Gemma 2), None = unbounded.
     columns : [B, K] where each key stands in the prompt, -1 = padding; the order of causality.
     window : how far back the layer sees, in columns; None = everything.
+    seen : [B, S, K] bool, which keys each token of this call sees; None = those in front of it, as far as the window.
     """
 
     query: Tensor
@@ -29,9 +30,12 @@ class DecoderTap:
     softcap: float | None
     columns: Tensor
     window: int | None
+    seen: Tensor | None = None
 
     def visible(self, rows: Tensor) -> Tensor:
         """[B, R, K] bool, which keys the tokens at ``rows`` [B, R] of this call may see."""
+        if self.seen is not None:
+            return self.seen.expand(len(rows), -1, -1).gather(1, rows[..., None].expand(-1, -1, self.seen.shape[-1]))
         current = self.columns[:, -self.query.shape[2] :]
         at = current.gather(1, rows)[..., None]
         seen = (self.columns >= 0)[:, None] & (self.columns[:, None] <= at)

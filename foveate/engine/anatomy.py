@@ -117,6 +117,11 @@ class Anatomy:
         return int(self.model.config.get_text_config().num_hidden_layers)
 
     @property
+    def deepstack_levels(self) -> int:
+        """Behind how many of the first decoder layers features of the vision encoder are added."""
+        return len(getattr(self.model.config.vision_config, "deepstack_visual_indexes", None) or ())
+
+    @property
     def decoder(self) -> nn.Module:
         """The language model without its head; its blocks are at ``layers``."""
         decoder: nn.Module = self.model.get_decoder()

@@ -13,6 +13,7 @@ from ..errors import FoveateError, InputError
 from ..methods.base import DecoderReducer
 from ..report import CutRecord
 from .attention import OnlyRecording
+from .masks import seen_by
 from .run import Prefill
 from .seams import cached_keys, mark_cuts
 from .stages import Stage, take
@@ -98,7 +99,7 @@ def _laid_out(
     original = run.positions.to(index.device).expand(run.rows, -1)
     earlier = None if held is None else held.shift
     positions, shift = None, earlier
-    if reducer.positions == "compact":
+    if reducer.positions == "compact" and not run.several:
         real = run.prompt.valid.long()
         first, last = real.argmax(1, keepdim=True), run.width - 1 - real.flip(1).argmax(1, keepdim=True)
         start = original.gather(1, first) - (0 if earlier is None else earlier)
@@ -135,7 +136,8 @@ def _tokens(
         _run_dry(run, layer, module, hidden, kwargs)
     query, keys, scale, softcap = run.recorded.pop(source)
     columns = run.columns[source][:, -keys.shape[2] :].to(hidden.device)
-    tap = DecoderTap(query.to(hidden.device), keys.to(hidden.device), scale, softcap, columns, run.window(source))
+    mask = seen_by(run.given.pop(source, None)) if run.kind.two_way else None
+    tap = DecoderTap(query.to(hidden.device), keys.to(hidden.device), scale, softcap, columns, run.window(source), mask)
     return replace(here, hidden=hidden, layer=layer, tap=tap, start=start)
 
 
@@ -144,6 +146,7 @@ def _run_dry(run: Prefill, layer: int, module: nn.Module, hidden: Tensor, kwargs
     stage = run.stage(layer)
     run.note_columns(layer)
     inputs = {**kwargs, **({} if stage is None else run.inputs(layer, stage, hidden, kwargs))}
+    run.given[layer] = run.mask_before(layer, stage, hidden, kwargs["attention_mask"])
     inputs |= {"past_key_values": None, "attention_mask": None}
     numbered = run.numbered_as_held(layer, stage)
     if numbered is not None:

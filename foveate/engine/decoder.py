@@ -35,9 +35,17 @@ OTHER = (
 
 
 class DecoderCuts:
-    """The decoder reducers of one session on one decoder; without any, nothing is installed."""
+    """The decoder reducers of one session on one decoder; without any, nothing is installed.
 
-    def __init__(self, decoder: Any, method: Method | None) -> None:
+    Parameters
+    ----------
+    decoder, method : the layers are at ``decoder.layers``.
+    two_way : tokens of a prompt see later ones, too; which ones is read from the model's own masks.
+    levels : behind so many of the first layers, features of the vision encoder are added to all visual tokens (deepstack).
+    """
+
+    def __init__(self, decoder: Any, method: Method | None, *, two_way: bool = False, levels: int = 0) -> None:
+        self.levels = levels
         reducers = () if method is None else method.inside_decoder()
         self.decoder, self.method, self.active = decoder, method, bool(reducers)
         self.settings: dict[str, Any] = {} if method is None else method.settings()
@@ -47,7 +55,7 @@ class DecoderCuts:
         self.first = min(self.plan, default=len(self.layers))
         reading = {layer - (reducer.reads == "previous") for layer, reducer in self.plan.items() if reducer.reads != "nothing"}
         self.tapped = {layer: attention_of(self.layers[layer]) for layer in sorted(reading)}
-        self.kind: Any = DecoderKind(decoder) if self.active else None
+        self.kind: Any = DecoderKind(decoder, two_way) if self.active else None
         self.pattern = self._patterned(reducers)
         self._handles: list[RemovableHandle] = []
         self._taps: list[Tap] = []
@@ -55,6 +63,7 @@ class DecoderCuts:
         self._restoring: dict[int, Prefill] = {}
         self._expected: dict[int, tuple[Prompt, Report]] = {}
         self._pictures: dict[int, bool] = {}
+        self._masks: dict[int, Tensor | None] = {}  # of the model's forward, which some models make into others
 
     def _planned(self, reducers: Sequence[DecoderReducer]) -> dict[int, DecoderReducer]:
         """The reducer that acts before each layer."""
@@ -67,6 +76,11 @@ class DecoderCuts:
                     raise InputError(
                         f"{reducer.name}: a cut before decoder layer {layer}; this decoder can be cut before layers 1 to "
                         f"{len(self.layers) - 1} (layer 0 always reads the whole prompt)"
+                    )
+                if layer < self.levels:
+                    raise InputError(
+                        f"{reducer.name}: a cut before decoder layer {layer}; this model adds features of its vision encoder to "
+                        f"all visual tokens behind its first {self.levels} layers. Cut before layer {self.levels}, or later."
                     )
                 plan[layer], self.places[layer] = reducer, number
         return dict(sorted(plan.items()))
@@ -121,14 +135,17 @@ class DecoderCuts:
             if outer is not None:
                 self._expected[thread] = outer
 
-    def begins(self, pictures: bool, embedded: bool) -> None:
+    def begins(self, pictures: bool, embedded: bool, mask: Any) -> None:
         """The model's forward begins in this thread, with pictures or without (a decoding step, guidance by another prompt).
+
+        ``mask`` is its attention mask.
 
         Raises
         ------
         UnsupportedModelError : the prompt is ``embedded`` already.
         """
         self._pictures[threading.get_ident()] = pictures
+        self._masks[threading.get_ident()] = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if pictures and embedded:
             raise UnsupportedModelError(
                 f"{self.settings['name']!r} cannot tell where pictures are: the prompt came as embeddings (from prompt tuning?)."
@@ -184,8 +201,9 @@ class DecoderCuts:
         positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
         if positions is None:
             positions = torch.arange(past, past + width, device=hidden.device)[None]
-        flat = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        common = (self.kind, cache, earlier, past, rows, width, positions, flat)
+        flat = mask if isinstance(mask, Tensor) and mask.ndim == 2 else self._masks.get(thread) if self.kind.two_way else None
+        flat = None if flat is None or flat.shape != (rows, past + width) else flat.bool()
+        common = (self.kind, cache, earlier, past, rows, width, positions if positions.ndim == 2 else positions[0], flat)
         if expected is not None and expected[0].past <= past < expected[0].past + expected[0].width:
             prompt, report = expected
             self._check(cache, mask, prompt, past, width)
@@ -203,6 +221,7 @@ class DecoderCuts:
                 report=report,
                 cuts=cuts,
                 plan={layer: reducer for layer, reducer in self.plan.items() if acting[self.places[layer]]},
+                several=positions.ndim == 3,
                 patterned=self.pattern is not None and acting[self.patterning],
             )
         elif earlier is not None:
@@ -218,7 +237,7 @@ class DecoderCuts:
             )
         if past != prompt.past or width < prompt.width:
             raise InputError(f"{name!r} has to see the whole prompt at once, and it came in pieces.")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        if mask is not None and not self.kind.two_way and not (isinstance(mask, Tensor) and mask.ndim == 2):
             raise InputError(f"{name!r} makes the masks of decoder layers itself and needs attention_mask as [batch, tokens].")
         if self.pattern is not None and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
             raise UnsupportedModelError(f"{name!r} cannot be trained with gradient checkpointing. Turn it off.")
@@ -256,15 +275,18 @@ class DecoderCuts:
         if layer in run.plan:
             hidden = cut_before(run, layer, run.plan[layer], module, hidden, kwargs)
         run.note_columns(layer)
+        if layer in self.tapped:
+            run.given[layer] = run.mask_before(layer, run.stage(layer), hidden, kwargs["attention_mask"])
         if layer == len(self.layers) - 1:
             self._restoring[threading.get_ident()] = run
         stage, window = run.stage(layer), self.pattern.pattern.window if self.pattern and run.patterned else None
         if stage is None and window is None:
             return None
+        whole = kwargs["attention_mask"]
         if stage is not None:
             kwargs = {**kwargs, **run.inputs(layer, stage, hidden, kwargs)}
         if window is not None and run.sees_pictures(layer):
-            kwargs = {**kwargs, "attention_mask": neighbour_mask(run, layer, hidden, window)}
+            kwargs = {**kwargs, "attention_mask": neighbour_mask(run, layer, hidden, window, whole)}
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _current(self, kwargs: dict[str, Any]) -> Run | None:

@@ -32,7 +32,7 @@ def check_front(parts: Anatomy, method: FrontReducer) -> None:
     """Raise ``UnsupportedModelError`` where the model lacks what the method needs."""
     for layer in method.encoder_layers(len(parts.layers)):
         parts.encoder_block(layer)
-    if isinstance(method, EncoderReducer) and method.budget != 1.0:
+    if isinstance(method, EncoderReducer) and not method.keeps_all:
         _check_shrinkable(parts, method)
         size = parts.model.config.vision_config.image_size
         grid = parts.grid(*((size, size) if isinstance(size, int) else size))
@@ -80,7 +80,7 @@ def encode_and_reduce(
         )
     size = kwargs[PIXELS[parts.modality]].shape[-2:]
     flat = parts.arrangement in ("thw", "sizes")  # pixels are no pictures there, or only with their padding
-    patches, whole = (0, 0) if flat else parts.grid(*size), method.budget == 1.0
+    patches, whole = (0, 0) if flat else parts.grid(*size), method.keeps_all
     if not flat and not all(patches):
         raise InputError(f"pictures of {size[0]} x {size[1]} pixels are smaller than one patch of the vision encoder.")
     if parts.arrangement == "grid" and resolve_budget(method.budget, patches[0] * patches[1]) == patches[0] * patches[1]:

@@ -35,3 +35,34 @@ def layer_mask(
     if implementation == "eager":
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
     return seen[:, None]
+
+
+def taken_mask(whole: Tensor, keys: Tensor, queries: int, past: int, width: int) -> Tensor:
+    """Rows and columns of the mask of a whole prompt.
+
+    Parameters
+    ----------
+    whole : [B or 1, 1, S, K] bool, or float with large negative values for what is not seen; K last columns of the prompt.
+    keys : [B, n] column of each key, -1 = padding; the last ``queries`` are the queries, too.
+    past : columns in front of the S rows of ``whole``.
+    width : columns of the whole prompt.
+    """
+    number, first = keys.shape[1], width - whole.shape[-1]
+    rows, columns = keys[:, -queries:] - past, keys - first
+    whole = whole.expand(len(keys), *whole.shape[1:])[:, 0]
+    taken = whole.gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, whole.shape[-1]))
+    taken = taken.gather(2, columns.clamp(min=0)[:, None].expand(-1, queries, -1))
+    hidden = ((keys < 0) | (columns < 0))[:, None].expand(-1, queries, -1)
+    # a query of padding sees itself, or its softmax is not a number
+    place = torch.arange(number, device=keys.device)
+    own = (rows < 0)[..., None] & (place == (number - queries + torch.arange(queries, device=keys.device))[:, None])
+    lowest = False if whole.dtype == torch.bool else torch.finfo(whole.dtype).min
+    seen = True if whole.dtype == torch.bool else 0.0
+    return taken.masked_fill(hidden, lowest).masked_fill(own, seen)[:, None]
+
+
+def seen_by(mask: Tensor | None) -> Tensor | None:
+    """[B, S, K] bool, which keys each query sees, of the mask [B, 1, S, K] of a layer; None where it has none."""
+    if mask is None or mask.ndim != 4:
+        return None
+    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2

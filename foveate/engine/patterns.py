@@ -134,23 +134,26 @@ def _some(bias: Tensor | None, count: int) -> Tensor | None:
     return None if bias is None else bias[:count]
 
 
-def neighbour_mask(run: Prefill, layer: int, hidden: Tensor, window: int) -> Tensor | None:
+def neighbour_mask(run: Prefill, layer: int, hidden: Tensor, window: int, whole: Any) -> Tensor | None:
     """The mask of a layer in which visual tokens see only their neighbours on the grid; None where the layer runs none of them."""
     if "flash" in run.kind.implementation:
         raise UnsupportedModelError("neighbour-aware attention needs a mask, which flash attention does not take. Use 'sdpa'.")
     stage, device = run.stage(layer), hidden.device
     key = ("neighbours", -1 if stage is None else stage.start, run.window(layer), run.length(layer), device)
     if key not in run.memo:
-        run.memo[key] = _neighbours(run, layer, stage, hidden, window)
+        run.memo[key] = _neighbours(run, layer, stage, hidden, window, whole)
     mask: Tensor | None = run.memo[key]
     return mask
 
 
-def _neighbours(run: Prefill, layer: int, stage: Stage | None, hidden: Tensor, window: int) -> Tensor | None:
+def _neighbours(run: Prefill, layer: int, stage: Stage | None, hidden: Tensor, window: int, whole: Any) -> Tensor | None:
     image, device = run.image(layer).to(hidden.device), hidden.device
     number = image.shape[1]
     columns = run.present(layer, run.columns[layer].to(device), number)
-    base = run.mask_of(columns, number, plain=False, window=run.window(layer), hidden=hidden)
+    if run.kind.two_way and isinstance(whole, Tensor):
+        base = run.mask_before(layer, stage, hidden, whole)
+    else:
+        base = run.mask_of(columns, number, plain=False, window=run.window(layer), hidden=hidden)
     if base is None:
         return None
     grid, row, column = (part.to(device) if stage is None else take(part, stage.index).to(device) for part in run.prompt.cell)

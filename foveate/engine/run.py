@@ -13,16 +13,16 @@ from ..errors import UnsupportedModelError
 from ..methods.base import DecoderReducer
 from ..report import Report
 from .attention import Recorded
-from .masks import layer_mask
+from .masks import layer_mask, taken_mask
 from .seams import layer_kinds, layer_windows, rotary
 from .stages import Held, HeldCuts, Prompt, Stage, take
 
 
 class DecoderKind:
-    """What is the same in every forward of a decoder: its sliding windows and kinds of layers."""
+    """What is the same in every forward of a decoder: its sliding windows, kinds of layers, and whether its masks are two-way."""
 
-    def __init__(self, decoder: Any) -> None:
-        self.decoder = decoder
+    def __init__(self, decoder: Any, two_way: bool) -> None:
+        self.decoder, self.two_way = decoder, two_way
         self.windows, self.kinds = layer_windows(decoder.config), layer_kinds(decoder.config)
         strange = sorted({*self.kinds} - {"full_attention", "sliding_attention"})
         if strange:
@@ -134,6 +134,8 @@ class Prefill(Run):
     cuts : what the cache is marked with, layer by layer; None without a cache.
     plan : the reducer that acts before a layer, of those that the budget leaves anything to do.
     patterned : whether the computation of visual tokens is changed.
+    several : tokens have several positions each (M-RoPE), which they keep.
+    given : the masks of the layers whose queries and keys are read.
     stages : what runs from a layer on, by that layer; ``mixes`` tokens that change there.
     decided : layers before which the method has been asked already.
     """
@@ -145,6 +147,8 @@ class Prefill(Run):
     cuts: HeldCuts | None = field(kw_only=True)
     plan: dict[int, DecoderReducer] = field(kw_only=True)
     patterned: bool = field(kw_only=True)
+    several: bool = field(kw_only=True)
+    given: dict[int, Tensor | None] = field(default_factory=dict)
     stages: dict[int, Stage] = field(default_factory=dict)
     mixes: dict[int, Cut] = field(default_factory=dict)
     decided: set[int] = field(default_factory=set)
@@ -243,13 +247,27 @@ class Prefill(Run):
             changed["position_embeddings"] = self.rotary(layer, hidden, stage.positions, stage.start)
         # rotary embeddings are made already; flash attention takes gaps in position ids for packed sequences
         changed["position_ids"] = torch.arange(number, device=hidden.device)[None]
-        window = self.window(layer)
-        key = ("mask", stage.start, window, id(self.held(layer)), hidden.device)
+        changed["attention_mask"] = self.mask_before(layer, stage, hidden, kwargs["attention_mask"])
+        return changed
+
+    def mask_before(self, layer: int, stage: Stage | None, hidden: Tensor, whole: Any) -> Tensor | None:
+        """The mask of a layer that runs a stage; ``whole`` is what the model made for all of the prompt.
+
+        A mask [B, 1, S, K] of the model's own says who sees whom, so that its rows and columns are taken; elsewhere it is causal.
+        """
+        if stage is None:
+            return whole if isinstance(whole, Tensor) else None
+        number, window = stage.index.shape[1], self.window(layer)
+        own = self.kind.two_way and isinstance(whole, Tensor) and whole.ndim == 4
+        key = ("mask", stage.start, window, id(self.held(layer)), hidden.device, self.kind.kinds[layer] if own else None)
         if key not in self.memo:
             columns = self.present(layer, self.columns[layer].to(hidden.device), number)
-            self.memo[key] = self.mask_of(columns, number, plain=self.plain(layer, stage), window=window, hidden=hidden)
-        changed["attention_mask"] = self.memo[key]
-        return changed
+            if own:
+                self.memo[key] = taken_mask(whole, columns, number, self.past, self.past + self.width)
+            else:
+                self.memo[key] = self.mask_of(columns, number, plain=self.plain(layer, stage), window=window, hidden=hidden)
+        mask: Tensor | None = self.memo[key]
+        return mask
 
     def _gathered(self, layer: int, stage: Stage, embeddings: Any, device: torch.device) -> Any:
         key = ("gathered", stage.start, self.kind.kinds[layer], device)

@@ -168,7 +168,9 @@ def window_order(tower: Any, grid_thw: Tensor) -> Tensor:
 
 def full_positions(model: Any, ids: Tensor, mask: Tensor, past: int, kwargs: dict[str, Any]) -> Tensor:
     """[4, B, T] or [1, B, T] positions (all, t, h, w) of a prompt before anything is removed, of models with M-RoPE."""
-    given: dict[str, Any] = {name: value for name, value in kwargs.items() if isinstance(value, Tensor | list) and name != "position_ids"}
+    given: dict[str, Any] = {
+        name: value for name, value in kwargs.items() if isinstance(value, Tensor | list) and name != "position_ids"
+    }
     given |= {"attention_mask": mask, "past_key_values": _Past(past) if past else None}
     found: Tensor = model._prepare_position_ids_for_generation(ids, given)
     return found

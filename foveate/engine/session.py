@@ -107,7 +107,9 @@ class Session:
                 raise InputError("another method is attached inside this one; leave its block first")
             self._adoptable = False
             return self
-        cuts = DecoderCuts(parts.decoder, self.method) if self.method.inside_decoder() else DecoderCuts(None, None)
+        cuts = DecoderCuts(None, None)
+        if self.method.inside_decoder():
+            cuts = DecoderCuts(parts.decoder, self.method, two_way=parts.family.two_way, levels=parts.deepstack_levels)
         installed = installed or Installation(self.model)
         for outer in installed.sessions[-1:]:
             outer._cuts.remove()  # the innermost method acts
@@ -250,7 +252,8 @@ class Session:
         """Shorten the prompt of a direct call; calls from ``generate`` come with encoded pictures and pass."""
         cache = kwargs.get("past_key_values")
         if self._cuts.active:
-            self._cuts.begins(has_pixels(kwargs) or kwargs.get(PRE_ENCODED) is not None, kwargs.get("inputs_embeds") is not None)
+            embedded, mask = kwargs.get("inputs_embeds") is not None, kwargs.get("attention_mask")
+            self._cuts.begins(has_pixels(kwargs) or kwargs.get(PRE_ENCODED) is not None, embedded, mask)
         if cuts_of(cache) is not None:
             self._cuts.accept(cache)
         if args or has_pixels(kwargs) or (layout_of(cache) is not None and id(cache) not in self._busy):
@@ -373,8 +376,8 @@ class Session:
 
     def _keeps_all(self, parts: Anatomy, kwargs: dict[str, Any]) -> bool:
         """Whether the budget covers every token."""
-        if self.front.budget == 1.0 or parts.arrangement != "grid":
-            return self.front.budget == 1.0
+        if self.front.keeps_all or parts.arrangement != "grid":
+            return self.front.keeps_all
         cells = parts.grid(*kwargs["pixel_values"].shape[-2:])
         return resolve_budget(self.front.budget, cells[0] * cells[1]) == cells[0] * cells[1]
 

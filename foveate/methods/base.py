@@ -105,11 +105,16 @@ class Method:
         if layers is not None and (not layers or list(layers) != sorted(set(layers))):
             raise InputError(f"{self.name}: layers={layers}; expected different decoder layers in ascending order, such as (2, 8)")
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the budget asks for everything, however much that is."""
+        return isinstance(self.budget, float) and self.budget == 1.0
+
     def covers(self, tokens: int) -> bool:
         """Whether the budget asks for all ``tokens`` of an image: the model then stays as it is."""
         if isinstance(self.budget, int):
             return self.budget >= tokens
-        return self.budget == 1.0
+        return self.keeps_all
 
     def acting(self, tokens: int) -> list[bool]:
         """For each part of ``inside_decoder()`` whether it acts on images of ``tokens`` visual tokens."""
