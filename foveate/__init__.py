@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .api import Encoded, MethodInfo, attach, encode, methods
+from .api import Encoded, MethodInfo, ModelInfo, attach, encode, methods, models
 from .cuts import Cut, DecoderTap, Pattern, PromptTokens
 from .engine.session import Session, detach
 from .errors import CacheError, FoveateError, InputError, MissingExtraError, UnsupportedModelError
@@ -71,6 +71,7 @@ __all__ = [
     "Method",
     "MethodInfo",
     "MissingExtraError",
+    "ModelInfo",
     "PSigmoid",
     "Pattern",
     "Pool",
@@ -102,4 +103,5 @@ __all__ = [
     "get",
     "load_pocket",
     "methods",
+    "models",
 ]

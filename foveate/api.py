@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from .engine.anatomy import innermost
+from .engine.families import FAMILIES, TOWERS
 from .engine.positions import Positions
 from .engine.prompt import filler, original_positions
 from .engine.seams import PER_TOKEN_INPUTS, has_pixels
@@ -105,6 +107,61 @@ def encode(model: Any, method: str | Method, **inputs: Any) -> Encoded:
         report.warnings.append(f"{session.method.name} also acts inside the decoder; encode does not run it")
     prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     return Encoded(short.embeds, short.reduction, prompt, report)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One row of the table of models: a family, and what works on it.
+
+    Attributes
+    ----------
+    name, model_type, example : the family, ``config.model_type``, and the Hub id of one of its models.
+    images, videos : whether its pictures, and its videos, can be reduced.
+    merging : where methods merge tokens, in front of the projector or behind it.
+    in_encoder : whether methods can act inside the vision encoder.
+    reads_cls : whether the encoder has a [CLS] token; elsewhere methods take the substitute that the report names.
+    positions : "1-D", or "(t, h, w)".
+    notes : what is different from what one may expect.
+    test : what proves it.
+    """
+
+    name: str
+    model_type: str
+    example: str
+    images: bool
+    videos: bool
+    merging: str
+    in_encoder: bool
+    reads_cls: bool
+    positions: str
+    notes: str
+    test: str
+
+
+def models() -> list[ModelInfo]:
+    """All families of models, and what works on each; every method before the projector and inside the decoder works on all."""
+    found = []
+    for kind, family in FAMILIES.items():
+        config = AutoConfig.for_model(kind)
+        one_layer = isinstance(getattr(config, "vision_feature_layer", -1), int)
+        notes = [family.notes] if family.notes else []
+        notes += ["cuts from the layer behind the deepstack layers on"] if kind == "qwen3_vl" else []
+        found.append(
+            ModelInfo(
+                name=family.name,
+                model_type=kind,
+                example=family.example,
+                images=True,
+                videos=family.videos is not None,
+                merging="behind the projector" if family.projector is None else "in front of the projector",
+                in_encoder=family.shrinkable and one_layer,
+                reads_cls=TOWERS[config.vision_config.model_type].has_cls,
+                positions="(t, h, w)" if family.mrope else "1-D",
+                notes="; ".join(notes),
+                test=f"tests/test_families.py -k {kind}-",
+            )
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..tokens import EncoderLayer
-from .families import FAMILIES, TOWERS, Family, Tower
+from .families import FAMILIES, REFUSED, TOWERS, Family, Tower
 
 
 def innermost(model: Any) -> PreTrainedModel:
@@ -210,7 +210,8 @@ def anatomy(model: Any) -> Anatomy:
     model = innermost(model)
     kind = getattr(model.config, "model_type", "?")
     if kind not in FAMILIES:
-        vision = "" if hasattr(model.config, "vision_config") else ", a model without vision"
+        vision = "" if hasattr(model.config, "vision_config") or kind in REFUSED else ", a model without vision"
+        vision += f"; {REFUSED[kind]}" if kind in REFUSED else ""
         names = ", ".join(f"{family.name} ({kind})" for kind, family in FAMILIES.items())
         raise UnsupportedModelError(f"{type(model).__name__} is of type {kind!r}{vision}. Supported: {names}.")
     if model.get_output_embeddings() is None or not model.can_generate():

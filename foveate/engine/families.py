@@ -11,6 +11,7 @@ class Family:
 
     Attributes
     ----------
+    example : Hub id of one model.
     images, videos : how the visual tokens of a picture, or a video, are arranged in its run of placeholders (a name in
         ``arrangement.ARRANGEMENTS``); None = the engine does not take it.
     tower, video_tower : vision encoders; None = the one of pictures.
@@ -18,11 +19,12 @@ class Family:
     shrinkable : every patch that leaves the encoder is a visual token, so that methods inside the encoder can act.
     mrope : tokens have (t, h, w) positions, which those that stay keep.
     two_way : tokens of a picture see each other in the decoder, not only those before them.
-    tiles : what the processor makes of one large picture; each of them is a picture to foveate.
+    notes : what is different from what one may expect.
     """
 
     model_type: str
     name: str
+    example: str
     images: str = "grid"
     videos: str | None = None
     tower: str = "vision_tower"
@@ -31,7 +33,7 @@ class Family:
     shrinkable: bool = False
     mrope: bool = False
     two_way: bool = False
-    tiles: str = ""
+    notes: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Tower:
     windows: bool = False
 
 
-def _qwen(model_type: str, name: str, videos: str | None = "thw") -> Family:
-    return Family(model_type, name, images="thw", videos=videos, tower="visual", projector=None, mrope=True)
+def _qwen(model_type: str, name: str, example: str, videos: str | None = "thw") -> Family:
+    return Family(model_type, name, example, images="thw", videos=videos, tower="visual", projector=None, mrope=True)
 
 
 def _fused(model_type: str, *, windows: bool = False) -> Tower:
@@ -72,28 +74,69 @@ def _fused(model_type: str, *, windows: bool = False) -> Tower:
 
 
 _TILES = "each tile of a large picture is a picture of its own"
+_FRAMES = "frames of a video come as pictures"
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llava", "LLaVA-1.5", shrinkable=True),
-        Family("vipllava", "VipLLaVA", shrinkable=True),
-        Family("llava_next", "LLaVA-NeXT", images="packed"),
-        Family("llava_next_video", "LLaVA-NeXT-Video", images="packed", videos="frames"),
-        Family("llava_onevision", "LLaVA-OneVision", images="packed", videos="frames", projector=None),
-        Family("video_llava", "Video-LLaVA", videos="frames", tower="image_tower", video_tower="video_tower", shrinkable=True),
-        _qwen("qwen2_vl", "Qwen2-VL"),
-        _qwen("qwen2_5_vl", "Qwen2.5-VL"),
-        _qwen("qwen3_vl", "Qwen3-VL"),
-        Family("internvl", "InternVL", images="runs", projector=None),
-        Family("gemma3", "Gemma 3", projector=None, two_way=True),
-        Family("paligemma", "PaliGemma", shrinkable=True, two_way=True),
-        Family("idefics3", "Idefics3", tower="vision_model", projector=None, tiles=_TILES, images="tiles"),
-        Family("smolvlm", "SmolVLM", tower="vision_model", projector=None, tiles=_TILES, images="tiles"),
-        Family("mistral3", "Mistral 3 / Pixtral", images="sizes", projector=None),
-        Family("aya_vision", "Aya Vision", projector=None, tiles=_TILES),
-        _qwen("glm4v", "GLM-4V", videos=None),
+        Family("llava", "LLaVA-1.5", "llava-hf/llava-1.5-7b-hf", shrinkable=True),
+        Family("vipllava", "VipLLaVA", "llava-hf/vip-llava-7b-hf", shrinkable=True),
+        Family("llava_next", "LLaVA-NeXT", "llava-hf/llava-v1.6-mistral-7b-hf", images="packed"),
+        Family("llava_next_video", "LLaVA-NeXT-Video", "llava-hf/LLaVA-NeXT-Video-7B-hf", images="packed", videos="frames"),
+        Family(
+            "llava_onevision",
+            "LLaVA-OneVision",
+            "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+            images="packed",
+            videos="frames",
+            projector=None,
+        ),
+        Family(
+            "video_llava",
+            "Video-LLaVA",
+            "LanguageBind/Video-LLaVA-7B-hf",
+            videos="frames",
+            tower="image_tower",
+            video_tower="video_tower",
+            shrinkable=True,
+        ),
+        _qwen("qwen2_vl", "Qwen2-VL", "Qwen/Qwen2-VL-7B-Instruct"),
+        _qwen("qwen2_5_vl", "Qwen2.5-VL", "Qwen/Qwen2.5-VL-7B-Instruct"),
+        _qwen("qwen3_vl", "Qwen3-VL", "Qwen/Qwen3-VL-8B-Instruct"),
+        Family("internvl", "InternVL", "OpenGVLab/InternVL3-8B-hf", images="runs", projector=None, notes=_FRAMES),
+        Family("gemma3", "Gemma 3", "google/gemma-3-4b-it", projector=None, two_way=True),
+        Family("paligemma", "PaliGemma", "google/paligemma2-3b-mix-448", shrinkable=True, two_way=True),
+        Family(
+            "idefics3", "Idefics3", "HuggingFaceM4/Idefics3-8B-Llama3", "tiles", tower="vision_model", projector=None, notes=_TILES
+        ),
+        Family(
+            "smolvlm",
+            "SmolVLM",
+            "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+            "tiles",
+            tower="vision_model",
+            projector=None,
+            notes=f"{_TILES}; {_FRAMES}",
+        ),
+        Family("mistral3", "Mistral 3", "mistralai/Mistral-Small-3.1-24B-Instruct-2503", images="sizes", projector=None),
+        Family("aya_vision", "Aya Vision", "CohereLabs/aya-vision-8b", projector=None, notes=_TILES),
+        _qwen("glm4v", "GLM-4V", "zai-org/GLM-4.1V-9B-Thinking", videos=None),
     )
+}
+REFUSED = {
+    "mllama": "pictures enter by cross-attention: there are no visual tokens in the prompt to remove",
+    "idefics": "pictures enter by cross-attention: there are no visual tokens in the prompt to remove",
+    "blip-2": "its Q-Former makes 32 tokens of any picture already",
+    "instructblip": "its Q-Former makes 32 tokens of any picture already",
+    "instructblipvideo": "its Q-Former makes 32 tokens of any picture already",
+    "llama4": "its forward projects what the encoder gave, where no other number of tokens can be handed in",
+    "fuyu": "it has no vision encoder: patches of pixels are the tokens",
+    "chameleon": "visual tokens are words of its vocabulary",
+    "emu3": "visual tokens are words of its vocabulary",
+    "janus": "it brings a generate of its own",
+    "florence2": "an encoder-decoder: visual tokens are not in the decoder's prompt",
+    "kosmos-2": "it takes no encoded pictures from outside",
+    "qwen3_5": "its decoder mixes attention with linear attention, which was not tested",
 }
 TOWERS = {
     tower.model_type: tower

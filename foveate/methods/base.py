@@ -155,8 +155,9 @@ class FrontReducer(Method):
 
     Parameters
     ----------
-    temporal : in videos, tokens are dropped whose cosine similarity with the same place of the frame before is higher (efficient
-        video sampling, arXiv 2510.14624); the method and its budget see what is left. None = none are.
+    temporal : in videos, tokens are dropped whose cosine similarity with the same place of the frame before is higher; the method
+        and its budget see what is left. None = none are. After efficient video sampling (arXiv 2510.14624), which compares pixels
+        and drops a fixed share of them.
     """
 
     reads_projected: ClassVar[bool] = False  # asks for the features behind the projector, too
@@ -165,6 +166,11 @@ class FrontReducer(Method):
     without_cls: ClassVar[str] = "the mean attention that each token receives stands for that of [CLS]"
 
     temporal: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temporal is not None and not -1 <= self.temporal <= 1:
+            raise InputError(f"{self.name}: temporal={self.temporal}; expected a cosine similarity, such as 0.9")
 
     def before_decoder(self) -> FrontReducer:
         return self
