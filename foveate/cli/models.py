@@ -25,21 +25,28 @@ def models_command(
         print(json.dumps({"supported": [vars(info) for info in found], "refused": REFUSED}))
         return
     out = Console(highlight=False)
-    table = Table(show_lines=True)
-    for column in ("family", "images", "videos", "merging", "in the encoder", "[CLS]", "positions"):
-        table.add_column(column)
-    table.add_column("test, and what is different")
+    table = Table()
+    for column in ("config.model_type", "images", "videos", "merge", "encoder", "[CLS]", "positions"):
+        table.add_column(escape(column), no_wrap=True)
 
     def mark(works: bool) -> str:
         return "[green]yes[/green]" if works else "[dim]no[/dim]"
 
     for info in found:
-        marks = (mark(info.images), mark(info.videos), info.merging, mark(info.in_encoder), mark(info.reads_cls), info.positions)
-        about = "\n".join(part for part in (info.test, info.notes) if part)
-        table.add_row(escape(f"{info.name}\n{info.example}"), *marks, escape(about))
+        place = "front" if info.merging.startswith("in front") else "behind"
+        marks = (mark(info.images), mark(info.videos), place, mark(info.in_encoder), mark(info.reads_cls))
+        table.add_row(info.model_type, *marks, escape(info.positions))
     out.print(table)
     out.print(
-        "Methods that act before the projector or inside the decoder work on all of them. Models that are refused:", style="dim"
+        "Methods before the projector and inside the decoder work on every family; merge: in front of the projector, or behind it. "
+        "encoder: tome, ats, evit and crossget work, too. Without a [CLS] token, methods use the substitute that the report names. "
+        "What proves a family: pytest tests/test_families.py -k MODEL_TYPE-",
+        style="dim",
+        markup=False,
     )
+    for info in found:
+        if info.notes:
+            out.print(escape(f"  {info.name}: {info.notes}"), style="dim")
+    out.print("Refused, and why:", style="dim")
     for kind, reason in REFUSED.items():
         out.print(escape(f"  {kind}: {reason}"), style="dim")

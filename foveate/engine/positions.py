@@ -66,7 +66,7 @@ class Positions:
         kwargs["attention_mask"] = short_mask
         for name in PER_TOKEN_INPUTS:
             if kwargs.get(name) is not None:
-                kwargs[name] = layout.take(kwargs[name], 0)
+                kwargs[name] = _of_tokens(layout, kwargs[name])
 
     def number(self, kwargs: dict[str, Any], mask: Tensor, given: Tensor | None, ahead: Tensor | None, new: int) -> None:
         """Position ids of the ``new`` last tokens of a direct call."""
@@ -77,3 +77,11 @@ class Positions:
             kwargs["position_ids"] = kwargs["position_ids"] + ahead.to(kwargs["position_ids"].device)
         if self.mrope and kwargs["position_ids"].ndim == 2:
             kwargs["position_ids"] = kwargs["position_ids"].expand(3, -1, -1)
+
+
+def _of_tokens(layout: Layout, values: Tensor) -> Tensor:
+    """[B, S] values of the last S tokens of the full prompt -> those of them that are left."""
+    earlier = layout.length - values.shape[1]
+    taken = layout.take(nn.functional.pad(values, (earlier, 0)), 0)
+    held = int((layout.gather < earlier).all(0).sum()) if earlier else 0  # columns of what a cache has
+    return taken[:, held:]
