@@ -103,6 +103,7 @@ def encode(model: Any, method: str | Method, **inputs: Any) -> Encoded:
         ids, mask = short.layout.take(ids, fill), inputs["attention_mask"]
     positions = inputs.get("position_ids")
     positions = original_positions(mask.bool()) if positions is None else positions
+    positions = positions + parts.family.first_position * mask
     if session.method.inside_decoder():
         report.warnings.append(f"{session.method.name} also acts inside the decoder; encode does not run it")
     prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}

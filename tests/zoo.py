@@ -1,8 +1,4 @@
-"""Small random models of every supported family, saved to disk and loaded as a user loads them, and inputs for them.
-
-``BUILDERS`` must cover ``foveate.engine.families.FAMILIES`` (test_conformance checks it), so a new family enters the conformance
-matrix by being registered.
-"""
+"""Small random LLaVA models, saved to disk and loaded as a user loads them, and inputs for them. Other families: ``families``."""
 
 from __future__ import annotations
 

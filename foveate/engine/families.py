@@ -18,6 +18,7 @@ class Family:
     projector : where it works on each token by itself, so that tokens can be merged in front of it; None = they are merged behind.
     shrinkable : every patch that leaves the encoder is a visual token, so that methods inside the encoder can act.
     mrope : tokens have (t, h, w) positions, which those that stay keep.
+    first_position : of a prompt.
     two_way : tokens of a picture see each other in the decoder, not only those before them.
     notes : what is different from what one may expect.
     """
@@ -32,6 +33,7 @@ class Family:
     projector: str | None = "multi_modal_projector"
     shrinkable: bool = False
     mrope: bool = False
+    first_position: int = 0
     two_way: bool = False
     notes: str = ""
 
@@ -105,7 +107,7 @@ FAMILIES = {
         _qwen("qwen3_vl", "Qwen3-VL", "Qwen/Qwen3-VL-8B-Instruct"),
         Family("internvl", "InternVL", "OpenGVLab/InternVL3-8B-hf", images="runs", projector=None, notes=_FRAMES),
         Family("gemma3", "Gemma 3", "google/gemma-3-4b-it", projector=None, two_way=True),
-        Family("paligemma", "PaliGemma", "google/paligemma2-3b-mix-448", shrinkable=True, two_way=True),
+        Family("paligemma", "PaliGemma", "google/paligemma2-3b-mix-448", shrinkable=True, first_position=1, two_way=True),
         Family(
             "idefics3", "Idefics3", "HuggingFaceM4/Idefics3-8B-Llama3", "tiles", tower="vision_model", projector=None, notes=_TILES
         ),

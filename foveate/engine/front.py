@@ -83,8 +83,9 @@ def encode_and_reduce(
     patches, whole = (0, 0) if flat else parts.grid(*size), method.keeps_all
     if not flat and not all(patches):
         raise InputError(f"pictures of {size[0]} x {size[1]} pixels are smaller than one patch of the vision encoder.")
-    if parts.arrangement == "grid" and resolve_budget(method.budget, patches[0] * patches[1]) == patches[0] * patches[1]:
-        whole = True
+    if parts.arrangement in ("grid", "frames"):
+        every = patches[0] * patches[1] * (kwargs[PIXELS["video"]].shape[1] if parts.modality == "video" else 1)
+        whole = whole or resolve_budget(method.budget, every) == every
     if isinstance(method, EncoderReducer) and not whole:
         return _shrunk(parts, method, patches, kwargs, clock, locate)
     if not isinstance(method, TokenReducer | EncoderReducer):

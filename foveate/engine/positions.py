@@ -24,7 +24,7 @@ class Positions:
 
     def __init__(self, parts: Anatomy, compact: bool) -> None:
         self.model: Any = parts.model
-        self.mrope = parts.family.mrope
+        self.mrope, self.first = parts.family.mrope, parts.family.first_position
         self.compact = compact and not self.mrope
 
     def of_prompt(self, ids: Tensor, mask: Tensor, past: int, kwargs: dict[str, Any]) -> None:
@@ -73,6 +73,8 @@ class Positions:
         if self.compact:
             kwargs["position_ids"] = original_positions(mask.bool())
         kwargs["position_ids"] = kwargs["position_ids"][..., -new:]
+        if given is None:
+            kwargs["position_ids"] = kwargs["position_ids"] + self.first
         if given is None and ahead is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + ahead.to(kwargs["position_ids"].device)
         if self.mrope and kwargs["position_ids"].ndim == 2:

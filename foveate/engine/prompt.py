@@ -152,8 +152,9 @@ def shorten(
     columns, start = places[:, 1].clone(), 0
     for size, index in zip(sizes, kept, strict=True):
         index = index.to(places.device)
-        stays[start : start + len(index)] = True
-        columns[start : start + len(index)] = places[start + index, 1]
+        slots = start + index.sort().values  # text may stand between them, as breaks of rows or times of frames
+        stays[slots] = True
+        columns[slots] = places[start + index, 1]
         start += size
     rows, length = visual.shape
     source = torch.arange(length, device=visual.device).expand(rows, -1).clone()

@@ -1,0 +1,313 @@
+"""Small random models of every family, saved to disk and loaded as a user loads them, and batches for them.
+
+``SPECS`` must cover ``foveate.engine.families.FAMILIES`` (test_families checks it).
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForImageTextToText,
+    AyaVisionConfig,
+    CLIPVisionConfig,
+    Cohere2Config,
+    Gemma3Config,
+    Glm4vConfig,
+    Idefics3Config,
+    InternVLConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextVideoConfig,
+    LlavaOnevisionConfig,
+    Mistral3Config,
+    PaliGemmaConfig,
+    PixtralVisionConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    Qwen3VLConfig,
+    SiglipVisionConfig,
+    SmolVLMConfig,
+    VideoLlavaConfig,
+    VipLlavaConfig,
+)
+
+from . import zoo
+from .family_prompts import (
+    END,
+    FIRST_WORD,
+    IMAGE,
+    NEWLINE,
+    START,
+    VIDEO,
+    Anyres,
+    Collate,
+    Laid,
+    Lay,
+    Medium,
+    Pixels,
+    lines,
+    packed,
+    packed_patches,
+    padded_pictures,
+    padded_rows,
+    plain,
+    stacked,
+    tiles_apart,
+    tiles_in_one_run,
+    tiles_of,
+)
+
+WINDOW = 12  # of decoders with sliding layers: shorter than the prompts, and than a picture of Gemma 3
+TOKENS = {"image_token_index": IMAGE, "video_token_index": VIDEO}
+MARKS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+PATCH = 4  # of Qwen and GLM
+
+
+def clip(side: int, layers: int = 3) -> CLIPVisionConfig:
+    return zoo.clip_config(image_size=side * zoo.PATCH, num_hidden_layers=layers)
+
+
+def siglip(side: int, **changes: object) -> SiglipVisionConfig:
+    settings = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, vision_use_head=False)
+    return SiglipVisionConfig(**settings, image_size=side * zoo.PATCH, patch_size=zoo.PATCH, **changes)
+
+
+def windowed(kind: str, window: int | None) -> PreTrainedConfig:
+    config = zoo.text_config(kind)
+    config.sliding_window = window
+    return config
+
+
+def cohere2() -> Cohere2Config:
+    shared = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+    ids = dict(vocab_size=zoo.VOCABULARY, pad_token_id=zoo.PAD, bos_token_id=1, eos_token_id=zoo.EOS)
+    return Cohere2Config(**shared, **ids, sliding_window=WINDOW, initializer_range=0.3, logit_scale=1.0)
+
+
+def mrope_text(layers: int = 4, **changes: object) -> dict[str, object]:
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3])
+    shape = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=zoo.VOCABULARY)
+    ids = dict(pad_token_id=zoo.PAD, bos_token_id=1, eos_token_id=zoo.EOS)
+    return shape | ids | dict(num_hidden_layers=layers, rope_parameters=rope, initializer_range=0.3) | changes
+
+
+def packed_vision(**changes: object) -> dict[str, object]:
+    return dict(depth=4, hidden_size=32, num_heads=4, patch_size=PATCH) | changes
+
+
+NEXT = Anyres(side=6, shapes=((1, 2), (2, 1), (2, 2)))
+NEXT_VIDEO = Anyres(side=6, shapes=((1, 2), (2, 1), (2, 2)), frame=3)
+ONEVISION = Anyres(side=5, shapes=((1, 1), (1, 2), (2, 1), (2, 2), (3, 4)), frame=3, most=9)
+
+
+def parts_of(family: str) -> tuple[type[PreTrainedConfig], object, object, dict[str, object]]:
+    """Of a small config: its class, vision encoder, decoder (of the kind that the family has) and fields."""
+    llama, one = zoo.text_config("llama"), {"image_token_index": IMAGE}
+    vit = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=84, patch_size=14)
+    deep = dict(intermediate_size=64, out_hidden_size=64)
+    match family:
+        case "llava":
+            return LlavaConfig, zoo.clip_config(), llama, one
+        case "vipllava":
+            return VipLlavaConfig, clip(6, layers=5), llama, one | dict(vision_feature_layer=[-2, -4, 2])
+        case "llava_next":  # the decoder has a window of 40 tokens
+            return LlavaNextConfig, clip(6), zoo.text_config("mistral"), one | dict(image_grid_pinpoints=NEXT.pinpoints)
+        case "llava_next_video":
+            return LlavaNextVideoConfig, clip(6), llama, TOKENS | dict(image_grid_pinpoints=NEXT_VIDEO.pinpoints)
+        case "llava_onevision":
+            points = dict(image_grid_pinpoints=ONEVISION.pinpoints)
+            return LlavaOnevisionConfig, siglip(5), zoo.text_config("qwen2"), TOKENS | points
+        case "video_llava":
+            return VideoLlavaConfig, clip(4), llama, TOKENS
+        case "qwen2_vl":
+            return Qwen2VLConfig, packed_vision(embed_dim=32, hidden_size=64, mlp_ratio=2), mrope_text(), MARKS
+        case "qwen2_5_vl":
+            windows = dict(window_size=4 * PATCH, fullatt_block_indexes=[1, 3], tokens_per_second=2)
+            return Qwen2_5_VLConfig, packed_vision(**deep, **windows), mrope_text(), MARKS
+        case "qwen3_vl":
+            vision = packed_vision(**deep, deepstack_visual_indexes=[0, 1, 2], num_position_embeddings=64)
+            return Qwen3VLConfig, vision, mrope_text(6, head_dim=16), MARKS
+        case "glm4v":
+            return Glm4vConfig, packed_vision(**deep, image_size=8 * PATCH), mrope_text(), MARKS
+        case "internvl":
+            vit |= dict(image_size=[84, 84], patch_size=[14, 14], layer_scale_init_value=1.0, use_qk_norm=True)
+            return InternVLConfig, vit, zoo.text_config("qwen2"), dict(image_token_id=IMAGE, image_seq_length=9)
+        case "gemma3":
+            marks = dict(boi_token_index=START, eoi_token_index=END, mm_tokens_per_image=16)
+            return Gemma3Config, siglip(8), windowed("gemma3", WINDOW), one | marks
+        case "paligemma":
+            return PaliGemmaConfig, siglip(8, projection_dim=64), zoo.text_config("gemma"), one | dict(projection_dim=64)
+        case "idefics3":
+            return Idefics3Config, vit, llama, dict(scale_factor=2, image_token_id=IMAGE, pad_token_id=zoo.PAD)
+        case "smolvlm":
+            return SmolVLMConfig, vit, llama, dict(scale_factor=2, image_token_id=IMAGE, pad_token_id=zoo.PAD)
+        case "mistral3":
+            vision = PixtralVisionConfig(**(vit | dict(image_size=168)), head_dim=12)
+            return Mistral3Config, vision, windowed("mistral", None), one | dict(spatial_merge_size=2)
+        case "aya_vision":
+            return AyaVisionConfig, siglip(6), cohere2(), one | dict(downsample_factor=2)
+    raise KeyError(family)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How prompts of a family look.
+
+    Attributes
+    ----------
+    rows : the media of each row of the batch.
+    lay : token ids of a medium, and what its placeholders stand for.
+    shape : of the pixels of a medium.
+    collate : pixels of all rows -> what the model takes.
+    types : further inputs with one entry per token: "gemma" (1 = picture), "prefix" (0 = bidirectional) or "mrope" (1 = picture,
+        2 = video).
+    """
+
+    rows: tuple[tuple[Medium, ...], ...]
+    lay: Lay
+    shape: Callable[[Medium], tuple[int, ...]]
+    collate: Collate = stacked
+    types: str = ""
+
+
+def square(side: int) -> Callable[[Medium], tuple[int, ...]]:
+    pixels = side * zoo.PATCH
+    return lambda medium: (medium.frames, 3, pixels, pixels) if medium.frames else (3, pixels, pixels)
+
+
+def tiled(side: int, *, whole: bool) -> Callable[[Medium], tuple[int, ...]]:
+    return lambda medium: (tiles_of(medium, whole=whole), 3, side * zoo.PATCH, side * zoo.PATCH)
+
+
+def patches(medium: Medium) -> tuple[int, ...]:
+    return (max(1, medium.frames) * medium.size[0] * medium.size[1], 3 * 2 * PATCH * PATCH)
+
+
+PICTURE, FILM = Medium(), Medium(frames=3)
+ROWS = ((PICTURE,), (PICTURE, PICTURE), (), (PICTURE,))
+PICTURED_ROWS = ((PICTURE,), (PICTURE, PICTURE), (PICTURE,))
+MOVING_ROWS = ((PICTURE,), (FILM, PICTURE), (), (FILM,))
+HALVES, QUARTERS = Medium((1, 2)), Medium((2, 2))  # tiles
+TILED_ROWS = ((HALVES,), (PICTURE, HALVES), (), (QUARTERS,))
+WIDE, TALL, LARGE = Medium((84, 150)), Medium((160, 90)), Medium((168, 168))  # pixels
+NEXT_ROWS = ((WIDE,), (TALL, LARGE), (), (Medium((90, 160)),))
+NEXT_VIDEO_ROWS = ((WIDE,), (FILM, TALL), (), (FILM,))
+ONEVISION_ROWS = ((Medium((210, 280)),), (Medium((70, 70)), Medium((120, 140))), (), (Medium((100, 130)), FILM), (FILM,))
+MISTRAL_ROWS = ((Medium((112, 84)),), (Medium((84, 84)), Medium((112, 140))), (), (Medium((84, 140)),))
+GLM_ROWS = ((Medium((12, 8)),), (Medium((8, 8)), Medium((6, 12))), (), (Medium((8, 10)),))  # patches
+LONG, SHORT = Medium((6, 8), frames=4), Medium((8, 8), frames=2)
+QWEN_ROWS = ((Medium((12, 8)),), (Medium((8, 8)), LONG), (), (SHORT,), (Medium((6, 12)), Medium((8, 10))))
+
+SPECS: dict[str, Spec] = {
+    "llava": Spec(ROWS, plain(8), square(8)),
+    "vipllava": Spec(ROWS, plain(6), square(6)),
+    "llava_next": Spec(NEXT_ROWS, NEXT.lay, NEXT.shape, NEXT.collate),
+    "llava_next_video": Spec(NEXT_VIDEO_ROWS, NEXT_VIDEO.lay, NEXT_VIDEO.shape, NEXT_VIDEO.collate),
+    "llava_onevision": Spec(ONEVISION_ROWS, ONEVISION.lay, ONEVISION.shape, ONEVISION.collate),
+    "video_llava": Spec(MOVING_ROWS, plain(4, lead=1), square(4)),
+    "qwen2_vl": Spec(QWEN_ROWS, packed(), patches, packed_patches(), "mrope"),
+    "qwen2_5_vl": Spec(QWEN_ROWS, packed(), patches, packed_patches(seconds=1.5), "mrope"),
+    "qwen3_vl": Spec(QWEN_ROWS, packed(timestamps=True), patches, packed_patches(), "mrope"),
+    "glm4v": Spec(GLM_ROWS, packed(), patches, packed_patches(), "mrope"),
+    "internvl": Spec(TILED_ROWS, tiles_in_one_run(3), tiled(6, whole=False)),
+    "gemma3": Spec(ROWS, plain(4, (NEWLINE, START), (END, NEWLINE)), square(8), types="gemma"),
+    "paligemma": Spec(PICTURED_ROWS, plain(8), square(8), types="prefix"),
+    "idefics3": Spec(TILED_ROWS, tiles_apart(3, breaks=True), tiled(6, whole=True), padded_rows),
+    "smolvlm": Spec(TILED_ROWS, tiles_apart(3, breaks=True), tiled(6, whole=True), padded_rows),
+    "mistral3": Spec(MISTRAL_ROWS, lines(28), lambda medium: (3, *medium.size), padded_pictures),
+    "aya_vision": Spec(TILED_ROWS, tiles_apart(3, breaks=False), tiled(6, whole=True)),
+}
+WORDS = ((3, 6), (2, 5), (9, 0), (8, 4), (5, 3))  # of each row: in front of the media, and behind each of them
+
+
+def spread(model: PreTrainedModel) -> None:
+    """Wider weights where a family's own initialisation leaves pictures without effect on the logits; norms unlike each other."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and parameter.std() < 0.1:
+                parameter.normal_(std=0.2)
+            elif parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+
+
+@functools.cache
+def saved(family: str) -> Path:
+    """A folder with a random model of a family, written by ``save_pretrained``."""
+    torch.manual_seed(0)
+    kind, vision, text, fields = parts_of(family)
+    model = AutoModelForImageTextToText.from_config(kind(vision_config=vision, text_config=text, **fields))
+    spread(model)
+    model.generation_config.update(pad_token_id=zoo.PAD, eos_token_id=None, bos_token_id=1)
+    folder = Path(tempfile.mkdtemp(prefix="foveate-families-")) / family
+    model.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def load(family: str) -> PreTrainedModel:
+    """The model as a user loads it; one for all tests, which leave it as it is."""
+    return AutoModelForImageTextToText.from_pretrained(saved(family), attn_implementation="sdpa").eval()
+
+
+def laid_row(family: str, media: Sequence[Medium]) -> list[Laid]:
+    pictures = sum(not medium.frames for medium in media)
+    return [SPECS[family].lay(medium, pictures) for medium in media]
+
+
+def prompt(family: str, media: Sequence[Medium], before: int, after: int, seed: int) -> list[int]:
+    """Token ids of a row; PaliGemma's processor puts pictures first, and nothing between them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(number: int) -> list[int]:
+        return torch.randint(FIRST_WORD, zoo.VOCABULARY, (number,), generator=generator).tolist()
+
+    parts = [laid.ids for laid in laid_row(family, media)]
+    if SPECS[family].types == "prefix":
+        return [*chain(*parts), 1, *words(before + after), NEWLINE]
+    ids = [1, *words(before)]
+    for part in parts:
+        ids += part + words(after)
+    return ids
+
+
+def pixels(family: str, medium: Medium, seed: int) -> Tensor:
+    strength = (1.0, 0.3, 2.0, 0.6)[seed % 4]
+    return strength * torch.randn(SPECS[family].shape(medium), generator=torch.Generator().manual_seed(seed))
+
+
+def inputs_of(family: str, ids: Sequence[list[int]], media: Sequence[Pixels], side: str = "left") -> dict[str, Tensor]:
+    """What a processor returns for rows of token ids with media."""
+    spec, inputs = SPECS[family], zoo.pad(ids, side)
+    tokens = inputs["input_ids"]
+    if any(media):
+        inputs |= spec.collate(media)
+    if spec.types == "gemma":
+        inputs["token_type_ids"] = (tokens == IMAGE).long()
+    elif spec.types == "prefix":
+        inputs["token_type_ids"] = torch.zeros_like(tokens)
+    elif spec.types == "mrope":
+        inputs["mm_token_type_ids"] = (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()
+    return inputs
+
+
+def row_numbers(family: str) -> range:
+    return range(len(SPECS[family].rows))
+
+
+def batch(family: str, rows: Sequence[int] | None = None, side: str = "left") -> dict[str, Tensor]:
+    """The rows of a family, or some of them with their own pictures, padded."""
+    every = SPECS[family].rows
+    rows = range(len(every)) if rows is None else rows
+    ids = [prompt(family, every[row], *WORDS[row], seed=row) for row in rows]
+    media = [[(medium, pixels(family, medium, 5 * row + n)) for n, medium in enumerate(every[row])] for row in rows]
+    return inputs_of(family, ids, media, side)
