@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .analysis.cost import cost
 from .api import Encoded, MethodInfo, ModelInfo, attach, encode, methods, models
 from .cuts import Cut, DecoderTap, Pattern, PromptTokens
 from .engine.session import Session, detach
@@ -98,6 +99,7 @@ __all__ = [
     "VisionZip",
     "VisualTokens",
     "attach",
+    "cost",
     "detach",
     "encode",
     "get",

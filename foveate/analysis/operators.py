@@ -1,0 +1,227 @@
+"""What one operator computes and moves, and the operators of our own model of a forward pass.
+
+Each operator reads its inputs from memory once and writes its output once. Fused attention (flash) reads queries, keys and values,
+writes the output, and computes only what the mask lets through; unfused attention computes the whole square and moves it four
+times. Matrix products count 2 operations per multiply-add, the rest one per addition, multiplication, division, root, exponential.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .architecture import Decoder, Projector, Stack, Tower
+
+RMS_NORM, LAYER_NORM, SOFTMAX, ROTATION, ACTIVATION = 4, 7, 5, 3, 4  # operations per value
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator, run once.
+
+    Attributes
+    ----------
+    name : unique within its part of the model.
+    flops : operations.
+    weights : bytes of parameters read. loads, stores : bytes of activations read and written.
+    cache_loads, cache_stores : bytes of keys and values read from and written to the cache.
+    bits : of the wider operand of a matrix product; None = not a matrix product.
+    """
+
+    name: str
+    flops: float
+    weights: float = 0
+    loads: float = 0
+    stores: float = 0
+    cache_loads: float = 0
+    cache_stores: float = 0
+    bits: float | None = None
+
+    @property
+    def bytes(self) -> float:
+        """Everything that is moved."""
+        return self.weights + self.loads + self.stores + self.cache_loads + self.cache_stores
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bits of the decoder's matrices, of activations, of the key-value cache, and of all other parameters."""
+
+    weight: float = 16
+    activation: float = 16
+    cache: float = 16
+    other: float = 16
+
+    @property
+    def unquantised(self) -> Precision:
+        """Of the parts that are left in the data type of the model: vision encoder, projector, head."""
+        return Precision(self.other, self.other, self.other, self.other)
+
+
+@dataclass(frozen=True)
+class Span:
+    """What the attention of one layer works on, per row: tokens that ask, tokens that are asked, pairs that are computed."""
+
+    queries: float
+    keys: float
+    pairs: float
+
+
+def prompt_span(tokens: float, window: int | None, causal: bool, fused: bool) -> Span:
+    """A prompt that enters a layer."""
+    if not (causal and fused):
+        return Span(tokens, tokens, tokens * tokens)
+    reach = min(tokens, window or tokens)
+    return Span(tokens, tokens, reach * (reach + 1) / 2 + (tokens - reach) * reach)
+
+
+def block_pairs(patches: float, window: int | None) -> float:
+    """Pairs of the patches of a picture, which see their block of ``window`` patches, or all."""
+    if window is None or window >= patches:
+        return patches * patches
+    rest = patches % window
+    return (patches - rest) * window + rest * rest
+
+
+def step_span(past: float, window: int | None) -> Span:
+    """One token that is added to ``past`` ones."""
+    keys = min(past + 1, window or past + 1)
+    return Span(1, keys, keys)
+
+
+def cached(tokens: float, window: int | None) -> float:
+    """Tokens of a sequence whose keys and values a layer holds: one less than its window, the next one brings its own."""
+    return tokens if window is None else min(tokens, window - 1)
+
+
+def linear(
+    name: str, rows: float, inputs: float, outputs: float, precision: Precision, bias: bool = False, to_cache: bool = False
+) -> Operator:
+    """A linear layer on ``rows`` vectors; ``to_cache`` writes what it makes into the key-value cache."""
+    made = rows * outputs
+    return Operator(
+        name,
+        flops=2 * rows * inputs * outputs,
+        weights=(inputs * outputs * precision.weight + bias * outputs * precision.other) / 8,
+        loads=rows * inputs * precision.activation / 8,
+        stores=0 if to_cache else made * precision.activation / 8,
+        cache_stores=made * precision.cache / 8 if to_cache else 0,
+        bits=max(precision.weight, precision.activation),
+    )
+
+
+def elementwise(name: str, values: float, each: float, precision: Precision, inputs: float = 1, parameters: float = 0) -> Operator:
+    """``each`` operations for each of ``values`` results, from ``inputs`` times as many values and some parameters."""
+    size = precision.activation / 8
+    return Operator(name, each * values, parameters * precision.other / 8, inputs * values * size, values * size)
+
+
+def layer_norm(name: str, stack: Stack, rows: float, width: int, precision: Precision, number: int = 1) -> Operator:
+    """``number`` norms over ``width`` channels."""
+    each = LAYER_NORM if stack.layer_norm else RMS_NORM
+    return elementwise(name, number * rows * width, each, precision, parameters=number * stack.norm_size(width))
+
+
+def attention(stack: Stack, batch: float, span: Span, precision: Precision, fused: bool, to_cache: bool) -> Iterator[Operator]:
+    """Scores, softmax and weighted values, as one operator where they are fused."""
+    pairs, size = batch * span.pairs * stack.heads, precision.activation / 8
+    queries = batch * span.queries * stack.queries * size
+    read = batch * span.keys * stack.keys * (precision.cache if to_cache else precision.activation) / 8  # keys, or values
+    product, bits = 2 * pairs * stack.head, max(precision.activation, precision.cache if to_cache else 0)
+
+    def moved(times: int) -> dict[str, float]:
+        return {"cache_loads": times * read} if to_cache else {"loads": times * read}
+
+    if fused:
+        both = moved(2)
+        loads = queries + both.pop("loads", 0)
+        yield Operator("attention", 2 * product + SOFTMAX * pairs, loads=loads, stores=queries, bits=bits, **both)
+        return
+    once, scores = moved(1), pairs * size
+    loads = once.pop("loads", 0)
+    yield Operator("scores", product, loads=queries + loads, stores=scores, bits=bits, **once)
+    yield elementwise("softmax", pairs, SOFTMAX, precision)
+    yield Operator("values", product, loads=scores + loads, stores=queries, bits=bits, **once)
+
+
+def layer_operators(
+    stack: Stack, batch: float, span: Span, leaving: float, precision: Precision, fused: bool, to_cache: bool
+) -> Iterator[Operator]:
+    """One transformer layer. ``leaving`` tokens of each row are left behind its attention, for its MLP."""
+    width, inner = stack.width, stack.inner
+    rows, left = batch * span.queries, batch * leaving
+    yield layer_norm("attention norm", stack, rows, width, precision, -(-stack.norms // 2))
+    yield linear("q_proj", rows, width, stack.queries, precision, stack.qkv_bias)
+    yield linear("k_proj", rows, width, stack.keys, precision, stack.qkv_bias, to_cache)
+    yield linear("v_proj", rows, width, stack.keys, precision, stack.qkv_bias, to_cache)
+    both = rows * (stack.queries + stack.keys)
+    if stack.head_norms:
+        each = LAYER_NORM if stack.layer_norm else RMS_NORM
+        yield elementwise("head norms", both, each, precision, parameters=2 * stack.norm_size(stack.head))
+    if stack.rotary:
+        yield elementwise("rotation", both, ROTATION, precision)
+    yield from attention(stack, batch, span, precision, fused, to_cache)
+    yield linear("o_proj", rows, stack.queries, width, precision, stack.out_bias)
+    yield elementwise("attention add", rows * width, 1, precision, inputs=2)
+    if stack.norms > 1:
+        yield layer_norm("mlp norm", stack, left, width, precision, stack.norms // 2)
+    if stack.gated:
+        yield linear("gate_proj", left, width, inner, precision, stack.mlp_bias)
+    yield linear("up_proj", left, width, inner, precision, stack.mlp_bias)
+    yield elementwise("mlp activation", left * inner, ACTIVATION + stack.gated, precision, inputs=1 + stack.gated)
+    yield linear("down_proj", left, inner, width, precision, stack.mlp_bias)
+    yield elementwise("mlp add", left * width, 1, precision, inputs=2)
+
+
+def embedding(decoder: Decoder, rows: float, precision: Precision) -> Operator:
+    """The rows of the table that a prompt or a step looks up; placeholders of pictures are looked up like text."""
+    values = rows * decoder.stack.width
+    return Operator("embed_tokens", 0, weights=values * precision.other / 8, stores=values * precision.activation / 8)
+
+
+def head_operators(decoder: Decoder, batch: float, rows: float, precision: Precision) -> Iterator[Operator]:
+    """The last norm on all ``rows``, and the logits of the last token of each of ``batch`` prompts."""
+    width = decoder.stack.width
+    yield layer_norm("last norm", decoder.stack, rows, width, precision)
+    yield linear("lm_head", batch, width, decoder.vocabulary, precision.unquantised, decoder.head_bias)
+
+
+def patch_operators(tower: Tower, pictures: float, patches: float, precision: Precision) -> Iterator[Operator]:
+    """Patch and position embeddings of ``patches`` per picture, and the norm in front of the layers if there are two outside."""
+    stack, width, tokens = tower.stack, tower.stack.width, patches + tower.prefix
+    yield linear("patch embedding", pictures * patches, tower.patch, width, precision, tower.patch_bias)
+    if tower.positions:
+        values = pictures * tokens * width
+        yield elementwise("position embedding", values, 1, precision, parameters=tower.positions * width)
+    if tower.outer_norms > 1:
+        yield layer_norm("pre norm", stack, pictures * tokens, width, precision)
+
+
+def pooling_operators(tower: Tower, pictures: float, tokens: float, precision: Precision, fused: bool) -> Iterator[Operator]:
+    """What encoders do behind their layers for a pooled output, whether somebody reads it or not."""
+    stack, width = tower.stack, tower.stack.width
+    if tower.outer_norms:
+        yield layer_norm("post norm", stack, pictures * (1 if tower.prefix else tokens), width, precision)
+    if not tower.pools:
+        return
+    yield linear("pool q_proj", pictures, width, width, precision, True)
+    yield linear("pool kv_proj", pictures * tokens, width, 2 * width, precision, True)
+    for operator in attention(stack, pictures, Span(1, tokens, tokens), precision, fused, to_cache=False):
+        yield Operator(**{**vars(operator), "name": f"pool {operator.name}"})
+    yield linear("pool o_proj", pictures, width, width, precision, True)
+    yield layer_norm("pool norm", stack, pictures, width, precision)
+    yield linear("pool up_proj", pictures, width, stack.inner, precision, True)
+    yield elementwise("pool activation", pictures * stack.inner, ACTIVATION, precision)
+    yield linear("pool down_proj", pictures, stack.inner, width, precision, True)
+    yield elementwise("pool add", pictures * width, 1, precision, inputs=2)
+
+
+def projector_operators(projector: Projector, rows: float, precision: Precision) -> Iterator[Operator]:
+    """From encoder features to ``rows`` visual tokens."""
+    inputs, outputs = projector.shapes[0]
+    if projector.norm:
+        yield elementwise("projector norm", rows * inputs, LAYER_NORM, precision, parameters=projector.norm)
+    yield linear("linear_1", rows, inputs, outputs, precision, projector.bias)
+    for number, (into, out) in enumerate(projector.shapes[1:], 2):
+        yield elementwise("projector activation", rows * into, ACTIVATION, precision)
+        yield linear(f"linear_{number}", rows, into, out, precision, projector.bias)
