@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .errors import InputError
+from .errors import FoveateError, InputError
 
 SMALLEST = 4  # pixels along a side; below this, image processors mistake rows for channels
+PHOTOMETRIC = 262  # the tag of a TIFF that says, among others, whether 0 is white
 
 
 @dataclass(frozen=True)
@@ -34,21 +36,34 @@ def open_picture(path: str | Path) -> Picture:
     InputError : there is no such file, it is no picture, it is damaged, too large to open safely, or smaller than 4 pixels.
     """
     path, notes = Path(path), []
+    with reading(path), Image.open(path) as opened:
+        frames = getattr(opened, "n_frames", 1)
+        if frames > 1 and opened.format != "MPO":  # the further frames of a phone's picture are previews
+            notes.append(f"{path.name} has {frames} frames; the first one is used")
+        opened.seek(0)
+        image = as_rgb(opened)
+        check_size(path, image)
+    return Picture(image, tuple(notes))
+
+
+@contextmanager
+def reading(path: Path, kind: str = "picture") -> Iterator[None]:
+    """Errors of Pillow and of the file system as errors of ours, about a file of that ``kind``.
+
+    Raises
+    ------
+    InputError : there is no such file, it is of another kind, it is damaged or too large to open safely.
+    """
     try:
-        with warnings.catch_warnings(), ExitStack() as stack:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures, and of odd tags in files that can be read all the same
-            opened = stack.enter_context(Image.open(path))
-            frames = getattr(opened, "n_frames", 1)
-            if frames > 1 and opened.format != "MPO":  # the further frames of a phone's picture are previews
-                notes.append(f"{path.name} has {frames} frames; the first one is used")
-            opened.seek(0)
-            opened.load()
-            turned = ImageOps.exif_transpose(opened) or opened
-            image = _as_rgb(turned)
+            yield
+    except FoveateError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}") from error
     except IsADirectoryError as error:
-        raise InputError(f"{path} is a folder; give one picture") from error
+        raise InputError(f"{path} is a folder; give one {kind}") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{path} is not a picture that Pillow can read. Convert it to PNG or JPEG.") from error
     except Image.DecompressionBombError as error:
@@ -57,20 +72,36 @@ def open_picture(path: str | Path) -> Picture:
         if isinstance(error, OSError) and error.errno is not None:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
         raise InputError(f"{path} is damaged: {error}. Save it anew or use another copy.") from error
+
+
+def check_size(path: Path, image: Image.Image) -> None:
+    """Refuse what image processors cannot take.
+
+    Raises
+    ------
+    InputError : a side has fewer than 4 pixels.
+    """
     if min(image.size) < SMALLEST:
         raise InputError(f"{path} is {image.width} x {image.height} pixels; at least {SMALLEST} x {SMALLEST} are needed")
-    return Picture(image, tuple(notes))
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(opened: Image.Image) -> Image.Image:
+    """The frame at which an opened picture stands, as 8-bit RGB, upright and on white."""
+    opened.load()
+    white_is_zero = getattr(opened, "tag_v2", {}).get(PHOTOMETRIC) == 0
+    image = ImageOps.exif_transpose(opened)
+    clear = image.info.get("transparency")
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
         # 16-bit pictures use the whole range; others are stretched to what they hold
         top = 65535.0 if image.mode.startswith("I;16") or (image.mode == "I" and pixels.max(initial=0) <= 65535) else None
         low, high = (0.0, top) if top else (float(pixels.min(initial=0)), float(pixels.max(initial=0)))
         scaled = (pixels - low) / max(high - low, 1e-12) * 255
-        return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        grey = (255 - scaled if white_is_zero else scaled).round().clip(0, 255)  # Pillow turns only 8 bits the right way
+        return Image.fromarray(np.where(pixels == clear, 255, grey).astype(np.uint8)).convert("RGB")
+    if isinstance(clear, tuple) and max(clear) > 255:  # of a picture of 16 bits, of which Pillow keeps the upper 8
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or clear is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -45,6 +48,64 @@ def test_sixteen_bits_are_scaled_and_not_cut(tmp_path):
     np.testing.assert_allclose(pixels, np.linspace(0, 255, 64), atol=1)
 
 
+def write_png(path, pixels, color_type, clear=None):
+    """A PNG of 16 bits by its specification: Pillow cannot write all kinds. ``clear`` is the colour that stands for no pixel."""
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, color_type, 0, 0, 0))]
+    chunks += [] if clear is None else [(b"tRNS", struct.pack(f">{len(clear)}H", *clear))]
+    chunks += [(b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    framed = [struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
+
+
+def over_white(color, alpha):
+    """The upper 8 of 16 bits, laid over white."""
+    return [value / 257 * alpha / 65535 + 255 * (1 - alpha / 65535) for value in color]
+
+
+@pytest.mark.parametrize(
+    ("color_type", "values", "expected"),
+    [
+        (0, (0x4321,), over_white([0x4321] * 3, 65535)),
+        (2, (0xABCD, 0x1200, 0xFFFF), over_white([0xABCD, 0x1200, 0xFFFF], 65535)),
+        (4, (0x4321, 0x8000), over_white([0x4321] * 3, 0x8000)),
+        (6, (0xABCD, 0x1200, 0xFFFF, 0x4000), over_white([0xABCD, 0x1200, 0xFFFF], 0x4000)),
+    ],
+    ids=["grey", "colour", "grey and alpha", "colour and alpha"],
+)
+def test_png_of_sixteen_bits(tmp_path, color_type, values, expected):
+    write_png(tmp_path / "deep.png", np.broadcast_to(np.array(values), (8, 6, len(values))), color_type)
+    assert close(open_picture(tmp_path / "deep.png").image, expected, 1.5)
+
+
+@pytest.mark.parametrize(("color_type", "clear"), [(0, (0x4321,)), (2, (0xABCD, 0x1200, 0xFFFF))])
+def test_a_clear_colour_of_sixteen_bits(tmp_path, color_type, clear):
+    pixels = np.full((8, 8, len(clear)), 0x1000)
+    pixels[:4] = clear
+    write_png(tmp_path / "deep.png", pixels, color_type, clear)
+    found = np.asarray(open_picture(tmp_path / "deep.png").image)
+    assert found[:4].min() == 255
+    assert found[4:].max() == 16
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("white", [0, 1])
+def test_tiff_of_sixteen_bits(tmp_path, order, white):
+    """By its specification: one strip; ``white`` = 0 says that 0 is white."""
+    pixels = np.linspace(0, 65535, 64).astype(f"{order}u2").repeat(8)
+    tags = [(256, 8), (257, 64), (258, 16), (259, 1), (262, white), (273, 8), (277, 1), (278, 64), (279, 1024)]
+    entries = b"".join(struct.pack(f"{order}HHIH2x", tag, 3, 1, value) for tag, value in tags)
+    head = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HI", 42, 8 + 1024)
+    ends = struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+    (tmp_path / "deep.tiff").write_bytes(head + pixels.tobytes() + ends)
+    if (order, white) == (">", 0):  # which no version of Pillow knows
+        with pytest.raises(foveate.InputError, match="not a picture that Pillow can read"):
+            open_picture(tmp_path / "deep.tiff")
+        return
+    found = np.asarray(open_picture(tmp_path / "deep.tiff").image)[:, 0, 0].astype(float)
+    np.testing.assert_allclose(found, np.linspace(0, 255, 64) if white else np.linspace(255, 0, 64), atol=1)
+
+
 def test_float_pixels_are_stretched(tmp_path):
     Image.fromarray(np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "float.tiff")
     pixels = np.asarray(open_picture(tmp_path / "float.tiff").image)
@@ -60,6 +121,105 @@ def test_grey_and_bilevel(tmp_path):
 def test_transparent_pixels_are_white(tmp_path):
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert close(open_picture(tmp_path / "clear.png").image, (255, 255, 255))
+
+
+@pytest.mark.parametrize(("name", "clear"), [("a.png", 1), ("a.png", bytes([255, 0, 255])), ("a.gif", 1)])
+def test_palettes_with_clear_colours(tmp_path, name, clear):
+    image = Image.new("P", (8, 8), 2)
+    image.putpalette([0, 0, 0, *RED, 0, 0, 255])
+    image.paste(1, (0, 0, 8, 4))
+    image.save(tmp_path / name, transparency=clear)
+    found = np.asarray(open_picture(tmp_path / name).image)
+    assert found[:4].min() == 255
+    assert (found[4:] == (0, 0, 255)).all()
+
+
+def write_cmyk_jpeg(path, ink):
+    """8 x 8 pixels of one colour, by hand: each block has a first coefficient only. Adobe's files hold 255 for no ink."""
+
+    def segment(marker, data):
+        return bytes([255, marker]) + struct.pack(">H", len(data) + 2) + data
+
+    bits = ""
+    for amount in ink:
+        level = 8 * (255 - amount - 128)  # in steps of 1
+        size = abs(level).bit_length()
+        bits += f"{size:04b}" + (f"{level if level > 0 else level + 2**size - 1:0{size}b}" if size else "") + "0"
+    bits += "1" * (-len(bits) % 8)
+    scan = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    planes = range(1, 5)
+    path.write_bytes(
+        b"\xff\xd8"
+        + segment(0xEE, b"Adobe" + struct.pack(">HHHB", 100, 0, 0, 0))
+        + segment(0xDB, b"\0" + b"\1" * 64)
+        + segment(0xC0, struct.pack(">BHHB", 8, 8, 8, 4) + b"".join(bytes([plane, 0x11, 0]) for plane in planes))
+        + segment(0xC4, b"\0" + bytes([0, 0, 0, 12] + [0] * 12) + bytes(range(12)))  # sizes 0 to 11, in 4 bits each
+        + segment(0xC4, b"\x10" + bytes([1] + [0] * 15) + b"\0")  # the end of a block, in 1 bit
+        + segment(0xDA, b"\4" + b"".join(bytes([plane, 0]) for plane in planes) + b"\0\x3f\0")
+        + scan
+        + b"\xff\xd9"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ink", "expected"),
+    [
+        ((0, 0, 0, 0), (255, 255, 255)),
+        ((0, 255, 255, 0), (255, 0, 0)),
+        ((255, 0, 255, 128), (0, 127, 0)),
+        ((0, 0, 0, 255), (0, 0, 0)),
+    ],
+)
+def test_inks_of_adobe_are_not_inverted(tmp_path, ink, expected):
+    write_cmyk_jpeg(tmp_path / "print.jpg", ink)
+    assert close(open_picture(tmp_path / "print.jpg").image, expected, 2)
+
+
+def test_phones_store_a_preview_behind_the_picture(tmp_path):
+    Image.new("RGB", (20, 30), RED).save(tmp_path / "a.mpo", save_all=True, append_images=[Image.new("RGB", (10, 15))])
+    picture = open_picture(tmp_path / "a.mpo")
+    assert close(picture.image, RED)
+    assert picture.notes == ()
+
+
+ORIENTATIONS = {  # of the tag: where the first row and the first column are shown (EXIF 2.3, table of tag 274)
+    1: ("top", "left"),
+    2: ("top", "right"),
+    3: ("bottom", "right"),
+    4: ("bottom", "left"),
+    5: ("left", "top"),
+    6: ("right", "top"),
+    7: ("right", "bottom"),
+    8: ("left", "bottom"),
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_jpeg_of_any_orientation(tmp_path, orientation):
+    """The first row is red, the first column blue; where they are seen is the tag's definition."""
+    image = Image.new("RGB", (48, 32))
+    image.paste((0, 0, 255), (0, 0, 16, 32))
+    image.paste((255, 0, 0), (16, 0, 48, 8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95, subsampling=0)
+    found = np.asarray(open_picture(tmp_path / "a.jpg").image, float)
+    assert found.shape == ((32, 48, 3) if orientation < 5 else (48, 32, 3))
+    sides = {"top": found[:4], "bottom": found[-4:], "left": found[:, :4], "right": found[:, -4:]}
+    for side, channel in zip(ORIENTATIONS[orientation], (0, 2), strict=True):
+        amounts = {name: pixels[..., channel].mean() for name, pixels in sides.items()}
+        assert max(amounts, key=amounts.get) == side
+
+
+def test_a_broken_exif_is_no_broken_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20), RED).save(tmp_path / "a.jpg", exif=exif)
+    data = (tmp_path / "a.jpg").read_bytes()
+    place = data.index(b"Exif") + 6
+    for damage in (b"\xff" * 8, b"II*\0\xff\xff\xff\x7f", b"MM\0*\0\0\0\x08\xff\xff"):
+        (tmp_path / "a.jpg").write_bytes(data[:place] + damage + data[place + len(damage) :])
+        assert close(open_picture(tmp_path / "a.jpg").image, RED)
 
 
 def test_exif_orientation(tmp_path):
@@ -80,6 +240,15 @@ def test_animations_give_their_first_frame_and_say_so(tmp_path):
     picture = open_picture(tmp_path / "move.gif")
     assert close(picture.image, RED, 12)
     assert picture.notes == ("move.gif has 3 frames; the first one is used",)
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.png", "a.tiff"])
+def test_other_files_of_several_pictures(tmp_path, name):
+    frames = [Image.new("RGB", (12, 12), color) for color in (RED, (0, 255, 0))]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    picture = open_picture(tmp_path / name)
+    assert close(picture.image, RED)
+    assert picture.notes == (f"{name} has 2 frames; the first one is used",)
 
 
 def test_long_thin_pictures(tmp_path):
