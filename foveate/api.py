@@ -14,7 +14,7 @@ from .engine.anatomy import innermost
 from .engine.families import FAMILIES, TOWERS
 from .engine.positions import Positions
 from .engine.prompt import filler, original_positions
-from .engine.seams import PER_TOKEN_INPUTS, has_pixels
+from .engine.seams import PER_TOKEN_INPUTS, has_pixels, renamed, unturned
 from .engine.session import Session
 from .engine.shortening import shorten_prompt
 from .errors import InputError
@@ -93,17 +93,19 @@ def encode(model: Any, method: str | Method, **inputs: Any) -> Encoded:
     if ids is None or not has_pixels(inputs):
         raise InputError("encode needs input_ids and pixel_values: pass what the processor returned for text and images")
     mask = torch.ones_like(ids) if mask is None else mask
-    numbered = Positions(parts, session.front.positions == "compact")
-    numbered.of_prompt(ids, mask, 0, inputs)
+    renamed(inputs)
+    given, numbered = inputs.get("position_ids"), Positions(parts, session.front.positions == "compact")
     report = session.new_report()
-    short = shorten_prompt(parts, session.method, ids, mask, inputs, report, pad_left=bool((mask[:, 0] == 0).any()))
+    with unturned(parts.model.base_model):
+        numbered.of_prompt(ids, mask, 0, inputs)
+        short = shorten_prompt(parts, session.method, ids, mask, inputs, report, pad_left=bool((mask[:, 0] == 0).any()))
     if short.layout is not None:
         fill = filler(ids, mask, parts.visual(ids))
         numbered.follow(short.layout, mask, inputs)
         ids, mask = short.layout.take(ids, fill), inputs["attention_mask"]
     positions = inputs.get("position_ids")
     positions = original_positions(mask.bool()) if positions is None else positions
-    positions = positions + parts.family.first_position * mask
+    positions = positions if given is not None else positions + parts.family.first_position * mask
     if session.method.inside_decoder():
         report.warnings.append(f"{session.method.name} also acts inside the decoder; encode does not run it")
     prompt = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}

@@ -198,7 +198,7 @@ class Report:
             return []
         grids = [(i, part, grid) for i, item in enumerate(self.items) for part, grid in enumerate(item.grids)]
         sources, valid = reduction.source_map(max(r * c for *_, (r, c) in grids)).tolist(), reduction.mask()
-        found = []
+        found, stages = [], [self._stages(i) for i in range(len(self.items))]
         for n, (i, part, grid) in enumerate(grids):
             item, cells = self.items[i], grid[0] * grid[1]
             single, kept = len(item.grids) == 1, reduction.index[n][valid[n]]
@@ -212,7 +212,7 @@ class Report:
                     source=_renumbered(sources[n][:cells], valid[n]),
                     scores=None if reduction.scores is None else reduction.scores[n][:cells].tolist(),
                     threshold=None if reduction.threshold is None else float(reduction.threshold[n]),
-                    stages=[self._stage(cut, i, part) for cut in self.cuts],
+                    stages=stages[i][part],
                     item=i,
                     part=part,
                     modality=item.modality,
@@ -220,22 +220,42 @@ class Report:
             )
         return found
 
-    def _stage(self, cut: CutRecord, number: int, part: int) -> StageReport:
-        """What one cut left of one grid of an item."""
+    def _stages(self, number: int) -> list[list[StageReport]]:
+        """What each cut left of each grid of an item."""
         item = self.items[number]
-        mine, cells = item.part == part, item.cell.tolist()
-        if self.placeholders is None:
-            return StageReport(cut.layer, item.cell[mine].tolist(), None)
-        of_row = self.rows[:number].count(item.row)  # number of the item in its row
+        found: list[list[StageReport]] = [[] for _ in item.grids]
+        cells = list(zip(item.part.tolist(), item.cell.tolist(), strict=True))
+        if self.placeholders is None or not self.cuts:
+            for cut in self.cuts:
+                for part, reports in enumerate(found):
+                    reports.append(StageReport(cut.layer, [cell for mine, cell in cells if mine == part], None))
+            return found
+        of_row, line = self.rows[:number].count(item.row), item.row * self.copies  # number of the item in its row
         places = (self.placeholders[item.row] == of_row).nonzero().flatten().tolist()
-        cell = {place: cells[i] for i, place in enumerate(places) if bool(mine[i])}
-        line, scores = item.row * self.copies, None
-        left = cut.column[line][cut.image[line] == of_row].tolist()
+        cell_of = {place: cells[i] for i, place in enumerate(places)}
+        for cut in self.cuts:
+            left, scores = self._left(cut, line, of_row, cell_of, len(found))
+            for part, reports in enumerate(found):
+                reports.append(StageReport(cut.layer, left[part], None if cut.scores is None else scores[part]))
+        return found
+
+    def _left(
+        self, cut: CutRecord, line: int, of_row: int, cell_of: dict[int, tuple[int, int]], parts: int
+    ) -> tuple[list[list[int]], list[dict[int, float]]]:
+        """For each grid of an item the cells that a cut left, and the scores of those that came so far."""
+        left: list[list[int]] = [[] for _ in range(parts)]
+        scores: list[dict[int, float]] = [{} for _ in range(parts)]
+        for column in cut.column[line][cut.image[line] == of_row].tolist():
+            part, cell = cell_of[column]
+            if part >= 0:
+                left[part].append(cell)
         if cut.scores is not None:
             seen = cut.seen_image[line] == of_row
-            pairs = zip(cut.seen_column[line][seen].tolist(), cut.scores[line][seen].tolist(), strict=True)
-            scores = {cell[column]: score for column, score in pairs if column in cell}
-        return StageReport(cut.layer, [cell[column] for column in left if column in cell], scores)
+            for column, score in zip(cut.seen_column[line][seen].tolist(), cut.scores[line][seen].tolist(), strict=True):
+                part, cell = cell_of[column]
+                if part >= 0:
+                    scores[part][cell] = score
+        return left, scores
 
     @property
     def layers(self) -> list[int]:

@@ -94,6 +94,13 @@ class Anatomy:
         """How visual tokens are arranged in the prompt, None = the engine does not take the modality."""
         return self.family.images if self.modality == "image" else self.family.videos
 
+    def check_modality(self) -> None:
+        """Raise ``UnsupportedModelError`` where the engine does not take the modality."""
+        if self.arrangement is None:
+            raise UnsupportedModelError(
+                f"{self.family.name}: {self.modality}s are not supported by foveate. Detach the method for them."
+            )
+
     @property
     def placeholders(self) -> dict[str, int]:
         """For each modality, the id of the placeholder that stands for one visual token in the prompt."""
@@ -130,12 +137,12 @@ class Anatomy:
         return decoder
 
     def special_tokens(self) -> tuple[int, ...]:
-        """Ids of the tokens that begin and end texts, as far as the configs name them."""
+        """Ids of the tokens that begin and end texts and pictures, as far as the configs name them; placeholders, too."""
         found: set[int] = set()
         for config in (self.model.config, self.model.config.get_text_config(), self.model.generation_config):
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                value = getattr(config, name, None)
-                found |= set(value if isinstance(value, list | tuple) else [] if value is None else [value])
+            for name, value in vars(config).items():
+                if name.endswith(("_token_id", "_token_index")):  # ends of texts, marks around pictures
+                    found |= set(value if isinstance(value, list | tuple) else [] if value is None else [value])
         return tuple(sorted(found))
 
     def _chosen(self) -> Sequence[int]:
@@ -225,6 +232,8 @@ def anatomy(model: Any) -> Anatomy:
         )
     if any(p.is_meta for p in tower.parameters()) and not _offloaded(tower):
         raise UnsupportedModelError("the weights of the model are not loaded (meta tensors). Load them before attaching.")
+    if tower_type == "pixtral" and family.images == "grid":  # pictures of any size, of which each patch is a token
+        family = replace(family, images="sizes", projector=None, shrinkable=False)
     projector = None if family.projector is None else _part(model.base_model, family.projector, "projector")
     return Anatomy(model, family, TOWERS[tower_type], tower, projector)
 

@@ -246,7 +246,7 @@ def _thw(seen: Seen) -> Arrangement:
 
 def _sizes(seen: Seen) -> Arrangement:
     """Pictures of different sizes of which blocks of m x m patches become a token."""
-    merge = int(seen.parts.model.config.spatial_merge_size)
+    merge = int(getattr(seen.parts.model.config, "spatial_merge_size", 1))
     grids_ = [seen.parts.grid(int(height), int(width)) for height, width in seen.kwargs["image_sizes"]]
     units, start = [], 0
     for item, (rows, columns) in enumerate(grids_):
@@ -274,8 +274,9 @@ def _packed(seen: Seen) -> Arrangement:
     number, has_cls = grid[0] * grid[1], seen.parts.tower_kind.has_cls
     if packing.tokens != number:
         raise InputError(f"tiles of {grid[0]} x {grid[1]} patches gave {packing.tokens} visual tokens and not a grid of them.")
-    index = torch.arange(sum(packing.tiles) * number, dtype=torch.float64, device=seen.device).view(-1, number, 1)
-    packed = [each[:, 0] for each in packing(index, torch.full((1,), -1.0, dtype=torch.float64, device=seen.device))]
+    # on the host: what stands where is looked at place by place
+    index = torch.arange(sum(packing.tiles) * number, dtype=torch.float64).view(-1, number, 1)
+    packed = [each[:, 0] for each in packing(index, torch.full((1,), -1.0, dtype=torch.float64))]
     units: list[Unit] = []
     fixed, start = [], 0
     for item, what in enumerate(packed):
@@ -284,8 +285,9 @@ def _packed(seen: Seen) -> Arrangement:
         for end in ends:
             fixed.append(Fixed(item, end, torch.arange(begin, end)))
             begin = end + 1
-        units += _tile_units(item, what, grid) if has_cls else _map_units(item, ends, grid, start, what.device)
+        units += _tile_units(item, what, grid) if has_cls else _map_units(item, ends, grid, start)
         start += len(what)
+    units = [replace(unit, places=unit.places.to(seen.device), tap=unit.tap.to(seen.device)) for unit in units]
 
     def cells(patches: Tensor) -> Tensor:
         return patches.flatten(0, 1) if has_cls else torch.cat(packing(patches, patches.new_zeros(patches.shape[-1])))
@@ -312,13 +314,13 @@ def _tile_units(item: int, what: Tensor, grid: tuple[int, int]) -> list[Unit]:
     return units
 
 
-def _map_units(item: int, ends: list[int], grid: tuple[int, int], start: int, device: torch.device) -> list[Unit]:
+def _map_units(item: int, ends: list[int], grid: tuple[int, int], start: int) -> list[Unit]:
     """The small picture, and the map of its tiles."""
-    cell = torch.arange(grid[0] * grid[1], device=device)
+    cell = torch.arange(grid[0] * grid[1])
     units = [Unit(item, 0, grid, cell, cell + start)]
     if len(ends) > 1 or ends[0] > len(cell):
         rows, width = len(ends), ends[0] - len(cell)
-        places = torch.cat([torch.arange(end - width, end, device=device) for end in ends])
+        places = torch.cat([torch.arange(end - width, end) for end in ends])
         units.append(Unit(item, 1, (rows, width), places, places + start))
     return units
 

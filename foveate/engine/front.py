@@ -74,10 +74,7 @@ def encode_and_reduce(
     InputError : the pictures give no grid of tokens, do not fit the prompts, or hold NaN or infinite values.
     UnsupportedModelError : the model is not built so that the method could act.
     """
-    if parts.arrangement is None:
-        raise UnsupportedModelError(
-            f"{parts.family.name}: {parts.modality}s are not supported by foveate. Detach the method for them."
-        )
+    parts.check_modality()
     size = kwargs[PIXELS[parts.modality]].shape[-2:]
     flat = parts.arrangement in ("thw", "sizes")  # pixels are no pictures there, or only with their padding
     patches, whole = (0, 0) if flat else parts.grid(*size), method.keeps_all

@@ -122,7 +122,8 @@ def laid_out(arrangement: Arrangement, found: list[Reduced]) -> Layout:
             start += len(places)
     fixed: list[int] = []
     offsets = arrangement.offsets
-    alive = [_alive(size, [places for *_, places in mine]) for size, mine in zip(arrangement.sizes, pieces, strict=True)]
+    rowed = {each.item for each in arrangement.fixed if each.ends is not None}
+    alive = {item: _alive(arrangement.sizes[item], [places for *_, places in pieces[item]]) for item in rowed}
     for each in arrangement.fixed:
         if each.ends is None or bool(alive[each.item][each.ends].any()):
             place = torch.tensor([each.place], device=device)
@@ -142,8 +143,8 @@ def laid_out(arrangement: Arrangement, found: list[Reduced]) -> Layout:
 def _alive(size: int, places: list[Tensor]) -> Tensor:
     """[size] bool on the host, which placeholders of an item stay."""
     alive = torch.zeros(size, dtype=torch.bool)
-    for some in places:
-        alive[some.cpu()] = True
+    if places:
+        alive[torch.cat(places).cpu()] = True
     return alive
 
 

@@ -26,23 +26,33 @@ class Positions:
         self.model: Any = parts.model
         self.mrope, self.first = parts.family.mrope, parts.family.first_position
         self.compact = compact and not self.mrope
+        self.ahead: Tensor | None = None  # [B, 1] by how much what follows the prompt is ahead of its tokens, with M-RoPE
 
     def of_prompt(self, ids: Tensor, mask: Tensor, past: int, kwargs: dict[str, Any]) -> None:
         """Number a prompt of a model with M-RoPE as the model does, before anything is removed from it."""
-        if not self.mrope or kwargs.get("position_ids") is not None:
+        if not self.mrope:
             return
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = self._counted(ids, mask, past, kwargs)
+        given = kwargs["position_ids"]
+        if given.ndim == 3:
+            real = mask.bool().to(given.device)
+            last = given[-3:].amax(0).masked_fill(~real[:, -given.shape[-1] :], -1).amax(-1, keepdim=True)
+            self.ahead = last + 1 - real.sum(-1, keepdim=True)
+
+    def _counted(self, ids: Tensor, mask: Tensor, past: int, kwargs: dict[str, Any]) -> Tensor:
+        """[4, B, T] positions as the model counts them."""
         layout = layout_of(kwargs.get("past_key_values"))
         if has_pixels(kwargs) or layout is None or layout.ahead is None:
+            if has_pixels(kwargs) and kwargs.get("mm_token_type_ids") is None:
+                raise InputError(
+                    "pictures and no mm_token_type_ids: without them this model cannot number its tokens. "
+                    "Pass all that the processor returned."
+                )
             found = full_positions(self.model, ids, mask, past, kwargs)
-            found = found if len(found) == 4 else torch.cat([original_positions(mask.bool())[None], found.expand(3, -1, -1)])
-        else:
-            text = original_positions(mask.bool())
-            found = torch.cat([text[None], (text + layout.ahead).expand(3, -1, -1)])
-        kwargs["position_ids"] = found
-
-    def ahead(self) -> Tensor | None:
-        """[B, 1] by how much the positions behind the prompt numbered last are ahead of its tokens, with M-RoPE."""
-        return getattr(self.model.base_model, "rope_deltas", None) if self.mrope else None
+            return found if len(found) == 4 else torch.cat([original_positions(mask.bool())[None], found.expand(3, -1, -1)])
+        text = original_positions(mask.bool())
+        return torch.cat([text[None], (text + layout.ahead).expand(3, -1, -1)])
 
     def refuse(self, given: Tensor | None) -> None:
         """Raise ``InputError`` for positions of the user's where prompts are renumbered."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
-from ..errors import CacheError, UnsupportedModelError
+from ..errors import CacheError, InputError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from .prompt import Layout
@@ -52,6 +52,12 @@ def modalities(kwargs: dict[str, Any]) -> list[str]:
     """Which of "image" and "video" a call brings."""
     here = {"image": ("pixel_values", "pixel_values_images", "image_patches"), "video": ("pixel_values_videos",)}
     return [modality for modality, names in here.items() if any(kwargs.get(name) is not None for name in names)]
+
+
+def renamed(kwargs: dict[str, Any]) -> None:
+    """The older name of an input is the newer one from here on."""
+    if kwargs.get("pixel_values_images") is not None:
+        kwargs["pixel_values"] = kwargs.pop("pixel_values_images")
 
 
 def of_modality(base: Any, modality: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -129,32 +135,51 @@ class Packing:
         return list(self.call(list(values.split(self.tiles)), image_newline=newline)[0])
 
 
+class _PackingRecorder:
+    """In the place of a model's ``pack_image_features``, for all threads that encode with it."""
+
+    def __init__(self, base: Any) -> None:
+        self.before, self.original = base.__dict__.get(_PACK), getattr(base, _PACK)
+        self.names = list(inspect.signature(self.original).parameters)
+        self.found: dict[int, list[Packing]] = {}  # by thread
+        self.users = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mine = self.found.get(threading.get_ident())
+        if mine is not None:
+            given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            tiles, _ = given.pop("image_features"), given.pop("image_newline", None)
+            mine.append(Packing(functools.partial(self.original, **given), [len(each) for each in tiles], tiles[0].shape[1]))
+        return self.original(*args, **kwargs)
+
+
+_PACK = "pack_image_features"
+_PACKING = threading.Lock()
+
+
 @contextmanager
 def recorded_packing(base: Any) -> Iterator[list[Packing]]:
     """Note how ``pack_image_features`` was called by this thread, so that other values can be laid out in the same way."""
     found: list[Packing] = []
-    original, owner = getattr(base, "pack_image_features", None), threading.get_ident()
-    if original is None:
+    if getattr(base, _PACK, None) is None:
         yield found
         return
-    names = list(inspect.signature(original).parameters)
-
-    def pack(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == owner:
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            tiles, _ = given.pop("image_features"), given.pop("image_newline", None)
-            found.append(Packing(functools.partial(original, **given), [len(each) for each in tiles], tiles[0].shape[1]))
-        return original(*args, **kwargs)
-
-    before = base.__dict__.get("pack_image_features")
-    base.__dict__["pack_image_features"] = pack
+    with _PACKING:
+        recorder = base.__dict__.get(_PACK)
+        if not isinstance(recorder, _PackingRecorder):
+            recorder = base.__dict__[_PACK] = _PackingRecorder(base)
+        recorder.users += 1
+        recorder.found[threading.get_ident()] = found
     try:
         yield found
     finally:
-        if before is None:
-            del base.__dict__["pack_image_features"]
-        else:
-            base.__dict__["pack_image_features"] = before
+        with _PACKING:
+            recorder.users -= 1
+            del recorder.found[threading.get_ident()]
+            if recorder.users == 0 and recorder.before is None:
+                del base.__dict__[_PACK]
+            elif recorder.users == 0:
+                base.__dict__[_PACK] = recorder.before
 
 
 def window_order(tower: Any, grid_thw: Tensor) -> Tensor:
@@ -172,8 +197,27 @@ def full_positions(model: Any, ids: Tensor, mask: Tensor, past: int, kwargs: dic
         name: value for name, value in kwargs.items() if isinstance(value, Tensor | list) and name != "position_ids"
     }
     given |= {"attention_mask": mask, "past_key_values": _Past(past) if past else None}
-    found: Tensor = model._prepare_position_ids_for_generation(ids, given)
+    try:
+        found: Tensor = model._prepare_position_ids_for_generation(ids, given)
+    except (IndexError, RuntimeError, StopIteration, ValueError) as error:
+        if not past:
+            raise
+        raise InputError(
+            "the pictures of a further turn cannot be numbered: give the whole prompt, with the grids (image_grid_thw) of all of "
+            "its pictures, or start a new cache."
+        ) from error
     return found
+
+
+@contextmanager
+def unturned(base: Any) -> Iterator[None]:
+    """A model with M-RoPE remembers the offset of its last prompt for the next turn; behind this, the one it had before."""
+    before = getattr(base, "rope_deltas", None)
+    try:
+        yield
+    finally:
+        if hasattr(base, "rope_deltas"):
+            base.rope_deltas = before
 
 
 class _Past(NamedTuple):

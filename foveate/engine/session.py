@@ -33,6 +33,8 @@ from .seams import (
     is_ours,
     layout_of,
     mark,
+    modalities,
+    renamed,
     restore,
 )
 from .shifts import Shifts, missing_positions
@@ -144,6 +146,7 @@ class Session:
     def generate(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's ``generate`` on a shorter prompt; sequences come back with the full prompt in front."""
         kwargs = {**dict(zip(list(inspect.signature(original).parameters), args, strict=False)), **kwargs}
+        renamed(kwargs)
         inputs, named = kwargs.pop("inputs", None), kwargs.pop("input_ids", None)
         ids = named if inputs is None else inputs
         cache = kwargs.get("past_key_values")
@@ -177,7 +180,7 @@ class Session:
         short_ids = layout.take(whole, fill)[:, short.held if outside else 0 :]
         given = kwargs.get("position_ids")
         numbered.follow(layout, mask, kwargs)
-        layout = replace(layout, ahead=numbered.ahead())
+        layout = replace(layout, ahead=numbered.ahead)
         missing = None if numbered.compact else missing_positions(mask, given, kwargs["position_ids"])
         kwargs.update(settings.lengths(ids.shape[1] - short_ids.shape[1]))
         full, beams = FullPrompt(ids, short_ids.shape[1]), (settings["num_beams"] or 1) > 1
@@ -285,6 +288,7 @@ class Session:
 
         Returns the layout that a cache which this call fills must be marked with, the report, and the context to call in.
         """
+        renamed(kwargs)
         cache = kwargs.get("past_key_values")
         forget_if_empty(cache)
         if has_pixels(kwargs):
@@ -342,7 +346,7 @@ class Session:
             raise InputError("position_ids begin anew: packed prompts cannot be shortened. Give each prompt a row of its own.")
         whole = kwargs.get("position_ids")
         numbered.follow(layout, full_mask, kwargs)
-        ahead = numbered.ahead() if numbered.mrope else None if earlier is None else earlier.ahead
+        ahead = numbered.ahead if numbered.mrope else None if earlier is None else earlier.ahead
         if past > 0 and earlier is None and not numbered.mrope:
             # transformers numbers a cache that was filled by hand by its columns, padding too
             ahead = (full_mask[:, :past] == 0).sum(1, keepdim=True)
@@ -376,7 +380,7 @@ class Session:
 
     def _keeps_all(self, parts: Anatomy, kwargs: dict[str, Any]) -> bool:
         """Whether the budget covers every token."""
-        if self.front.keeps_all or parts.arrangement != "grid":
+        if self.front.keeps_all or parts.arrangement != "grid" or modalities(kwargs) != ["image"]:
             return self.front.keeps_all
         cells = parts.grid(*kwargs["pixel_values"].shape[-2:])
         return resolve_budget(self.front.budget, cells[0] * cells[1]) == cells[0] * cells[1]

@@ -66,20 +66,20 @@ class _Found:
         return Item(self.start[0], self.modality, size, kept, part[kept], cell[kept], [unit.grid for unit in units])
 
 
-def _together(found: list[_Found]) -> Reduction | None:
-    """The reductions of all grids, in the order of the prompts."""
-    kinds = {one.modality: one.visuals.reduction for one in found}
-    if len(kinds) < 2:
-        return next(iter(kinds.values()), None)
+def _together(found: list[_Found]) -> tuple[Reduction | None, list[Tensor]]:
+    """The reductions of all grids, and how many tokens of each leave each layer of the encoder, in the order of the prompts."""
+    visuals = {one.modality: one.visuals for one in found}
+    if len(visuals) < 2:
+        return next(((each.reduction, each.encoder_counts) for each in visuals.values()), (None, []))
     first, start = {}, 0
-    for one in found:
-        if one.modality not in first:
-            first[one.modality], start = start, start + len(one.visuals.arrangement.units)
-    units = {modality: next(one for one in found if one.modality == modality).visuals.arrangement.units for modality in kinds}
-    rows = [first[one.modality] + i for one in found for i, unit in enumerate(units[one.modality]) if unit.item == one.number]
-    return stacked(
-        [kinds[modality] for modality in first], [max(r * c for r, c in (u.grid for u in units[m])) for m in first], rows
-    )
+    for modality, each in visuals.items():
+        first[modality], start = start, start + len(each.arrangement.units)
+    rows = [
+        first[one.modality] + i for one in found for i, unit in enumerate(one.visuals.arrangement.units) if unit.item == one.number
+    ]
+    cells = [max(r * c for r, c in (unit.grid for unit in each.arrangement.units)) for each in visuals.values()]
+    counts = zip(*(each.encoder_counts for each in visuals.values()), strict=True)
+    return stacked([each.reduction for each in visuals.values()], cells, rows), [torch.cat(layer)[rows] for layer in counts]
 
 
 def shorten_prompt(
@@ -117,6 +117,8 @@ def shorten_prompt(
         asked = _asked(parts, front, ids, mask, past, kwargs) if front.reads_question else None
         whole = F.pad(ids, (outside, 0), value=-1)
         base, encoded = parts.model.base_model, {}
+        for modality in modalities(kwargs):
+            parts.of(modality).check_modality()
         given = {modality: of_modality(base, modality, kwargs) for modality in modalities(kwargs)}
         for modality, mine in given.items():
             here = new & (whole == parts.placeholders.get(modality, -1))
@@ -131,12 +133,13 @@ def shorten_prompt(
             encoded[modality] = visuals.output
             starts = image_rows(here, visuals.arrangement.sizes, modality)[1]
             found += [_Found(start, i, modality, visuals) for i, start in enumerate(starts)]
-            report.encoder_counts, report.notes = visuals.encoder_counts, [*report.notes, *visuals.notes]
+            report.notes += [note for note in visuals.notes if note not in report.notes]
         for name in {name for mine in given.values() for name in mine}:
             del kwargs[name]
         kwargs[PRE_ENCODED] = encoded
         found.sort(key=lambda one: one.start)
-        report.items, report.reduction = [one.reported() for one in found], _together(found)
+        report.items = [one.reported() for one in found]
+        report.reduction, report.encoder_counts = _together(found)
     sizes, kept, embeds = report.before, [item.kept for item in report.items], [one.embeds for one in found]
     layout = None
     if pad_left and acts_inside(method, max(report.before, default=0)) and bool((mask[:, -1] == 0).any()):
@@ -153,6 +156,16 @@ def _asked(parts: Anatomy, front: FrontReducer, ids: Tensor, mask: Tensor, past:
     asked = new if labels is None else new & (labels == IGNORED)
     words = question_tokens(ids, asked, parts.visual(ids), parts.special_tokens())
     return asking(parts, front.text_encoder(), ids, words)
+
+
+def _inside_item(image: Tensor) -> Tensor:
+    """[B, S] bool, text between visual tokens of one picture or video [B, S], such as breaks of rows and times of frames."""
+    place = torch.arange(image.shape[1], device=image.device).expand_as(image)
+    before = torch.where(image >= 0, place, -1).cummax(1).values
+    behind = -torch.where(image >= 0, -place, -image.shape[1]).flip(1).cummax(1).values.flip(1)
+    both = (before >= 0) & (behind < image.shape[1])
+    same = image.gather(1, before.clamp(min=0)) == image.gather(1, behind.clamp(max=image.shape[1] - 1))
+    return (image < 0) & both & same
 
 
 def acts_inside(method: Method, tokens: int) -> bool:
@@ -189,7 +202,7 @@ def expected_prompt(parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, l
         place, width = torch.cat([item.cell for item in report.items]).to(ids.device), torch.cat(columns)
         inside = part >= 0
         cell[:, visual] = torch.stack([torch.where(inside, part, own), place // width, place % width])
-    special = torch.isin(ids, torch.tensor(parts.special_tokens(), device=ids.device))
+    special = torch.isin(ids, torch.tensor(parts.special_tokens(), device=ids.device)) | _inside_item(image)
     valid, column = real[:, past:], torch.arange(ids.shape[1], device=ids.device)
     asked = valid
     if labels is not None:

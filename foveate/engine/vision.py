@@ -122,6 +122,7 @@ class Encoded:
     projected : [S, D] behind the projector; None where it did not run on all tokens.
     taps : queries and keys of the patches, of the layers that were asked for.
     batch : [R, T, C] what entered the projector, as it did.
+    cells : what ``Arrangement.cells`` made of taps so far.
     """
 
     output: Any
@@ -130,6 +131,7 @@ class Encoded:
     projected: Tensor | None
     taps: dict[EncoderLayer, EncoderTap]
     batch: Tensor | None = None
+    cells: dict[tuple[EncoderLayer, str], Tensor] = field(default_factory=dict)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -145,15 +147,17 @@ class Encoded:
         rows = torch.tensor([unit.row for unit in units], device=tap.keys.device)
         at = torch.stack([unit.tap for unit in units]).to(tap.keys.device)
 
-        def tokens(values: Tensor | None) -> Tensor | None:
+        def tokens(what: str) -> Any:
+            values = getattr(tap, what)
             if values is None:
                 return None
-            chosen = self.arrangement.cells(values[:, tap.lead :])[at]
+            if (name, what) not in self.cells:
+                self.cells[name, what] = self.arrangement.cells(values[:, tap.lead :])
+            chosen = self.cells[name, what][at]
             return torch.cat([values[rows, : tap.lead], chosen], 1) if tap.lead else chosen
 
-        keys = tokens(tap.keys)
         query = None if tap.query is None else tap.query[rows]
-        return EncoderTap(query, tap.keys if keys is None else keys, tap.heads, tokens(tap.states), queries=tokens(tap.queries))
+        return EncoderTap(query, tokens("keys"), tap.heads, tokens("states"), queries=tokens("queries"))
 
 
 def encode(
