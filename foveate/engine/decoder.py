@@ -190,6 +190,8 @@ class DecoderCuts:
         thread = threading.get_ident()
         self._runs.pop(thread, None)
         self._restoring.pop(thread, None)
+        if self.pattern is not None:
+            self.pattern.install()
         hidden, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
         expected = self._expected.get(thread) if self._pictures.get(thread) else None
         self.accept(cache)

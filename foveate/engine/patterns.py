@@ -13,12 +13,11 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..cuts import Pattern
 from ..errors import InputError, UnsupportedModelError
 from .run import Prefill
-from .seams import MlpParts, attention_of, mlp_of, output_of, values_of
+from .seams import WRAPPED_FORWARD, MlpParts, attention_of, mlp_of, output_of, values_of
 from .stages import Stage, take
 
 Heads: TypeAlias = "tuple[int, int, int, Tensor]"  # where values begin, in how many heads of which width, and which are pruned
@@ -29,33 +28,48 @@ class Patterned:
 
     def __init__(self, pattern: Pattern, layers: nn.ModuleList, run: Callable[[], Any]) -> None:
         self.pattern, self.layers, self.run = pattern, layers, run
-        self._handles: list[RemovableHandle] = []
-        self._replaced: list[tuple[nn.Module, Any]] = []
         if pattern.window is not None and (pattern.window < 1 or pattern.window % 2 == 0):
             raise InputError(f"window={pattern.window}; it has to be odd, such as 5")
         if pattern.heads is not None and len(pattern.heads) != len(layers):
             raise InputError(f"heads of {len(pattern.heads)} layers for a decoder of {len(layers)}; calibrate on this model")
 
-        # everything that may be missing is looked for here, before anything is put on the model
-        self.attentions = {} if pattern.heads is None else {i: self._heads(i, pattern.heads[i]) for i in range(len(layers))}
-        self.mlps = [mlp_of(layer) for layer in layers] if pattern.neurons < 1 else []
+        self._on: dict[int, tuple[Any, list[Callable[[], None]]]] = {}  # by layer: the parts that were found, and how to leave them
+        for number in range(len(layers)):  # what may be missing is looked for before anything is put on the model
+            self._parts(number)
 
     def install(self) -> None:
-        for number, (values, output, shape) in self.attentions.items():
-            self._handles.append(values.register_forward_hook(functools.partial(self._silence, number, shape)))
-            self._handles.append(output.register_forward_pre_hook(functools.partial(self._deafen, number, shape)))
-        for number, parts in enumerate(self.mlps):
-            self._prune_neurons(number, parts)
+        """Put the hooks on the model, or on the parts that have taken the place of others since (adapters, offloading)."""
+        for number in range(len(self.layers)):
+            parts = self._parts(number)
+            if number not in self._on or self._on[number][0] != parts:
+                self._leave(number)
+                self._on[number] = (parts, self._enter(number, *parts))
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for module, forward in self._replaced:
-            if forward is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = forward
-        self._handles, self._replaced = [], []
+        for number in list(self._on):
+            self._leave(number)
+
+    def _parts(self, layer: int) -> tuple[tuple[nn.Module, nn.Module] | None, MlpParts | None]:
+        """The projections of values and outputs of a layer, and its MLP, where the pattern prunes them."""
+        heads = None if self.pattern.heads is None else self._projections(layer, self.pattern.heads[layer])
+        return heads, mlp_of(self.layers[layer]) if self.pattern.neurons < 1 else None
+
+    def _enter(self, layer: int, projections: tuple[nn.Module, nn.Module] | None, mlp: MlpParts | None) -> list[Callable[[], None]]:
+        undo: list[Callable[[], None]] = []
+        if projections is not None and self.pattern.heads is not None:
+            _, begin, groups, width = values_of(attention_of(self.layers[layer]))
+            shape = (begin, groups, width, torch.tensor([not kept for kept in self.pattern.heads[layer]]))
+            undo.append(projections[0].register_forward_hook(functools.partial(self._silence, layer, shape)).remove)
+            undo.append(projections[1].register_forward_pre_hook(functools.partial(self._deafen, layer, shape)).remove)
+        if mlp is not None and mlp.sliceable:
+            undo.append(_replace_forward(mlp.module, functools.partial(self._sliced, layer, mlp, mlp.module.forward)))
+        elif mlp is not None:
+            undo.append(mlp.down.register_forward_pre_hook(functools.partial(self._narrow, layer)).remove)
+        return undo
+
+    def _leave(self, layer: int) -> None:
+        for undo in self._on.pop(layer, (None, []))[1]:
+            undo()
 
     def _visual(self, layer: int) -> Tensor | None:
         """[B, M] bool, the visual tokens that the layer runs; None where it runs none."""
@@ -65,13 +79,12 @@ class Patterned:
         visual = run.image(layer) >= 0
         return visual if visual.shape[1] else None
 
-    def _heads(self, layer: int, heads: tuple[bool, ...]) -> tuple[nn.Module, nn.Module, Heads]:
-        """The projections of values and outputs of a layer, and which of its heads are pruned."""
+    def _projections(self, layer: int, heads: tuple[bool, ...]) -> tuple[nn.Module, nn.Module]:
         attention = attention_of(self.layers[layer])
-        values, begin, groups, width = values_of(attention)
+        values, _, groups, _ = values_of(attention)
         if len(heads) != groups:
             raise InputError(f"a mask of {len(heads)} heads for decoder layer {layer}, which has {groups} key heads")
-        return values, output_of(attention), (begin, groups, width, torch.tensor([not kept for kept in heads]))
+        return values, output_of(attention)
 
     @torch.compiler.disable
     def _silence(self, layer: int, shape: Heads, _: nn.Module, __: Any, out: Tensor) -> Tensor | None:
@@ -93,13 +106,6 @@ class Patterned:
         heard = args[0].unflatten(-1, (groups, -1))
         gone = visual.to(heard.device)[..., None] & pruned.to(heard.device)
         return (heard.masked_fill(gone[..., None], 0).flatten(-2), *args[1:])
-
-    def _prune_neurons(self, layer: int, parts: MlpParts) -> None:
-        if not parts.sliceable:
-            self._handles.append(parts.down.register_forward_pre_hook(functools.partial(self._narrow, layer)))
-            return
-        self._replaced.append((parts.module, parts.module.__dict__.get("forward")))
-        parts.module.__dict__["forward"] = functools.partial(self._sliced, layer, parts, parts.module.forward)
 
     @torch.compiler.disable
     def _narrow(self, layer: int, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -128,6 +134,23 @@ class Patterned:
         out[~visual] = text
         out[visual] = F.linear(inner, parts.down.weight[:, :count], parts.down.bias).to(out.dtype)
         return out
+
+
+def _replace_forward(module: nn.Module, forward: functools.partial[Any]) -> Callable[[], None]:
+    """Put ``forward`` on the instance; what is returned undoes it, also where accelerate has wrapped it since."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+
+    def undo() -> None:
+        if module.__dict__.get("forward") is not forward:
+            if module.__dict__.get(WRAPPED_FORWARD) is forward:
+                module.__dict__[WRAPPED_FORWARD] = forward.args[2]
+        elif before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+    return undo
 
 
 def _some(bias: Tensor | None, count: int) -> Tensor | None:

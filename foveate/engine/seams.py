@@ -334,7 +334,8 @@ def mlp_of(layer: Any) -> MlpParts:
     if module is None or down is None:
         raise UnsupportedModelError(f"{type(layer).__name__} has no MLP that could be found.")
     gate, up, act = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "act_fn"))
-    linear = all(type(part) is nn.Linear for part in (gate, up, down))
+    # torchao keeps nn.Linear and packs its weight; accelerate leaves a weight on meta until the part runs
+    linear = all(type(part) is nn.Linear and type(part.weight) is nn.Parameter for part in (gate, up, down))
     plain = act is not None and linear and not any(hasattr(part, "_hf_hook") for part in (module, gate, up, down))
     return MlpParts(module, down, gate, up, act, plain)
 
