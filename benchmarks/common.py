@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
 import time
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-import foveate
+from foveate.measuring.ledger import processor_name, versions
+from foveate.measuring.noise import quartiles
 
 
 def synchronise() -> None:
@@ -44,9 +43,8 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, l
 
 def summary(times: list[float]) -> dict[str, float]:
     """Median, quartiles and minimum in milliseconds."""
-    ordered = sorted(1000 * t for t in times)
-    quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else [ordered[0]] * 3
-    return {"median_ms": quartiles[1], "q1_ms": quartiles[0], "q3_ms": quartiles[2], "min_ms": ordered[0]}
+    low, middle, high = quartiles([1000 * t for t in times])
+    return {"median_ms": middle, "q1_ms": low, "q3_ms": high, "min_ms": 1000 * min(times)}
 
 
 def ratio(times: list[float], base: list[float]) -> float:
@@ -55,14 +53,9 @@ def ratio(times: list[float], base: list[float]) -> float:
 
 
 def _processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = processor_name(device)
+    return name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads"
 
 
 def ledger(results: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +63,7 @@ def ledger(results: dict[str, Any]) -> dict[str, Any]:
     return {
         "command": " ".join(["python", *sys.argv]),
         "hardware": _processor(),
-        "versions": {"foveate": foveate.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
         **results,
     }

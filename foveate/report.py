@@ -286,6 +286,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         return {
             "method": self.method,
+            "items": [
+                {"row": item.row, "modality": item.modality, "before": item.before, "after": len(item.kept)} for item in self.items
+            ],
             "images": [asdict(image) for image in self.images],
             "encoder_layers": self.encoder_layers,
             "layers": self.layers,

@@ -281,4 +281,6 @@ def test_as_a_module_in_a_process_of_its_own():
     result = run("ask", "none.png", "what is it ?")
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr.strip() == "error: there is no file none.png"
+    *others, last = result.stderr.strip().splitlines()
+    assert last == "error: there is no file none.png"
+    assert all("torchao" in line or "pytree" in line for line in others), "torchao complains of missing kernels where it is installed"

@@ -170,5 +170,6 @@ def reported(shape: Architecture, report: Any, batch: int | None, pictures: int 
 
 def unreduced(document: Mapping[str, Any]) -> dict[str, Any]:
     """The report of the same run with all of its visual tokens, as far as ``reported`` reads it."""
-    tokens = sum(int(image["before"]) for image in document["images"])
+    whole = document.get("items") or document["images"]  # items count tokens that are in no grid, too
+    tokens = sum(int(each["before"]) for each in whole)
     return {**document, "layers": [tokens] * len(document["layers"]), "encoder_layers": []}

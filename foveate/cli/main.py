@@ -14,6 +14,14 @@ from rich.markup import escape
 from rich.table import Table
 from typer import Abort
 
+from .benching import EPILOG as BENCH_EPILOG
+from .benching import bench_command
+from .costing import EPILOG, cost_command
+from .evaluating import EPILOG as EVAL_EPILOG
+from .evaluating import eval_command
+from .models import EPILOG as MODELS_EPILOG
+from .models import models_command
+
 app = typer.Typer(
     name="foveate",
     help="Fewer visual tokens for vision-language models.",
@@ -88,52 +96,54 @@ def demo(
 @app.command(
     "ask",
     epilog='Examples:  foveate ask photo.jpg "What is on the table?" --model llava-hf/llava-1.5-7b-hf  |  '
-    'foveate ask scene.png "what color is the star ?" --compare --save kept.png',
+    'foveate ask scene.png "what color is the star ?" --compare --save kept.png  |  '
+    'foveate ask clip.mp4 "What happens?" --model LanguageBind/Video-LLaVA-7B-hf --save strip.png',
 )
 def ask_command(
-    image: Annotated[Path, typer.Argument(help="Any picture file.")],
+    file: Annotated[Path, typer.Argument(help="Any picture or video file.")],
     question: Annotated[str, typer.Argument(help="What to ask.")],
     model: Annotated[str | None, typer.Option(help="Hub id or folder; the pocket model by default.")] = None,
     method: Annotated[str, typer.Option(help="As listed by 'foveate methods'; name:preset for a preset.")] = "prumerge+",
     budget: Annotated[
         str | None, typer.Option(help="Visual tokens to keep: a count (144) or a fraction (0.25). Default: the method's rule.")
     ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="Frames of a video to take: 8 by default. With it, moving GIF and WebP are read as videos, too."),
+    ] = None,
     compare: Annotated[bool, typer.Option(help="Also answer with all tokens, and with uniform and random ones.")] = False,
-    save: Annotated[Path | None, typer.Option(help="Write a picture of the kept tokens.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write a picture of the kept tokens; of a video, a strip of its frames.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
 ) -> None:
-    """Ask a question about a picture, with fewer visual tokens."""
+    """Ask a question about a picture or a video, with fewer visual tokens."""
     if not question.strip():
         from ..errors import InputError
 
         raise InputError("the question is empty")
-    from ..images import open_picture
     from ..methods.base import get
-    from ..viz.overlay import as_seen, picture_file, save_figure
-    from .answering import ask, load_model, make_inputs
+    from ..video import Video
+    from ..viz.overlay import picture_file
+    from . import answering
 
-    picture = open_picture(image)
+    shown, notes = answering.open_shown(file, frames)
+    video = shown if isinstance(shown, Video) else None
     save = save and picture_file(save)
     reducer = get(method, **({} if budget is None else {"budget": parse_budget(budget)}))
     with err.status(escape(f"loading {model or 'the pocket model'}")) as status:
-        loaded, processor = load_model(model)
-        inputs, note = make_inputs(processor, loaded, picture.image, question)
-        notes = [*picture.notes, *([note] if note else []), *([] if model else _unknown(picture.image, question))]
+        loaded, processor = answering.load_model(model)
+        inputs, note = answering.make_inputs(processor, loaded, shown, question)
+        notes += [answering.AS_PICTURES] if video and not answering.takes_videos(processor, loaded) else []
+        notes += [*([note] if note else []), *([] if model else _unknown(video.frames[0] if video else shown, question))]
         status.update("answering")
-        options: dict[str, Any] = {"new_tokens": max_new_tokens, "repeats": 3 if compare else 1}
-        answers = {reducer.name: ask(loaded, processor, inputs, reducer, **options)}
-        if compare:
-            count = max(1, round(answers[reducer.name].mean_tokens))
-            answers["full"] = ask(loaded, processor, inputs, None, **options)
-            for name in ("spatial", "random"):
-                if name not in answers:
-                    answers[name] = ask(loaded, processor, inputs, get(name, budget=count), **options)
+        answers = answering.ask_all(loaded, processor, inputs, reducer, new_tokens=max_new_tokens, compare=compare)
         if save:
-            reports = {name: answer.report.images[0] for name, answer in answers.items() if answer.report}
-            layers = {name: answer.layers for name, answer in answers.items()}
-            save_figure(as_seen(inputs["pixel_values"][0], processor), reports, save, question, layers)
+            notes += answering.save_kept(shown, processor, inputs, answers, save, question)
+        notes += answering.limits(loaded, answers)
     chosen = answers[reducer.name]
+    counts = answering.frame_counts(video, chosen.report) if video and chosen.report else []
     if as_json:
         document = {
             "model": model or "pocket",
@@ -145,6 +155,7 @@ def ask_command(
             "layers": {name: answer.layers for name, answer in answers.items()},
             "kept": None if chosen.report is None else [asdict(image) for image in chosen.report.images],
             "visual_tokens_before": sum(chosen.report.before) if chosen.report else chosen.visual_tokens,
+            "video": {"fps": video.fps, "duration": video.duration, "frames": counts} if video else None,
             "prefill_seconds": {name: answer.prefill for name, answer in answers.items()},
             "prefill_flops": {name: answer.flops for name, answer in answers.items()},
             "picture": str(save) if save else None,
@@ -162,10 +173,13 @@ def ask_command(
         for column in ("tokens chosen by", "answer", "visual tokens", "LLM prefill", "LLM GFLOPs"):
             table.add_column(column, justify="left" if column in ("tokens chosen by", "answer") else "right")
         for name, answer in answers.items():
-            shown = "all tokens" if name == "full" else name
             flops = f"{answer.flops / 1e9:.2f}"
-            table.add_row(shown, escape(answer.text), answer.shown_tokens, f"{1000 * answer.prefill:.1f} ms", flops)
+            table.add_row(answering.title(name), escape(answer.text), answer.shown_tokens, f"{1000 * answer.prefill:.1f} ms", flops)
         out.print(table)
+    if counts and chosen.report:
+        each = ", ".join(f"{frame['seconds']:.2f} s {frame['after']} of {frame['before']}" for frame in counts)
+        total = f"{sum(chosen.report.before)} -> {sum(chosen.report.after)}"
+        err.print(f"visual tokens of the video {total}; frame by frame: {each}", style="dim", soft_wrap=True, markup=False)
     if save:
         err.print(f"picture: {save}", soft_wrap=True, markup=False)
 
@@ -257,6 +271,12 @@ def compare(
         show(report, out)
     if save:
         err.print(f"written to {save}", soft_wrap=True, markup=False)
+
+
+app.command("cost", epilog=EPILOG)(cost_command)
+app.command("bench", epilog=BENCH_EPILOG)(bench_command)
+app.command("eval", epilog=EVAL_EPILOG)(eval_command)
+app.command("models", epilog=MODELS_EPILOG)(models_command)
 
 
 def parse_budget(text: str) -> int | float:
