@@ -1,6 +1,7 @@
 # make demo    set everything up and show the pocket model answering with a fraction of the visual tokens
 # make test    set everything up and run the tests
 # make test-oldest   the engine's tests with the oldest transformers it supports
+# make test-eval     the tests of foveate eval, with lmms-eval
 # make lint    ruff and mypy
 # make bench   the benchmarks of the README, with ledgers in benchmarks/results
 # make wheel   build the wheel
@@ -14,7 +15,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest lint bench wheel clean
+.PHONY: demo test test-oldest test-eval lint bench wheel clean
 
 $(VENV)/base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,6 +39,14 @@ $(VENV)/oldest/transformers: $(VENV)/dev
 
 test-oldest: $(VENV)/oldest/transformers
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n 2 $(addprefix tests/test_, $(addsuffix .py, seams generation calls forward report bad_input decoder cut_calls))
+
+$(VENV)/eval: $(VENV)/dev
+	$(PIP) -e '.[eval-needs]'
+	$(PIP) --no-deps lmms-eval==0.7.3
+	touch $@
+
+test-eval: $(VENV)/eval
+	$(BIN)/python -m pytest -n 2 tests/test_evaluation.py tests/test_evaluation_data.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check

@@ -245,48 +245,35 @@ class Stopped(Exception):
     pass
 
 
-def stopping(model, after: int) -> None:
-    """``generate`` of a model, stopping a run after some batches."""
-    original, calls = model.generate, []
-
-    def generate(**inputs):
-        calls.append(len(inputs["input_ids"]))
-        if len(calls) > after:
-            raise Stopped
-        return original(**inputs)
-
-    model.generate = generate
-
-
 SCENES = [{"images": [picture(192, 192, seed)], "question": f"how many {color} objects are there ?"} for seed, color in enumerate(
     ("red", "green", "blue", "white", "black")
 )]  # fmt: skip
 
 
-def counted(loaded, documents, monkeypatch, **arguments) -> tuple[list[str], list[int]]:
-    """Answers, and the sizes of the batches that were computed for them."""
+def counted(loaded, documents, monkeypatch, *, stop: int = 99, **arguments) -> tuple[list[str], list[int]]:
+    """Answers, and the sizes of the batches that were computed for them; ``stop`` of them end the run."""
     model = FoveateModel(loaded=loaded, **arguments)
-    original, sizes = model.loaded.model.generate, []
-    monkeypatch.setattr(
-        model.loaded.model, "generate", lambda **kwargs: (sizes.append(len(kwargs["input_ids"])), original(**kwargs))[1]
-    )
+    original, sizes = loaded.model.generate, []
+
+    def generate(**inputs):
+        if len(sizes) == stop:
+            raise Stopped
+        sizes.append(len(inputs["input_ids"]))
+        return original(**inputs)
+
     try:
-        return ask(model, documents), sizes
+        with monkeypatch.context() as patch:
+            patch.setattr(loaded.model, "generate", generate)
+            return ask(model, documents), sizes
     finally:
-        monkeypatch.undo()
         model.close()
 
 
 def test_an_interrupted_run_goes_on_and_never_mixes(loaded, monkeypatch, tmp_path):
     arguments = {"method": "prumerge+", "budget": 64, "batch_size": 2}
     whole, _ = counted(loaded, SCENES, monkeypatch, **arguments)
-    model = FoveateModel(loaded=loaded, cache=tmp_path, **arguments)
-    with monkeypatch.context() as patch:
-        patch.setattr(model.loaded.model, "generate", model.loaded.model.generate)
-        stopping(model.loaded.model, after=1)
-        with pytest.raises(Stopped):
-            ask(model, SCENES)
-    model.close()
+    with pytest.raises(Stopped):
+        counted(loaded, SCENES, monkeypatch, stop=1, cache=tmp_path, **arguments)
     file = next(tmp_path.rglob("answers-0.jsonl"))
     with file.open("a") as opened:
         opened.write('{"key": "torn by a ki')
@@ -295,7 +282,7 @@ def test_an_interrupted_run_goes_on_and_never_mixes(loaded, monkeypatch, tmp_pat
     others = [{"budget": 65}, {"method": "prumerge"}, {"frames": 3}]
     for other in others:
         assert counted(loaded, SCENES[:2], monkeypatch, cache=tmp_path, **(arguments | other))[1] == [2]
-    # another picture, another question, other options of generate: nothing of them is answered yet
+    # another picture, another question: neither is answered yet
     assert counted(loaded, [SCENES[0] | {"images": SCENES[1]["images"]}], monkeypatch, cache=tmp_path, **arguments)[1] == [1]
     assert counted(loaded, [SCENES[0] | {"question": "what ?"}], monkeypatch, cache=tmp_path, **arguments)[1] == [1]
     # the answers of several processes are one ledger

@@ -17,9 +17,12 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.metrics import anls
 from lmms_eval.api.model import lmms
 
+from foveate.analysis.flops import prefill_flops
+from foveate.evaluation.loading import load
 from foveate.evaluation.local import RELEASES, prepare
-from foveate.evaluation.running import load_tasks, scored
+from foveate.evaluation.running import Run, load_tasks, scored
 from foveate.evaluation.scoring import normalised, score
+from foveate.methods.base import get
 
 
 class Scripted(lmms):
@@ -223,6 +226,24 @@ def test_anls():
     """1 - edit distance / length where that is at least a half, of the nearest answer (ST-VQA)."""
     assert anls(references=["hello", "hi"], predictions=["helo"])["anls"] == pytest.approx(1 - 1 / 5)
     assert anls(references=["hello"], predictions=["jelly bean"])["anls"] == 0
+
+
+def test_frames_as_pictures_of_one_prompt(tmp_path):
+    """The pocket model takes no videos: the frames of a film are pictures in its prompt, 576 tokens each."""
+    pytest.importorskip("av", reason="needs PyAV: pip install 'foveate[video]'")
+    from .test_video import write as film
+
+    rows = [{"id": 1, "video_id": 7, "question": "how many objects are there?", "answer": "two"}]
+    write(tmp_path / "msrvtt_qa" / "test_qa.json", rows)
+    (tmp_path / "msrvtt_qa" / "TestVideo").mkdir()
+    file = film(tmp_path / "msrvtt_qa" / "TestVideo" / "video7.mp4", count=9)
+    (task,) = load_tasks(["msrvtt_qa"], tmp_path).values()
+    assert task.test_docs()[0]["video"] == str(file)
+    loaded = load()
+    (row,) = Run(loaded, frames=3).answers(get("spatial", budget=16), {"msrvtt_qa": task})
+    assert (row["tokens"], row["tokens_before"], row["questions"]) == (16, 576, 1)
+    words = loaded.processor.tokenizer(task.doc_to_text(task.test_docs()[0]))["input_ids"]
+    assert row["flops"] == prefill_flops(loaded.model.config, 3 * 16 + len(words) + 3)  # <s> user: ... assistant:
 
 
 def test_answers_about_videos():

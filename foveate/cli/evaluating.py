@@ -116,7 +116,7 @@ def known_tasks() -> str:
     from ..evaluation import TASKS, local
     from ..evaluation.pocket import TASKS as POCKET_TASKS
 
-    lines = ["on the pocket test set: pocket (all of them), " + ", ".join(POCKET_TASKS), "with --data:", ""]
+    lines = ["on the pocket test set: pocket_clip; pocket, which is " + ", ".join(POCKET_TASKS), "with --data:", ""]
     lines += [local.__doc__.partition("\n\n")[2].rstrip() if local.__doc__ else ""]
     return "\n".join([*lines, "", f"for lmms-eval: --include_path {TASKS}"])
 
