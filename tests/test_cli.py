@@ -283,4 +283,4 @@ def test_as_a_module_in_a_process_of_its_own():
     assert result.stdout == ""
     *others, last = result.stderr.strip().splitlines()
     assert last == "error: there is no file none.png"
-    assert all("torchao" in line or "pytree" in line for line in others), "torchao complains of missing kernels where it is installed"
+    assert all("torchao" in line or "pytree" in line for line in others), "torchao complains of missing kernels"
