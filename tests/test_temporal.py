@@ -156,6 +156,13 @@ def test_a_frame_that_repeats_leaves_no_token_of_its_grid(model):
     assert out.shape[1] == 6 + 3 * (CELLS + 1) + 2
 
 
+def test_inside_the_encoder_it_has_no_effect_and_that_is_said(model):
+    plain, timed = (foveate.encode(model, foveate.ToMe(budget=0.6, **more), **inputs(still())) for more in ({}, {"temporal": 0.5}))
+    assert torch.equal(plain.embeds[0], timed.embeds[0])
+    assert any("temporal= has no effect" in note for note in timed.report.notes)
+    assert not any("temporal=" in note for note in plain.report.notes)
+
+
 def test_pictures_know_no_time(model):
     ids = [1, *[IMAGE] * CELLS, 20, 21]
     given = {"input_ids": torch.tensor([ids]), "pixel_values": clip(1)[0]}

@@ -73,7 +73,7 @@ def grouped(method: FrontReducer, arrangement: Arrangement, units: list[Unit]) -
 def changed_cells(arrangement: Arrangement, features: Tensor, similar: float) -> list[Unit]:
     """The units of videos without the tokens that look as in the frame before: cosine similarity above ``similar``.
 
-    The first frame is whole, and so is what would leave nothing of a video.
+    The first frame of each video is whole.
     """
     offsets, found = arrangement.offsets, []
     for item in range(len(arrangement.sizes)):
@@ -93,7 +93,7 @@ def keep_every(group: Group, cells: Tensor) -> Reduced:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Assembly:
     """The tokens that stay, item by item.
 
     ``order`` says for each item which rows of (outputs of all groups, then the fixed tokens ``fixed``) make it up; ``kept`` which
@@ -105,7 +105,7 @@ class Layout:
     fixed: Tensor
 
 
-def laid_out(arrangement: Arrangement, found: list[Reduced]) -> Layout:
+def laid_out(arrangement: Arrangement, found: list[Reduced]) -> Assembly:
     """Put what groups keep, and what is fixed, in the order of the prompt.
 
     A unit's tokens stay in the order of the method, but where rows of several units alternate.
@@ -137,7 +137,7 @@ def laid_out(arrangement: Arrangement, found: list[Reduced]) -> Layout:
             rows, places = rows[by], places[by]
         order.append(rows)
         kept.append(places)
-    return Layout(order, kept, torch.tensor(fixed, dtype=torch.long, device=device))
+    return Assembly(order, kept, torch.tensor(fixed, dtype=torch.long, device=device))
 
 
 def _alive(size: int, places: list[Tensor]) -> Tensor:

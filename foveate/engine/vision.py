@@ -321,14 +321,14 @@ def notes_of(parts: Anatomy, method: FrontReducer) -> list[str]:
 def unchanged(parts: Anatomy, encoded: Encoded) -> Visuals:
     """Every token of every item."""
     arrangement, projected, output = encoded.arrangement, encoded.projected, encoded.output
-    if projected is None and encoded.batch is not None and parts.projector is not None:
+    if projected is not None:
+        embeds = list(projected.split(arrangement.sizes))
+    elif encoded.batch is not None and parts.projector is not None:  # in the shape that the model itself projects
         projected = parts.projector(encoded.batch).flatten(0, 1)
         embeds = list(projected.split(arrangement.sizes))
         output = with_features(output, embeds)
-    elif projected is None:
-        raise FoveateError("an encoder that was not asked to project showed no features. This is a fault of foveate.")
     else:
-        embeds = list(projected.split(arrangement.sizes))
+        raise FoveateError("an encoder that was not asked to project showed no features. This is a fault of foveate.")
     kept = [torch.arange(size, device=projected.device) for size in arrangement.sizes]
     groups = [
         keep_every(group, encoded.features[group.places(arrangement)])
