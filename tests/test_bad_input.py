@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -229,3 +231,12 @@ def test_unreadable_checkpoints(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(foveate.InputError, match="no readable pocket model"):
         foveate.load_pocket(folder=tmp_path)
+
+
+def test_pictures_without_matplotlib(monkeypatch):
+    from foveate.viz.canvas import new_figure
+
+    assert new_figure(figsize=(3, 2)).get_figwidth() == 3
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(foveate.MissingExtraError, match=r"foveate\[viz\]"):
+        new_figure()

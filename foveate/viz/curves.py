@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtraError
+from .canvas import new_figure
 
 STYLES = {
     "prumerge": ("#c0392b", "o", "-"),
@@ -148,9 +148,5 @@ def save_training_curve(log: Sequence[dict[str, Any]], path: str | Path, side: i
 
 def _figure(size: tuple[float, float], rows: int = 0, columns: int = 0) -> tuple[Any, Any]:
     """A figure with one pair of axes, or with rows of them that share their scales."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "viz") from error
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, sharey=True) if rows else figure.subplots()

@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ..errors import MissingExtraError
 from ..report import ImageReport
+from .canvas import new_figure
 from .overlay import LEGEND, as_seen, overlay, panels_of
 
 COLUMNS = 8  # frames side by side, at most
@@ -82,10 +82,6 @@ def save_strip(
     ------
     MissingExtraError : matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "viz") from error
     shown: dict[str, list[Panel]] = {"the frames": [(f, f"{s:.2f} s") for f, s in zip(frames, seconds, strict=True)]}
     for name, each in reports.items():
         shown |= strips(name, each, frames, seconds)
@@ -94,7 +90,7 @@ def save_strip(
     side = FRAME * max(image.height / image.width for panels in shown.values() for image, _ in panels)
     heights = [LABEL + -(-len(panels) // columns) * (side + CAPTION) for panels in shown.values()]
     width, height = max(columns * (FRAME + GAP) + GAP, NARROWEST), TITLE + sum(heights) + LABEL
-    figure = Figure(figsize=(width, height))
+    figure = new_figure(figsize=(width, height))
     title = textwrap.shorten(title, int(LETTERS * width), placeholder=" ...")
     figure.text(GAP / width, 1 - GAP / height, title, fontsize=12, va="top", parse_math=False)
     figure.text(GAP / width, GAP / height, LEGEND.replace("\n", " "), fontsize=8, color="0.35")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError, MissingExtraError
 from ..report import ImageReport
+from .canvas import new_figure
 
 DIMMED = 0.28  # brightness of dropped patches
 LEGEND = "coloured edge: kept; tint: merged into\nthe kept token of that colour; dark: dropped"
@@ -134,15 +135,11 @@ def save_figure(
     ------
     MissingExtraError : matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "viz") from error
     scored = [(name, report) for name, report in reports.items() if report.scores is not None]
     shown = {label: view for name, report in reports.items() for label, view in panels_of(name, report).items()}
     steps = any(len(set(counts)) > 1 for counts in (layers or {}).values())
     panels = 1 + len(shown) + bool(scored) + steps
-    figure = Figure(figsize=(3.6 * panels, 4.7), layout="constrained")
+    figure = new_figure(figsize=(3.6 * panels, 4.7), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     axes[0].imshow(picture.resize((480, 480 * picture.height // picture.width), Image.Resampling.NEAREST))
     axes[0].set_title("the picture")

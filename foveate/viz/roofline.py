@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis.roofline import PHASES, Cost, Line
-from ..errors import InputError, MissingExtraError
+from ..errors import InputError
+from .canvas import new_figure
 
 COLORS = ("#1f5fbf", "#c0392b", "#27ae60", "#8e44ad", "#e67e22", "#16a2b8")
 LOWER = 0.6  # of the speed, per run, so that points of several runs can be told apart
@@ -45,16 +46,12 @@ def save_roofline(costs: Mapping[str, Cost], path: str | Path) -> None:
     InputError : there are too many runs, or they are on several processors.
     MissingExtraError : matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "viz") from error
     processors = {cost.hardware for cost in costs.values()}
     if len(processors) != 1 or len(costs) > len(COLORS):
         raise InputError(
             f"{len(costs)} runs on {len(processors)} processors; a picture takes 1 to {len(COLORS)} runs on one processor"
         )
-    figure = Figure(figsize=(13, 5.4), layout="constrained")
+    figure = new_figure(figsize=(13, 5.4), layout="constrained")
     roof, bars = figure.subplots(1, 2, width_ratios=(1.15, 1))
     _roof(roof, costs)
     _bars(bars, costs)
