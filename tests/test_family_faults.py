@@ -11,6 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, LlavaConfig, PixtralVisionConfig
 
 import foveate
+from foveate.engine.anatomy import anatomy
+from foveate.engine.masks import taken_mask
+from foveate.engine.vision import encode
 
 from . import families, reference, zoo
 from .family_prompts import IMAGE, VIDEO
@@ -181,3 +184,29 @@ def test_marks_around_pictures_are_no_question():
     assert set(seen[0][0].nonzero().flatten().tolist()) <= set(range(last + 1, len(ids)))
     assert bool(seen[0].any())
     assert VIDEO not in ids
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_what_is_read_of_patches_stands_at_their_tokens(family):
+    """Patches that carry the token they become, and noise that cancels within it, give the tokens where the model has them."""
+    model, inputs = families.load(family), families.batch(family, rows=(0, 1))
+    parts, made = anatomy(model), []
+    handle = model.model.visual.merger.register_forward_hook(lambda _, __, out: made.append(out))
+    with torch.no_grad():
+        encoded = encode(parts, (), {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}, project=True)
+    handle.remove()
+    noise = torch.randn(len(made[0]), 4, made[0].shape[-1])
+    patches = made[0][:, None] + noise - noise.mean(1, keepdim=True)
+    torch.testing.assert_close(encoded.arrangement.cells(patches.flatten(0, 1)[None]), encoded.projected)
+    assert torch.equal(made[0], encoded.projected) == (family == "qwen2_vl"), "windows change the order inside the encoder"
+
+
+def test_masks_behind_a_cut_hide_padding():
+    """Four columns that all see each other; the first row keeps two of them, behind a filler, the second row three."""
+    whole = torch.ones(2, 1, 4, 4, dtype=torch.bool)
+    whole[:, :, :, 3] = False
+    keys = torch.tensor([[-1, 0, 3], [0, 1, 2]])
+    seen = taken_mask(whole, keys, 3, 0, 4)[:, 0].tolist()
+    assert seen[0][0][0], "a query of padding sees something, or its softmax is not a number"
+    assert seen[0][1:] == [[False, True, False]] * 2
+    assert seen[1] == [[True] * 3] * 3
