@@ -1,0 +1,302 @@
+"""Writes the language model of a vision-language model as a plain causal LM that reads visual tokens as embeddings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..engine.anatomy import Anatomy, anatomy
+from ..errors import FoveateError, InputError, first_line
+from ..evaluation.loading import load
+from .encoding import check_plain_positions
+from .template import PLACEHOLDER, chat_template, collapsed
+
+MARK = "foveate_export.json"
+
+
+class ExportError(FoveateError):
+    """A language model cannot be taken out of its vision-language model, or does not do there what it did in it."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes
+    ----------
+    source : Hub id or folder of the vision-language model.
+    weights : a fingerprint of it.
+    architecture : the class of the language model.
+    width : of its embeddings.
+    dtype : of its weights.
+    parameters : how many there are.
+    logit_difference : to the language model in its place, the largest over a text and over embeddings.
+    conversations : how many were compared, token by token, with what the processor makes of them.
+    foveate : version that wrote it.
+    """
+
+    source: str
+    weights: str
+    architecture: str
+    width: int
+    dtype: str
+    parameters: int
+    logit_difference: float
+    conversations: int
+    foveate: str
+
+
+def export(name: str, out: Path, *, dtype: str | None = None) -> Exported:
+    """Write the language model of a checkpoint as a folder for vLLM: weights, tokenizer, chat template.
+
+    Where a chat template of the model writes a picture, the new one writes the word for embeddings in a prompt of vLLM,
+    ``<prompt_embeds>``; and it writes the first token of a prompt, if the processor does.
+
+    Parameters
+    ----------
+    name : Hub id or folder; "pocket" is the shipped model.
+    out : a folder that is new, empty, or an earlier export.
+    dtype : of the weights; None = as saved.
+
+    Raises
+    ------
+    InputError : the model cannot be loaded, or ``out`` holds something else.
+    UnsupportedModelError : its language model needs more than embeddings.
+    ExportError : what was written does not do what the model does; nothing is left in ``out`` then.
+    """
+    from .. import __version__
+
+    out = Path(out).expanduser()
+    check_folder(out)
+    loaded = load(name, dtype=dtype, device="cpu")
+    model, parts = loaded.model, anatomy(loaded.model)
+    check_plain_positions(parts)
+    if getattr(model, "is_quantized", False):
+        raise InputError(f"the weights of {name!r} are quantised. Export the unquantised model, and let vLLM quantise it.")
+    text = language_model(parts)
+    difference = compared(model, text)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        text.save_pretrained(made)
+        write_tokenizer(loaded.processor, made)
+        number = check_conversations(loaded.processor, parts, made)
+        described = Exported(
+            source=name if not Path(name).expanduser().exists() else str(Path(name).expanduser().resolve()),
+            weights=loaded.weights,
+            architecture=type(text).__name__,
+            width=int(text.config.hidden_size),
+            dtype=str(text.dtype).removeprefix("torch."),
+            parameters=sum(parameter.numel() for parameter in text.parameters()),
+            logit_difference=difference,
+            conversations=number,
+            foveate=__version__,
+        )
+        (made / MARK).write_text(json.dumps(asdict(described), indent=1) + "\n")
+        made.chmod(0o755)
+        for file in made.iterdir():
+            file.chmod(0o644)  # the engine may run as somebody else
+        if out.exists():
+            shutil.rmtree(out)
+        made.rename(out)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return described
+
+
+def check_folder(out: Path) -> None:
+    """Refuse to write over anything but an earlier export.
+
+    Raises
+    ------
+    InputError : there is something else.
+    """
+    if out.exists() and not (out.is_dir() and ((out / MARK).is_file() or not any(out.iterdir()))):
+        raise InputError(f"{out} exists and is no export of foveate. Give the name of a new folder.")
+
+
+def described(folder: Path) -> Exported:
+    """What an export says of itself.
+
+    Raises
+    ------
+    InputError : the folder is no export.
+    """
+    try:
+        return Exported(**json.loads((folder / MARK).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{folder} is no export. Write one with 'foveate export MODEL {folder}'.") from error
+
+
+def language_model(parts: Anatomy) -> Any:
+    """The language model with its head, as a causal LM of its own that shares the weights.
+
+    Raises
+    ------
+    ExportError : transformers has no causal LM of this kind, or its weights have other names.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = parts.model
+    config = model.config.get_text_config()
+    head, words = model.get_output_embeddings(), model.get_input_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ExportError(f"the head of the language model is no linear layer but a {type(head).__name__}. Load the plain weights.")
+    tied = head.weight is words.weight
+    config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": tied})
+    try:
+        with torch.device("meta"):
+            text = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    except ValueError as error:
+        raise ExportError(f"transformers has no causal LM for the {config.model_type!r} language model of this model.") from error
+    state = {f"{text.base_model_prefix}.{name}": value for name, value in model.get_decoder().state_dict().items()}
+    state |= {f"lm_head.{name}": value for name, value in head.state_dict().items()}
+    expected = {name for name, _ in text.named_parameters(remove_duplicate=False)}
+    if expected - state.keys() or state.keys() - expected - {name for name, _ in text.named_buffers()}:
+        odd = sorted((expected - state.keys()) | (state.keys() - expected))
+        raise ExportError(f"{type(text).__name__} has other weights than the language model of this model: {odd[0]} for one.")
+    text.load_state_dict(state, strict=False, assign=True)
+    for buffered in (module for module in text.modules() if any(buffer.is_meta for buffer in module.buffers(recurse=False))):
+        # computed from the config and not saved, such as rotary frequencies
+        twin = next(own for own in model.get_decoder().modules() if type(own) is type(buffered))
+        for key, value in twin.named_buffers(recurse=False):
+            buffered.register_buffer(key, value, persistent=False)
+    text.tie_weights()
+    text.generation_config = model.generation_config
+    return text.eval()
+
+
+@torch.no_grad()
+def compared(model: Any, text: Any) -> float:
+    """The largest difference of logits between a language model in its place and alone, over word ids and over embeddings.
+
+    Raises
+    ------
+    ExportError : it is more than rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, text.config.vocab_size, (2, 17), generator=generator)
+    embeds: Tensor = text.get_input_embeddings()(ids)
+    mixed = embeds + embeds.std() * torch.randn(embeds.shape, generator=generator).to(embeds)
+    # the placeholder among random words would ask for a picture
+    ids = ids.masked_fill(ids == model.config.image_token_id, (model.config.image_token_id + 1) % text.config.vocab_size)
+    pairs = (
+        (model(input_ids=ids).logits, text(input_ids=ids).logits),
+        (model(inputs_embeds=mixed).logits, text(inputs_embeds=mixed).logits),
+    )
+    difference = max(float((own - alone).abs().max()) for own, alone in pairs)
+    scale = float(pairs[0][0].abs().max())
+    if not difference <= 10 * torch.finfo(text.dtype).eps * max(scale, 1.0):
+        raise ExportError(f"the language model alone gives other logits than in its place: they differ by {difference:.3g}.")
+    return difference
+
+
+def write_tokenizer(processor: Any, folder: Path) -> None:
+    """Write tokenizer and chat template, in which the word for a picture is the word for embeddings.
+
+    The placeholder keeps its id, so that it stays inside the vocabulary of the model.
+
+    Raises
+    ------
+    ExportError : the tokenizer has no file of the tokenizers library, or its placeholder is no token.
+    """
+    tokenizer, token = processor.tokenizer, processor.image_token
+    tokenizer.save_pretrained(folder)
+    for stale in ("chat_template.jinja", "processor_config.json"):
+        (folder / stale).unlink(missing_ok=True)
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ExportError(f"{type(tokenizer).__name__} has no tokenizer.json. Load the processor with use_fast=True and save it.")
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    added = [entry for entry in saved["added_tokens"] if entry["content"] == token]
+    if not added:
+        raise ExportError(f"the tokenizer does not know {token!r}, which stands for a picture, as a special token.")
+    for entry in added:
+        entry["content"] = PLACEHOLDER
+    vocabulary = saved["model"].get("vocab")
+    if isinstance(vocabulary, dict) and token in vocabulary:
+        saved["model"]["vocab"] = {PLACEHOLDER if word == token else word: number for word, number in vocabulary.items()}
+    file.write_text(json.dumps(saved, ensure_ascii=False), encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    settings = _renamed(json.loads(config.read_text(encoding="utf-8")), token)
+    for name in ("chat_template", "processor_class", "image_token", "model_specific_special_tokens", "is_local", "local_files_only"):
+        settings.pop(name, None)
+    config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(chat_template(processor), encoding="utf-8")
+
+
+def _renamed(value: Any, token: str) -> Any:
+    """A setting in which the placeholder has its new name."""
+    if isinstance(value, dict):
+        return {name: _renamed(each, token) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_renamed(each, token) for each in value]
+    return PLACEHOLDER if value == token else value
+
+
+CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
+    (("user", "what is this ?"),),
+    (("user", "# what is this ?"),),
+    (("user", "what is # this ?"),),
+    (("user", "# and # : is there a star ?"),),
+    (("system", "answer in a word"), ("user", "# what is this ?")),
+    (("user", "# what is this ?"), ("assistant", "a red star"), ("user", "# and this ?")),
+)
+
+
+def check_conversations(processor: Any, parts: Anatomy, folder: Path) -> int:
+    """Compare, for a few conversations, what the written template and tokenizer give with what the processor gives.
+
+    Returns
+    -------
+    How many were compared: templates may refuse some roles.
+
+    Raises
+    ------
+    ExportError : one differs, or all are refused.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer, picture = AutoTokenizer.from_pretrained(folder), Image.new("RGB", (336, 224), (90, 120, 200))
+    if tokenizer.convert_tokens_to_ids(PLACEHOLDER) != parts.placeholders["image"]:
+        raise ExportError(f"the written tokenizer does not read {PLACEHOLDER} as the placeholder of pictures")
+    compared = 0
+    for conversation in CONVERSATIONS:
+        try:
+            ids = collapsed(processor, _messages(conversation, {"type": "image", "image": picture}))
+        except Exception as error:  # a template says with an error of its own that it does not take a role, or several pictures
+            if len(conversation) == 1 and conversation[0][1].count("#") < 2:
+                raise ExportError(f"the processor cannot make a prompt of one picture: {first_line(error)}") from error
+            continue
+        written = tokenizer.apply_chat_template(
+            _messages(conversation, {"type": "text", "text": PLACEHOLDER}), add_generation_prompt=True, tokenize=True
+        )["input_ids"]
+        if written != ids:
+            raise ExportError(
+                f"the written chat template gives other tokens than the processor for {conversation}: "
+                f"{tokenizer.decode(written)!r} instead of {tokenizer.decode(ids)!r}"
+            )
+        compared += 1
+    return compared
+
+
+def _messages(conversation: Sequence[tuple[str, str]], picture: dict[str, Any]) -> list[dict[str, Any]]:
+    """A conversation for chat templates; # stands for a picture."""
+    found = []
+    for role, said in conversation:
+        texts = said.split("#")
+        parts: list[dict[str, Any]] = []
+        for number, text in enumerate(texts):
+            parts += [picture] if number else []
+            parts += [{"type": "text", "text": text.strip()}] if text.strip() else []
+        found.append({"role": role, "content": parts})
+    return found

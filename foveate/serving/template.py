@@ -1,0 +1,122 @@
+"""Chat templates that write a word for embeddings where those of a processor write a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import InputError
+
+PLACEHOLDER = "<prompt_embeds>"  # the word by which vLLM marks embeddings in a prompt
+# vLLM shows a template embeddings as a text of this word; the template of a model expects a picture there
+_PICTURES = (
+    "{%- set renamed = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['content'] is string or not message['content'] -%}"
+    "{%- set renamed.messages = renamed.messages + [message] -%}"
+    "{%- else -%}"
+    "{%- set inner = namespace(parts=[]) -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'text' and part['text'] == '" + PLACEHOLDER + "' -%}"
+    "{%- set inner.parts = inner.parts + [{'type': 'image'}] -%}"
+    "{%- else -%}"
+    "{%- set inner.parts = inner.parts + [part] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set renamed.messages = renamed.messages + [dict(message, content=inner.parts)] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set messages = renamed.messages %}"
+)
+# of LLaVA-1.5, for processors that bring none: all pictures, then the texts
+_PLAIN = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}ASSISTANT: {% elif message['role'] == 'user' %}USER: {% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE\n{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}"
+    "{{ ' ' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def source_template(processor: Any) -> str:
+    """The chat template of a processor, or that of LLaVA-1.5 where it brings none.
+
+    Raises
+    ------
+    InputError : it brings several.
+    """
+    found = getattr(processor, "chat_template", None)
+    if isinstance(found, dict):
+        found = found.get("default")
+        if found is None:
+            raise InputError("the processor has several chat templates and none is the default one. Save it with one.")
+    return found or _PLAIN.replace("IMAGE", processor.image_token)
+
+
+def chat_template(processor: Any) -> str:
+    """The chat template of a text-only model that reads pictures as embeddings in the prompt.
+
+    It also writes the first token of prompts, where the processor's tokenizer adds it: vLLM adds none to conversations.
+
+    Raises
+    ------
+    InputError : the template does not write the placeholder of pictures in so many words.
+    """
+    source, token = source_template(processor), processor.image_token
+    if token not in source:
+        raise InputError(f"the chat template does not write {token!r}, so that embeddings cannot be put in its place.")
+    around = _around(processor)
+    written = source.replace(token, around.replace(token, PLACEHOLDER))
+    return _first(processor, source) + _PICTURES + written
+
+
+def _first(processor: Any, source: str) -> str:
+    tokenizer = processor.tokenizer
+    bos = tokenizer.bos_token
+    plain = tokenizer("a").input_ids
+    if bos is None or not plain or plain[0] != tokenizer.bos_token_id:
+        return ""  # the tokenizer adds none
+    shown = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "text", "text": "a"}]}], chat_template=source, add_generation_prompt=True
+    )
+    return "" if shown.startswith(bos) else "{{- bos_token -}}"
+
+
+def _around(processor: Any) -> str:
+    """The placeholder with the words that the processor puts around those of a picture, such as marks of its begin and end."""
+    from PIL import Image
+
+    token, tokenizer = processor.image_token, processor.tokenizer
+    ids = processor(text=token, images=[Image.new("RGB", (224, 224))], add_special_tokens=False)["input_ids"][0]
+    number = tokenizer.convert_tokens_to_ids(token)
+    if number not in ids:
+        return str(token)
+    first = ids.index(number)
+    last = len(ids) - ids[::-1].index(number)
+    if any(each != number for each in ids[first:last]):
+        raise InputError("this model writes text between the visual tokens of a picture, which one span of embeddings cannot hold.")
+    return str(tokenizer.decode(ids[:first]) + token + tokenizer.decode(ids[last:]))
+
+
+def collapsed(processor: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
+    """Ids that a processor makes of a conversation whose pictures have one size, with one placeholder for each picture."""
+    number, found = processor.tokenizer.convert_tokens_to_ids(processor.image_token), []
+    pictures = sum(part["type"] == "image" for message in messages for part in message["content"])
+    template = source_template(processor)
+    if getattr(processor, "chat_template", None):
+        ids = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"][0]
+    else:
+        text = processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True)
+        images = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+        ids = processor(text=text, images=images or None)["input_ids"][0]
+    each_has, seen = ids.count(number) // max(pictures, 1), 0
+    for each in ids:
+        seen += each == number
+        if each != number or seen % each_has == 1 or each_has == 1:
+            found.append(int(each))
+    return found
