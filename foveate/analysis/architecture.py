@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A kind of norm: parameters of a channel, and operations on a value."""
+
+    parameters: int
+    operations: int
+
+
+RMS_NORM, LAYER_NORM, CENTRED_NORM = Norm(1, 4), Norm(2, 7), Norm(1, 6)
+"""The last one is a LayerNorm without a bias."""
 
 
 @dataclass(frozen=True)
@@ -15,8 +28,10 @@ class Stack:
     heads, key_value_heads, head : query heads, key-value heads, channels of a head.
     gated : whether the MLP has three matrices instead of two.
     qkv_bias, out_bias, mlp_bias : which linear layers have a bias.
-    norms : of a layer. layer_norm : LayerNorm with a bias instead of RMSNorm.
-    head_norms : whether queries and keys are normalised by head. rotary : whether they are rotated.
+    norms, norm : of a layer, and their kind.
+    query_norm : the kind of norm of queries and keys, None = none. across_heads : whether it takes all heads together.
+    scaled : whether what attention and MLP give is scaled channel by channel.
+    rotary : whether queries and keys are rotated; "windows" = in layers with a window only.
     windows : tokens that attention reaches back in each layer, or the size of its blocks where it is not causal; None = all.
     """
 
@@ -31,9 +46,11 @@ class Stack:
     out_bias: bool = True
     mlp_bias: bool = True
     norms: int = 2
-    layer_norm: bool = True
-    head_norms: bool = False
-    rotary: bool = False
+    norm: Norm = LAYER_NORM
+    query_norm: Norm | None = None
+    across_heads: bool = False
+    scaled: bool = False
+    rotary: bool | Literal["windows"] = False
     windows: tuple[int | None, ...] = ()
 
     @property
@@ -46,9 +63,15 @@ class Stack:
         """Channels of all key heads."""
         return self.key_value_heads * self.head
 
-    def norm_size(self, width: int) -> int:
-        """Parameters of a norm of ``width`` channels."""
-        return width * (2 if self.layer_norm else 1)
+    @property
+    def query_norm_parameters(self) -> int:
+        """Of the norms of queries and keys in one layer."""
+        channels = self.queries + self.keys if self.across_heads else 2 * self.head
+        return channels * self.query_norm.parameters if self.query_norm else 0
+
+    def layer(self, window: int | None) -> Stack:
+        """The stack as a layer with that window sees it: its ``rotary`` is a yes or a no."""
+        return replace(self, rotary=window is not None) if self.rotary == "windows" else self
 
     @property
     def matrix_parameters(self) -> int:
@@ -60,7 +83,8 @@ class Stack:
         """Biases and norms of one layer."""
         biases = self.qkv_bias * (self.queries + 2 * self.keys) + self.out_bias * self.width
         biases += self.mlp_bias * ((2 if self.gated else 1) * self.inner + self.width)
-        return biases + self.norms * self.norm_size(self.width) + self.head_norms * 2 * self.norm_size(self.head)
+        channels = self.norms * self.norm.parameters + 2 * self.scaled
+        return biases + channels * self.width + self.query_norm_parameters
 
 
 @dataclass(frozen=True)
@@ -77,7 +101,7 @@ class Decoder:
     def embedding_parameters(self) -> int:
         """Embeddings, head and last norm."""
         matrices = self.vocabulary * self.stack.width * (1 if self.tied else 2)
-        return matrices + self.head_bias * self.vocabulary + self.stack.norm_size(self.stack.width)
+        return matrices + self.head_bias * self.vocabulary + self.stack.norm.parameters * self.stack.width
 
 
 @dataclass(frozen=True)
@@ -88,9 +112,11 @@ class Tower:
     ----------
     patch : values of a patch. patch_bias : of its embedding.
     patches : of a picture; None where pictures may have any size.
-    prefix : tokens that are no patches ([CLS]). positions : position embeddings. outer_norms : around the layers.
+    prefix : tokens that are no patches ([CLS]). positions : position embeddings.
+    before, behind : the norms around the layers. cls_alone : whether the one behind takes [CLS] and leaves the patches.
     pools : whether an attention head pools the patches at the end, used or not.
-    copies : encoders of that shape whose weights are held; one of them runs.
+    packed : whether all pictures are one sequence, whose whole square is computed where attention is not fused.
+    unused : parameters that take no part. copies : encoders of that shape whose weights are held; one of them runs.
     """
 
     stack: Stack
@@ -99,8 +125,12 @@ class Tower:
     patches: int | None
     prefix: int = 0
     positions: int = 0
-    outer_norms: int = 0
+    before: Norm | None = None
+    behind: Norm | None = None
+    cls_alone: bool = False
     pools: bool = False
+    packed: bool = False
+    unused: int = 0
     copies: int = 1
 
     @property
@@ -108,10 +138,37 @@ class Tower:
         stack = self.stack
         layers = stack.layers * (stack.matrix_parameters + stack.other_parameters)
         around = stack.width * (self.patch + self.patch_bias + self.prefix + self.positions)
-        around += self.outer_norms * stack.norm_size(stack.width)
+        around += stack.width * sum(norm.parameters for norm in (self.before, self.behind) if norm) + self.unused
         attention = 4 * stack.width**2 + 4 * stack.width  # the pooling head: projections with biases, probe, norm, MLP
         mlp = 2 * stack.width * stack.inner + stack.inner + stack.width
         return self.copies * (layers + around + self.pools * (attention + 3 * stack.width + mlp))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a projector, and what stands in front of it.
+
+    Parameters
+    ----------
+    inputs, outputs, bias : of the layer.
+    norm, channels : the norm in front of it, and of how many channels, ``inputs`` by default; several parts of them share one.
+    activation : in front of it, behind the norm; "gated" = of one half of twice as many inputs, by which the other is multiplied.
+    """
+
+    inputs: int
+    outputs: int
+    bias: bool = True
+    norm: Norm | None = None
+    channels: int | None = None
+    activation: Literal["plain", "gated"] | None = None
+
+    @property
+    def norm_parameters(self) -> int:
+        return (self.channels or self.inputs) * self.norm.parameters if self.norm else 0
+
+    @property
+    def parameters(self) -> int:
+        return self.inputs * self.outputs + self.bias * self.outputs + self.norm_parameters
 
 
 @dataclass(frozen=True)
@@ -120,21 +177,18 @@ class Projector:
 
     Parameters
     ----------
-    shapes : inputs and outputs of its linear layers. bias : of each of them.
-    norm : parameters of the norm in front.
+    layers : one after the other.
     merge : patches that become one token.
     more : parameters of other kinds, such as the newline token.
     """
 
-    shapes: tuple[tuple[int, int], ...]
-    bias: bool = True
-    norm: int = 0
+    layers: tuple[Linear, ...]
     merge: int = 1
     more: int = 0
 
     @property
     def parameters(self) -> int:
-        return sum(i * o + self.bias * o for i, o in self.shapes) + self.norm + self.more
+        return sum(layer.parameters for layer in self.layers) + self.more
 
 
 @dataclass(frozen=True)

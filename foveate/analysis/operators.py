@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .architecture import Decoder, Projector, Stack, Tower
+from .architecture import Decoder, Norm, Projector, Stack, Tower
 
-RMS_NORM, LAYER_NORM, SOFTMAX, ROTATION, ACTIVATION = 4, 7, 5, 3, 4  # operations per value
+SOFTMAX, ROTATION, ACTIVATION = 5, 3, 4  # operations per value
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,10 @@ def elementwise(name: str, values: float, each: float, precision: Precision, inp
     return Operator(name, each * values, parameters * precision.other / 8, inputs * values * size, values * size)
 
 
-def layer_norm(name: str, stack: Stack, rows: float, width: int, precision: Precision, number: int = 1) -> Operator:
+def norm_operator(name: str, norm: Norm, rows: float, width: int, precision: Precision, number: int = 1) -> Operator:
     """``number`` norms over ``width`` channels."""
-    each = LAYER_NORM if stack.layer_norm else RMS_NORM
-    return elementwise(name, number * rows * width, each, precision, parameters=number * stack.norm_size(width))
+    values, parameters = number * rows * width, number * norm.parameters * width
+    return elementwise(name, values, norm.operations, precision, parameters=parameters)
 
 
 def attention(stack: Stack, batch: float, span: Span, precision: Precision, fused: bool, to_cache: bool) -> Iterator[Operator]:
@@ -150,26 +150,29 @@ def layer_operators(
     """One transformer layer. ``leaving`` tokens of each row are left behind its attention, for its MLP."""
     width, inner = stack.width, stack.inner
     rows, left = batch * span.queries, batch * leaving
-    yield layer_norm("attention norm", stack, rows, width, precision, -(-stack.norms // 2))
+    yield norm_operator("attention norm", stack.norm, rows, width, precision, -(-stack.norms // 2))
     yield linear("q_proj", rows, width, stack.queries, precision, stack.qkv_bias)
     yield linear("k_proj", rows, width, stack.keys, precision, stack.qkv_bias, to_cache)
     yield linear("v_proj", rows, width, stack.keys, precision, stack.qkv_bias, to_cache)
     both = rows * (stack.queries + stack.keys)
-    if stack.head_norms:
-        each = LAYER_NORM if stack.layer_norm else RMS_NORM
-        yield elementwise("head norms", both, each, precision, parameters=2 * stack.norm_size(stack.head))
+    if stack.query_norm:
+        yield elementwise("query norms", both, stack.query_norm.operations, precision, parameters=stack.query_norm_parameters)
     if stack.rotary:
         yield elementwise("rotation", both, ROTATION, precision)
     yield from attention(stack, batch, span, precision, fused, to_cache)
     yield linear("o_proj", rows, stack.queries, width, precision, stack.out_bias)
+    if stack.scaled:
+        yield elementwise("attention scale", rows * width, 1, precision, parameters=width)
     yield elementwise("attention add", rows * width, 1, precision, inputs=2)
     if stack.norms > 1:
-        yield layer_norm("mlp norm", stack, left, width, precision, stack.norms // 2)
+        yield norm_operator("mlp norm", stack.norm, left, width, precision, stack.norms // 2)
     if stack.gated:
         yield linear("gate_proj", left, width, inner, precision, stack.mlp_bias)
     yield linear("up_proj", left, width, inner, precision, stack.mlp_bias)
     yield elementwise("mlp activation", left * inner, ACTIVATION + stack.gated, precision, inputs=1 + stack.gated)
     yield linear("down_proj", left, inner, width, precision, stack.mlp_bias)
+    if stack.scaled:
+        yield elementwise("mlp scale", left * width, 1, precision, parameters=width)
     yield elementwise("mlp add", left * width, 1, precision, inputs=2)
 
 
@@ -182,26 +185,26 @@ def embedding(decoder: Decoder, rows: float, precision: Precision) -> Operator:
 def head_operators(decoder: Decoder, batch: float, rows: float, precision: Precision) -> Iterator[Operator]:
     """The last norm on all ``rows``, and the logits of the last token of each of ``batch`` prompts."""
     width = decoder.stack.width
-    yield layer_norm("last norm", decoder.stack, rows, width, precision)
+    yield norm_operator("last norm", decoder.stack.norm, rows, width, precision)
     yield linear("lm_head", batch, width, decoder.vocabulary, precision.unquantised, decoder.head_bias)
 
 
 def patch_operators(tower: Tower, pictures: float, patches: float, precision: Precision) -> Iterator[Operator]:
-    """Patch and position embeddings of ``patches`` per picture, and the norm in front of the layers if there are two outside."""
-    stack, width, tokens = tower.stack, tower.stack.width, patches + tower.prefix
+    """Patch and position embeddings of ``patches`` per picture, and the norm in front of the layers."""
+    width, tokens = tower.stack.width, patches + tower.prefix
     yield linear("patch embedding", pictures * patches, tower.patch, width, precision, tower.patch_bias)
     if tower.positions:
         values = pictures * tokens * width
         yield elementwise("position embedding", values, 1, precision, parameters=tower.positions * width)
-    if tower.outer_norms > 1:
-        yield layer_norm("pre norm", stack, pictures * tokens, width, precision)
+    if tower.before:
+        yield norm_operator("pre norm", tower.before, pictures * tokens, width, precision)
 
 
 def pooling_operators(tower: Tower, pictures: float, tokens: float, precision: Precision, fused: bool) -> Iterator[Operator]:
-    """What encoders do behind their layers for a pooled output, whether somebody reads it or not."""
+    """The norm behind the layers, and what encoders do for a pooled output, whether somebody reads it or not."""
     stack, width = tower.stack, tower.stack.width
-    if tower.outer_norms:
-        yield layer_norm("post norm", stack, pictures * (1 if tower.prefix else tokens), width, precision)
+    if tower.behind:
+        yield norm_operator("post norm", tower.behind, pictures * (1 if tower.cls_alone else tokens), width, precision)
     if not tower.pools:
         return
     yield linear("pool q_proj", pictures, width, width, precision, True)
@@ -209,7 +212,7 @@ def pooling_operators(tower: Tower, pictures: float, tokens: float, precision: P
     for operator in attention(stack, pictures, Span(1, tokens, tokens), precision, fused, to_cache=False):
         yield Operator(**{**vars(operator), "name": f"pool {operator.name}"})
     yield linear("pool o_proj", pictures, width, width, precision, True)
-    yield layer_norm("pool norm", stack, pictures, width, precision)
+    yield norm_operator("pool norm", stack.norm, pictures, width, precision)
     yield linear("pool up_proj", pictures, width, stack.inner, precision, True)
     yield elementwise("pool activation", pictures * stack.inner, ACTIVATION, precision)
     yield linear("pool down_proj", pictures, stack.inner, width, precision, True)
@@ -218,10 +221,11 @@ def pooling_operators(tower: Tower, pictures: float, tokens: float, precision: P
 
 def projector_operators(projector: Projector, rows: float, precision: Precision) -> Iterator[Operator]:
     """From encoder features to ``rows`` visual tokens."""
-    inputs, outputs = projector.shapes[0]
-    if projector.norm:
-        yield elementwise("projector norm", rows * inputs, LAYER_NORM, precision, parameters=projector.norm)
-    yield linear("linear_1", rows, inputs, outputs, precision, projector.bias)
-    for number, (into, out) in enumerate(projector.shapes[1:], 2):
-        yield elementwise("projector activation", rows * into, ACTIVATION, precision)
-        yield linear(f"linear_{number}", rows, into, out, precision, projector.bias)
+    for number, layer in enumerate(projector.layers, 1):
+        values = rows * layer.inputs
+        if layer.norm:
+            yield elementwise("projector norm", values, layer.norm.operations, precision, parameters=layer.norm_parameters)
+        if layer.activation:
+            gated = layer.activation == "gated"
+            yield elementwise("projector activation", values, ACTIVATION + gated, precision, inputs=1 + gated)
+        yield linear(f"linear_{number}", rows, layer.inputs, layer.outputs, precision, layer.bias)

@@ -177,7 +177,8 @@ def _vision(shape: Architecture, work: Workload) -> Iterator[Step]:
         yield "prefill", "vision tower", operator, 1
     for (before, after, window), times in Counter(zip(entering, leaving, windows, strict=True)).items():
         sizes = [patches + tower.prefix for patches in run.pictures] if before == first else [before] * number
-        span = Span(before, before, sum(block_pairs(size, window) for size in sizes) / number)
+        pairs = sum(sizes) ** 2 if tower.packed and not work.fused else sum(block_pairs(size, window) for size in sizes)
+        span = Span(before, before, pairs / number)
         for operator in layer_operators(stack, number, span, after, precision, work.fused, to_cache=False):
             yield "prefill", "vision tower", operator, times
     for operator in pooling_operators(tower, number, leaving[-1], precision, work.fused):
@@ -196,7 +197,8 @@ def _decoder(shape: Architecture, work: Workload) -> Iterator[Step]:
     yield "prefill", "decoder", embedding(decoder, batch * work.tokens[0], precision), 1
     for (tokens, window), times in layers.items():
         span = prompt_span(tokens, window, decoder.causal, work.fused)
-        for operator in layer_operators(decoder.stack, batch, span, tokens, precision, work.fused, to_cache=True):
+        stack = decoder.stack.layer(window)
+        for operator in layer_operators(stack, batch, span, tokens, precision, work.fused, to_cache=True):
             yield "prefill", "decoder", operator, times
     for operator in head_operators(decoder, batch, batch * work.tokens[-1], precision):
         yield "prefill", "decoder", operator, 1
@@ -205,9 +207,9 @@ def _decoder(shape: Architecture, work: Workload) -> Iterator[Step]:
         return
     yield "decode", "decoder", embedding(decoder, batch, precision), steps
     for (tokens, window), times in layers.items():
-        spans = Counter(step_span(tokens + step, window) for step in range(steps))
+        stack, spans = decoder.stack.layer(window), Counter(step_span(tokens + step, window) for step in range(steps))
         for span, repeated in spans.items():
-            for operator in layer_operators(decoder.stack, batch, span, 1, precision, work.fused, to_cache=True):
+            for operator in layer_operators(stack, batch, span, 1, precision, work.fused, to_cache=True):
                 yield "decode", "decoder", operator, times * repeated
     for operator in head_operators(decoder, batch, batch, precision):
         yield "decode", "decoder", operator, steps
