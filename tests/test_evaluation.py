@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -93,6 +94,29 @@ def test_pocket_questions_are_those_of_the_test_set():
     pairs = every["pocket_mme"]
     assert all(a["question_id"] == b["question_id"] for a, b in zip(pairs[::2], pairs[1::2], strict=True))
     assert all({a["answer"], b["answer"]} == {"yes", "no"} for a, b in zip(pairs[::2], pairs[1::2], strict=True))
+
+
+def test_the_camera_of_a_clip_moves_and_keeps_all_things():
+    scenes, seen = TestSet.draw(60).scenes, set()
+    asked = pocket.questions(pocket.CLIP, 60)
+    assert {row["family"] for row in asked} == {"color", "shape", "count", "relation"}  # a place in the picture would change
+    for document in {row["scene"]: row for row in asked}.values():
+        scene, frames = scenes[document["scene"]], [np.asarray(frame) for frame in pocket.clip(document)]
+        assert np.array_equal(frames[0], scene.image)
+        assert all(np.array_equal(a, b) for a, b in zip(frames, pocket.clip(document), strict=True))
+        x, y = pocket.pan(scene, Random(f"pan/{document['seed']}/{document['scene']}"))
+        seen.add((np.sign(x), np.sign(y)))
+        boxes = np.array([item.box for item in scene.items])
+        for number, frame in enumerate(frames[1:], 1):
+            place = boxes[:, :2] - (x * number, y * number)
+            assert place.min() >= 0
+            assert (place + boxes[:, 2:]).max() <= 192
+            for (left, top), box in zip(place, boxes, strict=True):  # every thing is there, as it was drawn
+                thing = scene.image[box[1] : box[1] + box[3], box[0] : box[0] + box[2]]
+                assert np.array_equal(frame[top : top + box[3], left : left + box[2]], thing)
+            patches = (frame != frames[number - 1]).reshape(24, 8, 24, 8, 3).any((1, 3, 4))
+            assert patches.ravel()[scene.owner >= 0].mean() > 0.5
+    assert len(seen) >= 6
 
 
 def test_rows_of_baselines_and_their_cost(loaded, tasks):
