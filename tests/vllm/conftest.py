@@ -1,0 +1,15 @@
+"""Tests with a real vLLM, which has an environment of its own: ``make test-vllm``. Elsewhere they are not collected."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
+# inherited by the engines that tests start
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "HF_HUB_OFFLINE": "1",
+}
