@@ -1,0 +1,23 @@
+"""A plugin of vLLM, found by its entry point ``vllm.general_plugins``: visual tokens are reduced inside the engine, or come as
+embeddings of any number. Nothing of vLLM is imported before it serves a model that the plugin knows.
+"""
+
+from __future__ import annotations
+
+from .requests import qwen_request
+
+__all__ = ["qwen_request", "register"]
+
+MODELS = {
+    "LlavaForConditionalGeneration": "llava:FoveateLlava",
+    "Qwen2VLForConditionalGeneration": "qwen:FoveateQwen2VL",
+    "Qwen2_5_VLForConditionalGeneration": "qwen:FoveateQwen25VL",
+}
+
+
+def register() -> None:
+    """Tell vLLM where the classes of these models are; it calls this in each of its processes, whatever it serves."""
+    from vllm import ModelRegistry
+
+    for architecture, place in MODELS.items():
+        ModelRegistry.register_model(architecture, f"{__name__}.{place}")

@@ -1,0 +1,56 @@
+"""Embeddings that a request brings are checked before they reach the engine, which would stop for all requests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+
+
+def check_embeds(embeds: Tensor, width: int) -> None:
+    """Raise ``InputError`` unless ``embeds`` are visual tokens [n, width], finite and at least one."""
+    shape = tuple(embeds.shape)
+    if embeds.ndim != 2 or shape[1] != width or not shape[0]:
+        raise InputError(f"image_embeds of shape {shape}; expected [tokens, {width}] with at least one token")
+    if not embeds.is_floating_point():
+        raise InputError(f"image_embeds are {embeds.dtype}; expected floating-point numbers, in the space of the decoder")
+    if not bool(torch.isfinite(embeds).all()):
+        raise InputError("image_embeds hold NaN or infinite values, which would spoil other requests, too")
+
+
+def check_grid(grid: object, merge: int) -> list[int]:
+    """Visual tokens of each image, by its ``image_grid_thw`` [images, 3]; raise ``InputError`` where it is none."""
+    if not isinstance(grid, Tensor) or grid.is_floating_point() or grid.ndim != 2 or grid.shape[1] != 3 or not len(grid):
+        raise InputError("image_grid_thw: expected a tensor of whole numbers [images, 3], the (t, h, w) patches of each image")
+    frames, sides = grid[:, 0], grid[:, 1:]
+    if not bool((frames == 1).all() and (sides > 0).all() and (sides % merge == 0).all()):
+        raise InputError(f"image_grid_thw={grid.tolist()}: expected one frame, and sides that are multiples of {merge}")
+    counts: list[int] = (sides.prod(-1) // merge**2).tolist()
+    return counts
+
+
+def check_placed(positions: Tensor, extents: Tensor, counts: list[int], longest: int) -> None:
+    """Raise ``InputError`` unless every embedding has a place inside its image.
+
+    Parameters
+    ----------
+    positions : [sum of counts, 3] (t, h, w) of each embedding in its image.
+    extents : [images] by how much an image moves on the text behind it.
+    counts : embeddings of each image.
+    longest : what all extents together may be.
+    """
+    if positions.is_floating_point() or tuple(positions.shape) != (sum(counts), 3):
+        raise InputError(
+            f"image_positions: {positions.dtype} of shape {tuple(positions.shape)}; expected whole numbers [{sum(counts)}, 3], "
+            "the (t, h, w) of each embedding"
+        )
+    if extents.is_floating_point() or tuple(extents.shape) != (len(counts),):
+        raise InputError(
+            f"image_extents: {extents.dtype} of shape {tuple(extents.shape)}; expected whole numbers [{len(counts)}], one per image"
+        )
+    if not 0 < int(extents.min()) <= int(extents.sum()) <= longest:
+        raise InputError(f"image_extents={extents.tolist()}: each must be at least 1, and together at most {longest}")
+    inside = (positions >= 0) & (positions < extents.repeat_interleave(torch.tensor(counts))[:, None])
+    if not bool(inside.all()):
+        raise InputError("image_positions lie outside of their images: each must be at least 0 and below the extent")

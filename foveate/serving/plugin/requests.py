@@ -1,0 +1,53 @@
+"""What ``foveate.encode`` returned, as a request for vLLM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+
+if TYPE_CHECKING:
+    from ...api import Encoded
+
+
+def qwen_request(encoded: Encoded, *, row: int = 0, merge: int = 2) -> dict[str, dict[str, Tensor]]:
+    """``multi_modal_data`` of a prompt for Qwen2-VL or Qwen2.5-VL: visual tokens that stay, at the places they had.
+
+    The prompt itself has one placeholder for each image, as for pictures.
+
+    Parameters
+    ----------
+    encoded : of images; what ``foveate.encode`` returned.
+    row : the prompt of the batch.
+    merge : ``spatial_merge_size`` of the vision encoder.
+
+    Returns
+    -------
+    ``{"image": fields}`` for k images that keep m_i tokens each: ``image_embeds`` [sum of m_i, D], ``image_positions``
+    [sum of m_i, 3] their (t, h, w) in the image, ``image_extents`` [k] by how much the image moves on what is behind it, and
+    ``image_grid_thw`` [k, 3], a strip of m_i tokens, from which vLLM counts placeholders.
+
+    Raises
+    ------
+    InputError : the prompt has no images, or videos.
+    """
+    items = [(item, embeds) for item, embeds in zip(encoded.report.items, encoded.embeds, strict=True) if item.row == row]
+    if not items or any(item.modality != "image" for item, _ in items):
+        raise InputError(f"row {row} has no images, or a video; qwen_request makes requests of images")
+    positions, extents, counts = [], [], []
+    for item, embeds in items:
+        rows, columns = item.grids[0]
+        positions.append(torch.stack([item.part, item.cell // columns, item.cell % columns], -1))
+        extents.append(max(rows, columns))
+        counts.append(len(embeds))
+    return {
+        "image": {
+            "image_embeds": torch.cat([embeds for _, embeds in items]).cpu(),
+            "image_grid_thw": torch.tensor([[1, merge, merge * count] for count in counts]),
+            "image_positions": torch.cat(positions).cpu(),
+            "image_extents": torch.tensor(extents),
+        }
+    }

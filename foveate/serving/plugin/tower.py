@@ -1,0 +1,105 @@
+"""vLLM's LLaVA as foveate's engine sees it: its own vision encoder, its own projector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ...engine.anatomy import Anatomy
+from ...engine.families import FAMILIES, TOWERS
+from ...engine.vision import encode, reduce
+from ...errors import InputError, UnsupportedModelError
+from ...methods.base import TokenReducer
+from ...report import Clock
+from ...tokens import EncoderTap
+
+Gather = Callable[[Tensor], Tensor]  # [..., C of this process] -> [..., C of all]
+
+
+def check_reducible(config: Any) -> None:
+    """Raise ``UnsupportedModelError`` unless the model's visual tokens are a grid of patches from one layer of CLIP or SigLIP."""
+    kind = config.vision_config.model_type
+    if kind not in ("clip_vision_model", "siglip_vision_model"):
+        raise UnsupportedModelError(f"LLaVA with a {kind!r} vision encoder cannot be reduced inside vLLM; CLIP and SigLIP can.")
+    layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+    if not isinstance(layer, int) or strategy not in (("default", "full") if TOWERS[kind].has_cls else ("full",)):
+        raise UnsupportedModelError(
+            f"vision_feature_layer={layer} and vision_feature_select_strategy={strategy!r}: visual tokens can only be reduced "
+            "where they are the patches of one layer."
+        )
+
+
+def leading(config: Any) -> int:
+    """Tokens in front of the grid, which stay: [CLS], or none."""
+    return int(TOWERS[config.vision_config.model_type].has_cls and config.vision_feature_select_strategy == "full")
+
+
+@contextmanager
+def every_layer(config: Any) -> Iterator[None]:
+    """Inside, vLLM builds all layers of the vision encoder, which methods may read, and not only those that make the features."""
+    layer = config.vision_feature_layer
+    config.vision_feature_layer = -1
+    try:
+        yield
+    finally:
+        config.vision_feature_layer = layer
+
+
+class _Base:
+    """What the engine calls to encode pictures."""
+
+    def __init__(self, features: Callable[[Tensor], Tensor], projector: Any) -> None:
+        self.features, self.projector = features, projector
+
+    def get_image_features(self, pixel_values: Tensor, return_dict: bool) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(pooler_output=self.projector(self.features(pixel_values)))
+
+
+class ReducingTower:
+    """Encodes pictures with vLLM's modules, and reduces their tokens with a method of foveate.
+
+    Parameters
+    ----------
+    config : of the model.
+    tower, projector : vLLM's modules.
+    features : [B, 3, H, W] -> [B, L + N, C], what the projector reads.
+    gather : brings together what processes of tensor parallelism hold of the attention heads; None = there is one process.
+    """
+
+    def __init__(
+        self, config: Any, tower: Any, projector: Any, features: Callable[[Tensor], Tensor], gather: Gather | None
+    ) -> None:
+        kind = TOWERS[config.vision_config.model_type]
+        kind = replace(kind, layers="vision_model.encoder.layers", qkv="self_attn.qkv_proj", resizable=False)
+        model: Any = SimpleNamespace(config=config, base_model=_Base(features, projector))
+        self.parts = Anatomy(model, FAMILIES["llava"], kind, tower, projector)
+        self.gather = gather
+
+    @torch.inference_mode()
+    def __call__(self, method: TokenReducer, pixels: Tensor) -> list[Tensor]:
+        """Pictures [B, 3, H, W] -> for each, visual tokens [m, D] in the space of the decoder."""
+        layers = method.encoder_layers(len(self.parts.layers))
+        encoded = encode(self.parts, layers, {"pixel_values": pixels}, project=method.reads_projected)
+        if self.gather is not None:
+            encoded = replace(encoded, taps={name: self._whole(tap, self.gather) for name, tap in encoded.taps.items()})
+        return reduce(self.parts, method, encoded, Clock(pixels.device)).embeds
+
+    @staticmethod
+    def _whole(tap: EncoderTap, gather: Gather) -> EncoderTap:
+        """Queries and keys of all heads."""
+        query, queries = (None if part is None else gather(part) for part in (tap.query, tap.queries))
+        return replace(tap, query=query, queries=queries, keys=gather(tap.keys))
+
+
+def check_count(method: TokenReducer, embeds: list[Tensor], expected: int) -> None:
+    """Raise ``InputError`` where a method does not keep its budget: vLLM has made room for as many tokens already."""
+    found = sorted({len(each) for each in embeds} - {expected})
+    if found:
+        raise InputError(f"{method.name} kept {found[0]} tokens where its budget is {expected}. It cannot be used inside vLLM.")
