@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from foveate.analysis.configs import read_architecture
+from foveate.analysis.configs import read_architecture, read_config
 from foveate.analysis.cost import cost
 from foveate.analysis.flops import prefill_flops
 from foveate.analysis.hardware import Hardware
 from foveate.analysis.operators import block_pairs, prompt_span
 from foveate.analysis.table2 import COLUMNS, ROWS, table2
 
-from . import zoo
+from . import families, zoo
 
 IMAGE = zoo.IMAGE
 
@@ -119,9 +119,20 @@ def test_the_tool_itself(setting, phase, flops, moved, loads, stores, cache, sec
 # -- against real models -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", zoo.CUT_DECODERS)
+def sizes(width: int, inner: int, layers: int, queries: int, keys: int | None = None, **more) -> dict:
+    shape = dict(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=queries)
+    return shape | ({} if keys is None else dict(num_key_value_heads=keys)) | more
+
+
+def decoder(kind: str):
+    if kind == "cohere2":
+        return families.cohere2()
+    return hf.Ministral3Config(**sizes(64, 96, 4, 4, 2, head_dim=16)) if kind == "ministral3" else zoo.text_config(kind)
+
+
+@pytest.mark.parametrize("kind", [*zoo.CUT_DECODERS, "cohere2", "ministral3"])
 def test_decoders_against_counted_operations_parameters_and_caches(kind):
-    config, tokens, batch = zoo.text_config(kind), 50, 2
+    config, tokens, batch = decoder(kind), 50, 2
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     ids = torch.randint(10, 100, (batch, tokens))
     options = dict(visual=0, text=tokens, batch=batch, flash=False, dtype="float32")
@@ -136,14 +147,12 @@ def test_decoders_against_counted_operations_parameters_and_caches(kind):
 
 
 def siglip(**changes):
-    shape = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=zoo.SIDE)
-    return hf.SiglipVisionConfig(**shape, patch_size=zoo.PATCH, **changes)
+    return hf.SiglipVisionConfig(**sizes(48, 96, 3, 4, image_size=zoo.SIDE, patch_size=zoo.PATCH), **changes)
 
 
 def qwen(kind: str, **vision):
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
-    text = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
-    text |= dict(head_dim=16, vocab_size=128, max_position_embeddings=512, rope_parameters=rope, bos_token_id=1, eos_token_id=2)
+    text = sizes(64, 96, 4, 4, 2, head_dim=16, vocab_size=128, rope_parameters=rope, bos_token_id=1, eos_token_id=2)
     ids = dict(image_token_id=IMAGE, video_token_id=8, vision_start_token_id=6, vision_end_token_id=7)
     return getattr(hf, f"{kind}Config")(text_config=text, vision_config=dict(depth=3, num_heads=4) | vision, **ids)
 
@@ -153,7 +162,15 @@ def llava(kind: str = "Llava", **changes):
     return getattr(hf, f"{kind}Config")(**(parts | changes))
 
 
+def of_family(family: str, vision=(), **changes):
+    """The small config that the tests of the engine use, with other fields."""
+    kind, parts, text, fields = families.parts_of(family)
+    return kind(vision_config={**parts, **dict(vision)} if vision else parts, text_config=text, **(fields | changes))
+
+
+OTHER_NORMS = dict(norm_type="rms_norm", use_mean_pooling=False, use_qk_norm=False, attention_bias=True)
 TILES = dict(image_grid_pinpoints=[[zoo.SIDE, zoo.SIDE]])
+DEEP = dict(hidden_size=48, intermediate_size=100, out_hidden_size=64)
 SMALL = dict(vision_config=siglip(vision_use_head=False), image_token_index=IMAGE)
 CONFIGS = {
     "llava": lambda: llava(),
@@ -168,91 +185,139 @@ CONFIGS = {
     "llava_onevision": lambda: llava("LlavaOnevision", **TILES, vision_config=siglip(vision_use_head=False)),
     "video_llava": lambda: llava("VideoLlava"),
     "qwen2_vl": lambda: qwen("Qwen2VL", embed_dim=48, hidden_size=64, mlp_ratio=2),
-    "qwen2_5_vl": lambda: qwen(
-        "Qwen2_5_VL", hidden_size=48, intermediate_size=100, out_hidden_size=64, window_size=56, fullatt_block_indexes=[1]
-    ),
-    "qwen3_vl": lambda: qwen(
-        "Qwen3VL",
-        hidden_size=48,
-        intermediate_size=100,
-        out_hidden_size=64,
-        num_position_embeddings=64,
-        deepstack_visual_indexes=[0, 1],
-    ),
+    "qwen2_5_vl": lambda: qwen("Qwen2_5_VL", **DEEP, window_size=56, fullatt_block_indexes=[1]),
+    "qwen3_vl": lambda: qwen("Qwen3VL", **DEEP, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+    "llava, pixtral": lambda: llava(vision_config=families.parts_of("mistral3")[1], vision_feature_select_strategy="full"),
+    "internvl": lambda: of_family("internvl"),
+    "internvl, other norms": lambda: of_family("internvl", OTHER_NORMS | dict(use_mask_token=True)),
+    "internvl, no positions": lambda: of_family("internvl", dict(use_absolute_position_embeddings=False)),
+    "glm4v": lambda: of_family("glm4v"),
+    "glm4v, biases": lambda: of_family("glm4v", dict(attention_bias=True)),
+    "idefics3": lambda: of_family("idefics3"),
+    "smolvlm": lambda: of_family("smolvlm"),
+    "mistral3": lambda: of_family("mistral3"),
+    "mistral3, biases": lambda: of_family("mistral3", multimodal_projector_bias=True, tie_word_embeddings=False),
+    "aya_vision": lambda: of_family("aya_vision"),
+    "aya_vision, wide": lambda: of_family("aya_vision", alignment_intermediate_size=200),
 }
-NO_FORWARD = (
-    "llava_next",
-    "llava_next_video",
-    "llava_onevision",
-    "video_llava",
-)  # as llava, but for how tiles and frames are laid out
+NO_FORWARD = ("llava_next", "llava_next_video", "llava_onevision", "video_llava")  # llava with another layout of tiles and frames
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weights_of_whole_models(name):
-    config = CONFIGS[name]()
-    model = AutoModelForImageTextToText.from_config(config)
+    model = AutoModelForImageTextToText.from_config(CONFIGS[name]())
     found = cost(model, patches=64, dtype="float32")
     assert sum(found.weights.values()) == sum(parameter.nbytes for parameter in model.parameters())
-    tower = model.model.visual if name.startswith("qwen") else model.model.vision_tower if name != "video_llava" else None
-    if tower is not None:
-        merged = [part for part in found.weights if part != "decoder"]
-        parts = [tower] if name.startswith("qwen") else [tower, model.model.multi_modal_projector]
-        newline = 4 * 64 * (name in NO_FORWARD)
-        assert sum(found.weights[part] for part in merged) == sum(p.nbytes for part in parts for p in part.parameters()) + newline
+    text = ("model.language_model.", "model.text_model.", "lm_head.")
+    vision = sum(parameter.nbytes for key, parameter in model.named_parameters() if not key.startswith(text))
+    assert found.weights["vision tower"] + found.weights["projector"] == vision
+
+
+def test_a_loaded_model_knows_better_than_its_config_whether_the_head_is_tied():
+    model = AutoModelForImageTextToText.from_config(of_family("internvl", tie_word_embeddings=False))
+    model.config.tie_word_embeddings = True  # the default where a checkpoint's config says nothing
+    assert sum(cost(model, dtype="float32").weights.values()) == sum(parameter.nbytes for parameter in model.parameters())
+
+
+SEEN = dict.fromkeys(("idefics3", "smolvlm", "aya_vision"), (3, None))  # tiles of a family's first row; patches where they vary
+SEEN |= {"internvl": (2, None), "glm4v": (1, 12 * 8), "mistral3": (1, 8 * 6)}
+
+
+def prompts(name):
+    """Two prompts with a picture each, or one where pictures have any size or tiles; and their numbers."""
+    family, (rows, columns), packed = name.split(",")[0], (8, 12), name.startswith("qwen")
+    if family in SEEN:
+        return families.batch(family, rows=(0,)), dict(zip(("pictures", "patches"), SEEN[family], strict=True))
+    any_size = packed or name == "llava, pixtral"
+    visual = {"with [CLS]": 65, "gemma3": 16, "llava, pixtral": rows * columns}.get(name, rows * columns // 4 if packed else 64)
+    ids = torch.tensor([[1] * 7 + [IMAGE] * visual + [9] * 6] * (1 if any_size else 2))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if packed:
+        patch = CONFIGS[name]().vision_config.patch_size
+        inputs["pixel_values"] = torch.randn(rows * columns, 3 * 2 * patch * patch)
+        inputs |= {"image_grid_thw": torch.tensor([[1, rows, columns]]), "mm_token_type_ids": (ids == IMAGE).int()}
+    elif any_size:
+        inputs |= {"pixel_values": torch.randn(1, 3, 112, 168), "image_sizes": torch.tensor([[112, 168]])}  # 14 a patch
+    else:
+        inputs["pixel_values"] = zoo.pictures(len(ids))
+    inputs |= {"token_type_ids": (ids == IMAGE).long()} if "gemma" in name else {}
+    return inputs, {"patches": rows * columns if any_size else None}
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in NO_FORWARD])
 def test_whole_models_against_counted_operations(name):
-    config, (rows, columns), text, any_size = CONFIGS[name](), (8, 12), 13, name.startswith("qwen")
-    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
-    batch, patches = (1, rows * columns) if any_size else (2, None)
-    found = cost(config, text=text, batch=batch, patches=patches, new_tokens=1, flash=False)
-    visual = int(found.work.run.visual[0])
-    ids = torch.tensor([[1] * 7 + [IMAGE] * visual + [9] * 6] * batch)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if any_size:
-        patch = config.vision_config.patch_size
-        inputs["pixel_values"] = torch.randn(patches, 3 * 2 * patch * patch)
-        inputs |= {"image_grid_thw": torch.tensor([[1, rows, columns]]), "mm_token_type_ids": (ids == IMAGE).int()}
-    else:
-        inputs["pixel_values"] = zoo.pictures(batch)
-    if "gemma" in name:
-        inputs["token_type_ids"] = (ids == IMAGE).long()
-    flops, _ = counted(lambda: model(**inputs, logits_to_keep=1))
+    model = AutoModelForImageTextToText.from_config(CONFIGS[name](), attn_implementation="eager").eval()
+    inputs, numbers = prompts(name)
+    pictured = inputs["input_ids"] == IMAGE
+    batch, text = len(pictured), int((~pictured[0]).sum())
+    found = cost(model.config, text=text, batch=batch, **numbers, new_tokens=1, flash=False, dtype="float32")
+    assert found.work.run.visual[0] == int(pictured[0].sum())
+    flops, out = counted(lambda: model(**inputs, logits_to_keep=1, use_cache=True))
     assert products(found) == flops
+    assert found.kv_cache == cache_bytes(out.past_key_values)
+
+
+SO400M = sizes(1152, 4304, 27, 16, image_size=364, patch_size=14, vision_use_head=False)
+SIGLIP_B = sizes(768, 3072, 12, 12, image_size=512, patch_size=16)
+VIT_6B = sizes(3200, 12800, 45, 25, use_qk_norm=True, norm_type="rms_norm")
+LLAMA_3, UNTIED = (4096, 14336, 32, 32, 8), dict(tie_word_embeddings=False)
+REAL = {  # config.json on the Hub: of the model, its encoder and its decoder; what a picture or a tile becomes
+    "GLM-4.1V-9B": (hf.Glm4vConfig, {}, {}, {}, None),
+    "Mistral-Small-3.1-24B": (hf.Mistral3Config, UNTIED, None, None, None),
+    "InternVL3-1B": (hf.InternVLConfig, {}, dict(attention_bias=True), sizes(896, 4864, 24, 14, 2, vocab_size=151674), 256),
+    "InternVL3-38B": (hf.InternVLConfig, UNTIED, VIT_6B, sizes(5120, 27648, 64, 40, 8, vocab_size=151674), 256),
+    "Idefics3-8B": (hf.Idefics3Config, {}, SO400M, sizes(*LLAMA_3, vocab_size=128259), 169),
+    "SmolVLM-256M": (hf.SmolVLMConfig, dict(scale_factor=4), SIGLIP_B, sizes(576, 1536, 30, 9, 3, vocab_size=49280), 64),
+    "Aya-Vision-8B": (hf.AyaVisionConfig, dict(alignment_intermediate_size=28672), SO400M, sizes(*LLAMA_3), 169),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_sizes(name):
+    kind, fields, vision, text, tokens = REAL[name]
+    config = kind(vision_config=vision, text_config=text, **fields)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    shape = read_architecture(config)
+    assert sum(shape.parameters.values()) == model.num_parameters()
+    assert shape.picture_tokens == tokens
 
 
 def test_known_sizes():
-    sizes = {name: sum(read_architecture(name).parameters.values()) for name in ("llava-1.5-7b", "llava-1.5-13b")}
-    assert sizes["llava-1.5-7b"] == 7_063_427_072
-    for name, size in sizes.items():
-        with torch.device("meta"):
-            assert size == hf.LlavaForConditionalGeneration(read_named(name)).num_parameters()
+    with torch.device("meta"):
+        larger = hf.LlavaForConditionalGeneration(read_config("llava-1.5-13b")).num_parameters()
     published = [
+        ("llava-1.5-7b", 7_063_427_072),
+        ("llava-1.5-13b", larger),
         (hf.LlamaConfig(vocab_size=32000, num_hidden_layers=32), 6_738_415_616),  # Llama 2 7B
         (hf.MistralConfig(), 7_241_732_096),
         (hf.Phi3Config(), 3_821_079_552),
-        (hf.PhiConfig(hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32), 2_779_683_840),
-        (hf.GemmaConfig(hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, **heads(8, 1)), 2_506_172_416),
-        (qwen2(896, 4864, 24, 14, 2, tie_word_embeddings=True), 494_032_768),
+        (hf.PhiConfig(**sizes(2560, 10240, 32, 32)), 2_779_683_840),
+        (hf.GemmaConfig(**sizes(2048, 16384, 18, 8, 1)), 2_506_172_416),
+        (hf.Qwen2Config(**sizes(896, 4864, 24, 14, 2), tie_word_embeddings=True), 494_032_768),
     ]
     for config, size in published:
-        assert sum(read_architecture(config).parameters.values()) == size, config.model_type
+        assert sum(read_architecture(config).parameters.values()) == size, config
 
 
-def heads(queries: int, keys: int) -> dict:
-    return dict(num_attention_heads=queries, num_key_value_heads=keys)
+HAND = {  # operations and parameters of a picture (36 patches, [CLS] with InternVL; 24 where they vary) and 10 words
+    ("internvl", "query norms"): (3 * 4 * 37 * 96, 3 * 96),
+    ("internvl", "mlp scale"): (3 * 37 * 48, 3 * 48),
+    ("glm4v", "post norm"): (4 * 24 * 32, 32),
+    ("glm4v", "projector activation"): (4 * 6 * 64 + 5 * 6 * 64, 0),
+    ("mistral3", "pre norm"): (4 * 24 * 48, 48),
+    ("mistral3", "projector norm"): (4 * 24 * 48, 48),
+    ("aya_vision", "projector activation"): (5 * 9 * 32, 0),
+    ("aya_vision", "rotation"): (3 * 3 * 19 * (64 + 32), 0),  # of 4 layers, 3 have a window
+    ("aya_vision", "attention norm"): (4 * 6 * 19 * 64, 4 * 64),
+}
 
 
-def qwen2(width: int, inner: int, layers: int, queries: int, keys: int, **more):
-    return hf.Qwen2Config(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, **heads(queries, keys), **more)
-
-
-def read_named(name: str):
-    from foveate.analysis.configs import read_config
-
-    return read_config(name)
+@pytest.mark.parametrize(("family", "operator"), HAND)
+def test_operators_that_are_no_products_by_hand(family, operator):
+    found = cost(of_family(family), text=10, patches=24 if family in ("glm4v", "mistral3") else None, new_tokens=1)
+    line = [line for line in found.lines if line.name == operator][-1]
+    assert (line.flops, line.weights / 2) == HAND[family, operator]
 
 
 @given(tokens=st.integers(1, 40), window=st.none() | st.integers(2, 50))
@@ -309,13 +374,8 @@ def test_fused_attention_moves_no_scores():
     plain, fused = (cost(flash=flash, new_tokens=1) for flash in (False, True))
     attention = {line.name: line for line in plain.select("prefill", "decoder")}
     scores = 32 * 616 * 616 * 2 * 32  # heads, square, bytes, layers
-    assert (
-        attention["scores"].stores
-        == attention["softmax"].loads
-        == attention["softmax"].stores
-        == attention["values"].loads
-        == scores
-    )
+    softmax = attention["softmax"]
+    assert {attention["scores"].stores, softmax.loads, softmax.stores, attention["values"].loads} == {scores}
     inputs = 616 * 4096 * 2 * 32
     (line,) = (line for line in fused.select("prefill", "decoder") if line.name == "attention")
     assert (line.loads, line.stores, line.cache_loads) == (inputs, inputs, 2 * inputs)
@@ -330,7 +390,7 @@ def test_prompts_with_masks_of_their_own_compute_the_whole_square(name):
 
 
 def test_the_short_formula_agrees():
-    config = read_named("llava-1.5-7b")
+    config = read_config("llava-1.5-7b")
     whole = cost(config, visual=576, pictures=0, new_tokens=1)
     once = sum(line.flops for line in whole.lines if line.bits and line.name != "attention")
     attention = sum(line.flops for line in whole.lines if line.name == "attention")

@@ -11,6 +11,7 @@ import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 import foveate
 from foveate.analysis.configs import read_architecture
@@ -20,9 +21,9 @@ from foveate.analysis.table2 import ROWS, table2
 from foveate.analysis.workload import unreduced
 from foveate.viz.roofline import GROUPS, group, save_roofline
 
-from . import zoo
+from . import families, zoo
 from .test_cli import invoke
-from .test_cost import CONFIGS, IMAGE, cache_bytes, counted, llava, products
+from .test_cost import CONFIGS, IMAGE, SEEN, cache_bytes, counted, llava, products
 
 # -- runs that were reported ---------------------------------------------------------------------------------------------------
 
@@ -80,6 +81,21 @@ def test_a_report_of_a_batch_counts_its_mean(model):
         cost(model, report=session.report, text=20, batch=1)
     by_hand = cost(model, visual=[24.0] * 4, batch=2, text=20, pictures=1)
     assert [line for line in found.lines if line.part == "decoder"] == [line for line in by_hand.lines if line.part == "decoder"]
+
+
+@pytest.mark.parametrize("family", SEEN)
+@pytest.mark.parametrize("keep", [1.0, 4])
+def test_reports_of_tiles_and_of_pictures_of_any_size(family, keep):
+    """A prompt with two pictures: a tile and several, or of two sizes."""
+    model = AutoModelForImageTextToText.from_pretrained(families.saved(family), attn_implementation="eager").eval()
+    inputs = families.batch(family, rows=(1,))
+    with foveate.Sequential(budget=keep)(model) as session:
+        flops, out = counted(lambda: model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True))
+    text = int((inputs["input_ids"] != IMAGE).sum())
+    found = cost(model, report=session.report, text=text, new_tokens=3, flash=False, dtype="float32")
+    padding = 2 * (8 * 10 - 6 * 6) * 588 * 48 if family == "mistral3" else 0  # to the larger picture, for the patch embedding
+    assert products(found) + padding == flops
+    assert found.kv_cache == cache_bytes(out.past_key_values)
 
 
 # -- properties ----------------------------------------------------------------------------------------------------------------
@@ -193,8 +209,8 @@ def mixtral():
     [
         (mixtral, "text decoder of type 'mixtral'"),
         (lambda: llava(text_config=mixtral()), "text decoder of type 'mixtral'"),
-        (lambda: llava(vision_config=hf.PixtralVisionConfig()), "vision encoder of type 'pixtral'"),
-        (lambda: hf.InternVLConfig(), "model of type 'internvl'"),
+        (lambda: llava(vision_config=hf.ViTConfig()), "vision encoder of type 'vit'"),
+        (lambda: hf.MllamaConfig(), "model of type 'mllama'"),
         (lambda: hf.CLIPConfig(), "model of type 'clip'"),
         (lambda: hf.ViTConfig(), "text decoder of type 'vit'"),
     ],

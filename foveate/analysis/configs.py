@@ -53,6 +53,14 @@ def read_config(model: Any) -> Any:
         raise InputError(f"the config of {str(model)!r} cannot be read: {first_line(error)}") from error
 
 
+def _tied(model: Any, config: Any) -> bool:
+    """Whether the head shares the embeddings: as a model has it, whose checkpoint may know better than its config."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return bool(getattr(config, "tie_word_embeddings", False))
+    return head.weight is model.get_input_embeddings().weight
+
+
 def read_architecture(model: Any) -> Architecture:
     """The shapes of a model.
 
@@ -69,14 +77,14 @@ def read_architecture(model: Any) -> Architecture:
         return model
     config = read_config(model)
     kind = config.model_type
-    name = getattr(config, "_name_or_path", "") or kind
+    name, tied = getattr(config, "_name_or_path", "") or kind, _tied(model, config)
     if getattr(config, "vision_config", None) is None:
-        return Architecture(name, read_decoder(config))
+        return Architecture(name, read_decoder(config, tied))
     projectors = read_projectors(config)
     tower = read_tower(config.vision_config)
     if kind == "video_llava":  # one encoder for pictures, one for frames
         tower = replace(tower, copies=2)
-    decoder = read_decoder(config, causal=kind not in ("paligemma", "gemma3"))  # their pictures see all of themselves
+    decoder = read_decoder(config, tied, causal=kind not in ("paligemma", "gemma3"))  # their pictures see all of themselves
     whole = getattr(config, "vision_feature_select_strategy", "default") == "full"
     tokens = None
     if tower.patches is not None:

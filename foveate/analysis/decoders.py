@@ -40,8 +40,8 @@ _DECODERS = {
 }
 
 
-def read_decoder(whole: Any, causal: bool = True) -> Decoder:
-    """The decoder of a config, or of the text config inside it.
+def read_decoder(whole: Any, tied: bool, causal: bool = True) -> Decoder:
+    """The decoder of a config, or of the text config inside it; ``tied`` is whether its head shares the embeddings.
 
     Raises
     ------
@@ -81,4 +81,4 @@ def read_decoder(whole: Any, causal: bool = True) -> Decoder:
         rotary=kind.rotary,
         windows=tuple(window if each == "sliding_attention" else None for each in types),
     )
-    return Decoder(stack, config.vocab_size, bool(getattr(whole, "tie_word_embeddings", False)), kind.head_bias, causal)
+    return Decoder(stack, config.vocab_size, tied, kind.head_bias, causal)
