@@ -21,6 +21,7 @@ from .evaluating import EPILOG as EVAL_EPILOG
 from .evaluating import eval_command
 from .models import EPILOG as MODELS_EPILOG
 from .models import models_command
+from .serving import EXPORT_EPILOG, SERVE_EPILOG, export_command, serve_command
 
 app = typer.Typer(
     name="foveate",
@@ -277,6 +278,8 @@ app.command("cost", epilog=EPILOG)(cost_command)
 app.command("bench", epilog=BENCH_EPILOG)(bench_command)
 app.command("eval", epilog=EVAL_EPILOG)(eval_command)
 app.command("models", epilog=MODELS_EPILOG)(models_command)
+app.command("export", epilog=EXPORT_EPILOG)(export_command)
+app.command("serve", epilog=SERVE_EPILOG)(serve_command)
 
 
 def parse_budget(text: str) -> int | float:

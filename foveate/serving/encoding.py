@@ -111,7 +111,7 @@ def load_encoder(name: str, *, dtype: str | None = None, device: str | None = No
             text.num_hidden_layers = 0
             if getattr(text, "layer_types", None):
                 text.layer_types = []
-            found = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+            found: Any = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
             processor = AutoProcessor.from_pretrained(source)
     except Exception as error:  # whatever a broken config, processor, weight file or device leads to
         raise InputError(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
@@ -133,7 +133,9 @@ def check_plain_positions(parts: Anatomy) -> None:
     """
     family, why = parts.family, None
     if family.mrope:
-        why = "its visual tokens have (t, h, w) positions, which embeddings in a prompt do not carry; see the plugin, docs/plugin.md"
+        why = (
+            "its visual tokens have (t, h, w) positions, which embeddings in a prompt do not carry; see the plugin, docs/plugin.md"
+        )
     elif family.two_way:
         why = "its visual tokens see each other in both directions, and a plain language model reads from left to right"
     elif parts.deepstack_levels:
@@ -194,8 +196,7 @@ class PictureEncoder:
             found[row][0].append(embeds.cpu())
             found[row][1].append(before)
         return [
-            EncodedPrompt(ids[row][real].tolist(), visual[row][real].tolist(), *found[row])
-            for row, real in enumerate(mask.bool())
+            EncodedPrompt(ids[row][real].tolist(), visual[row][real].tolist(), *found[row]) for row, real in enumerate(mask.bool())
         ]
 
 
@@ -217,6 +218,8 @@ def check_embeds(embeds: Tensor, width: int) -> None:
     InputError : it is not so.
     """
     if embeds.ndim != 2 or embeds.shape[1] != width or not len(embeds) or not embeds.is_floating_point():
-        raise InputError(f"a picture gave {embeds.dtype} features of shape {tuple(embeds.shape)}; expected [1 or more, {width}] floats")
+        raise InputError(
+            f"a picture gave {embeds.dtype} features of shape {tuple(embeds.shape)}; expected [1 or more, {width}] floats"
+        )
     if not bool(torch.isfinite(embeds).all()):
         raise InputError("a picture gave features that are not finite. Send another picture, or serve with another dtype.")

@@ -16,11 +16,15 @@ from torch import Tensor, nn
 
 from ..engine.anatomy import Anatomy, anatomy
 from ..errors import FoveateError, InputError, first_line
-from ..evaluation.loading import load
+from ..evaluation.ledger import digest
+from ..evaluation.loading import POCKET, load
+from ..pocket import WEIGHTS
 from .encoding import check_plain_positions
 from .template import PLACEHOLDER, chat_template, collapsed
 
 MARK = "foveate_export.json"
+# settings of a tokenizer that are of its processor, or of the place it was loaded from
+STALE = ("chat_template", "processor_class", "image_token", "model_specific_special_tokens", "is_local", "local_files_only")
 
 
 class ExportError(FoveateError):
@@ -137,6 +141,32 @@ def described(folder: Path) -> Exported:
         raise InputError(f"{folder} is no export. Write one with 'foveate export MODEL {folder}'.") from error
 
 
+def ready_export(name: str, folder: Path | None = None, *, dtype: str | None = None) -> Path:
+    """An export of a model: the one that is there, or a new one.
+
+    Parameters
+    ----------
+    name : Hub id or folder; "pocket" is the shipped model.
+    folder : where it is, or is to be; None = a place of its own in the cache of the user.
+
+    Raises
+    ------
+    InputError : the folder holds an export of another model, or something else.
+    """
+    source = Path(name).expanduser()
+    local = source.resolve() if source.exists() else WEIGHTS if name == POCKET else None
+    if folder is None:
+        files = [] if local is None else [f"{file.name} {file.stat().st_mtime_ns}" for file in sorted(local.iterdir())]
+        mark = digest(str(local or name), str(dtype), *files)
+        folder = Path.home() / ".cache" / "foveate" / "exports" / f"{Path(name).name}-{mark[:12]}"
+    if not (folder / MARK).is_file():
+        export(name, folder, dtype=dtype)
+    told = described(folder)
+    if told.source != (name if local is None or name == POCKET else str(local)):
+        raise InputError(f"{folder} is an export of {told.source!r} and not of {name!r}. Give another folder, or remove it.")
+    return folder
+
+
 def language_model(parts: Anatomy) -> Any:
     """The language model with its head, as a causal LM of its own that shares the weights.
 
@@ -228,7 +258,7 @@ def write_tokenizer(processor: Any, folder: Path) -> None:
     file.write_text(json.dumps(saved, ensure_ascii=False), encoding="utf-8")
     config = folder / "tokenizer_config.json"
     settings = _renamed(json.loads(config.read_text(encoding="utf-8")), token)
-    for name in ("chat_template", "processor_class", "image_token", "model_specific_special_tokens", "is_local", "local_files_only"):
+    for name in STALE:
         settings.pop(name, None)
     config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "chat_template.jinja").write_text(chat_template(processor), encoding="utf-8")
@@ -277,9 +307,10 @@ def check_conversations(processor: Any, parts: Anatomy, folder: Path) -> int:
             if len(conversation) == 1 and conversation[0][1].count("#") < 2:
                 raise ExportError(f"the processor cannot make a prompt of one picture: {first_line(error)}") from error
             continue
-        written = tokenizer.apply_chat_template(
+        written: Any = tokenizer.apply_chat_template(
             _messages(conversation, {"type": "text", "text": PLACEHOLDER}), add_generation_prompt=True, tokenize=True
-        )["input_ids"]
+        )
+        written = written["input_ids"]
         if written != ids:
             raise ExportError(
                 f"the written chat template gives other tokens than the processor for {conversation}: "

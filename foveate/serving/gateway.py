@@ -1,0 +1,264 @@
+"""The gateway: OpenAI's chat API in front, encoders and reducers inside, vLLM behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ..errors import FoveateError, InputError, UnsupportedModelError
+from ..methods.base import Method
+from .batching import Batcher, EncodingError
+from .encoding import EncodedPrompt, PictureEncoder, method_of
+from .metrics import Metrics
+from .pictures import decoded, fetched
+from .requests import ChatRequest, Limits, Reader, RequestError
+from .template import PLACEHOLDER
+from .upstream import Events, Upstream, embeds_part, failure
+
+log = logging.getLogger("foveate.serving")
+T = TypeVar("T")
+DECODERS = 4  # threads that open pictures
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a gateway serves.
+
+    Attributes
+    ----------
+    name : of the model, for clients.
+    method, budget : for requests that ask for none.
+    vllm_url, vllm_key : where vLLM is.
+    api_key : that clients must give; None = none.
+    hosts : from which pictures may be loaded.
+    batch : pictures that an encoder takes at once.
+    """
+
+    name: str
+    vllm_url: str
+    method: str = "prumerge+"
+    budget: float | None = None
+    vllm_key: str | None = None
+    api_key: str | None = None
+    hosts: Collection[str] = ()
+    batch: int = 16
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A request as vLLM gets it; ``tokens`` of its prompt are known where it has pictures and no tools."""
+
+    body: dict[str, Any]
+    usage: dict[str, Any]
+    tokens: int | None
+
+
+class Gateway:
+    """What is behind the endpoints.
+
+    Parameters
+    ----------
+    settings : how it serves.
+    encoders : of the model's pictures.
+    """
+
+    def __init__(self, settings: Settings, encoders: Sequence[PictureEncoder]) -> None:
+        self.settings, self.limits, self.metrics = settings, settings.limits, Metrics()
+        self.encoder = encoders[0]
+        self.encoder.check(method_of(settings.method, settings.budget))
+        reserved = (PLACEHOLDER, self.encoder.image_token)
+        self.reader = Reader(settings.name, settings.method, settings.budget, self.limits, reserved)
+        self.batcher = Batcher(encoders, settings.batch, self.metrics.observe_batch)
+        self.metrics.queue.set_function(lambda: self.batcher.waiting)
+        self.running = 0
+        self.created = int(time.time())
+        self.threads = ThreadPoolExecutor(DECODERS, thread_name_prefix="pictures")
+        self._checked: dict[int, Method] = {}
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Encoders and connections, as long as the gateway serves."""
+        import httpx
+
+        timeout = httpx.Timeout(None, connect=5.0)  # whole requests have a limit of their own
+        bounds = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        async with httpx.AsyncClient(timeout=timeout, limits=bounds) as client, self.batcher:
+            self.client = client
+            self.upstream = Upstream(self.settings.vllm_url, self.settings.vllm_key, client)
+            yield
+        self.threads.shutdown(wait=False, cancel_futures=True)
+
+    def authorised(self, header: str | None) -> bool:
+        """Whether a client may ask."""
+        key = self.settings.api_key
+        return key is None or hmac.compare_digest((header or "").encode(), f"Bearer {key}".encode())
+
+    @contextlib.contextmanager
+    def counted(self) -> Any:
+        """Within this a request counts.
+
+        Raises
+        ------
+        RequestError : there are too many.
+        """
+        if self.running >= self.limits.waiting:
+            raise RequestError(f"{self.running} requests are being worked on already. Try again later.", 429, "rate_limit_error")
+        self.running += 1
+        self.metrics.running.set(self.running)
+        try:
+            yield
+        finally:
+            self.running -= 1
+            self.metrics.running.set(self.running)
+
+    async def prepare(self, body: bytes) -> tuple[ChatRequest, _Prepared]:
+        """Read a request, encode its pictures, and write it for vLLM.
+
+        Raises
+        ------
+        RequestError : it cannot be answered.
+        """
+        asked = await self._in_thread(functools.partial(self.reader.read, body))  # bodies are large
+        self._check(asked.method)
+        found: EncodedPrompt | None = None
+        if asked.urls:
+            images = await asyncio.gather(*(self._picture(url, i) for i, url in enumerate(asked.urls)))
+            conversation = asked.filled([{"type": "image", "image": image} for image in images])
+            kept = [{"role": message["role"], "content": message["content"]} for message in conversation]
+            found = await self.batcher.encode(kept, asked.method)
+        parts = await self._in_thread(lambda: [embeds_part(embeds) for embeds in found.embeds]) if found else []
+        body_of = {**asked.options, "messages": asked.filled(parts), "stream": asked.stream}
+        if asked.stream:
+            body_of["stream_options"] = {"include_usage": True}
+        before, after = (found.before, found.after) if found else ([], [])
+        if found:
+            self.metrics.observe_reduction(asked.name, before, after)
+        usage = {
+            "method": asked.name,
+            "budget": asked.budget,
+            "visual_tokens": sum(after),
+            "visual_tokens_before": sum(before),
+            "pictures": [{"visual_tokens": kept, "visual_tokens_before": all_} for kept, all_ in zip(after, before, strict=True)],
+        }
+        tokens = len(found.ids) if found and "tools" not in asked.options else None
+        return asked, _Prepared(body_of, usage, tokens)
+
+    def _check(self, method: Method) -> None:
+        if id(method) not in self._checked:
+            try:
+                self.encoder.check(method)
+            except (InputError, UnsupportedModelError) as error:
+                raise RequestError(str(error), param="foveate") from error
+            self._checked[id(method)] = method  # which keeps it, and its id
+
+    async def _picture(self, url: str, number: int) -> Any:
+        where = f"picture {number + 1}"
+        data = await fetched(url, where, self.settings.hosts, self.limits, self.client)
+        return await self._in_thread(functools.partial(decoded, data, where, self.limits))
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+
+    def finished(self, answer: dict[str, Any], prepared: _Prepared) -> dict[str, Any]:
+        """An answer of vLLM, or a piece of one, as a client gets it."""
+        answer["model"] = self.settings.name
+        usage = answer.get("usage")
+        if usage:
+            counted = usage.get("prompt_tokens", 0)
+            self.metrics.prompt.inc(counted)
+            self.metrics.written.inc(usage.get("completion_tokens") or 0)
+            if prepared.tokens not in (None, counted):
+                self.metrics.mismatches.inc()
+                log.warning(
+                    "the engine counts %s tokens in a prompt that has %s here: does it serve the export of this model?",
+                    counted,
+                    prepared.tokens,
+                )
+            usage["foveate"] = prepared.usage
+        return answer
+
+    async def pieces(self, stream: Events, wanted: bool, prepared: _Prepared, began: float) -> AsyncIterator[str]:
+        """An answer as server-sent events; one that fails on the way says so and ends without [DONE]."""
+        status, first = "200", True
+        try:
+            while True:
+                left = began + self.limits.seconds - time.perf_counter()
+                try:
+                    piece = await asyncio.wait_for(anext(stream), max(left, 0.001))
+                except StopAsyncIteration:
+                    break
+                if "error" in piece:
+                    raise failure(piece)
+                if first:
+                    self.metrics.first.observe(time.perf_counter() - began)
+                    first = False
+                piece = self.finished(piece, prepared)
+                if not wanted:
+                    if not piece.get("choices"):
+                        continue  # only tokens are counted in it
+                    piece.pop("usage", None)
+                yield f"data: {json.dumps(piece)}\n\n"
+            yield "data: [DONE]\n\n"
+            self.metrics.whole.observe(time.perf_counter() - began)
+        except Exception as error:
+            told = as_request_error(error)
+            status = str(told.status)
+            yield f"data: {json.dumps(told.body())}\n\n"
+        except BaseException:
+            status = "499"  # the client went away
+            raise
+        finally:
+            self.metrics.requests.labels(status).inc()
+
+
+def as_request_error(error: BaseException) -> RequestError:
+    """What a client is told of an error."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+        return RequestError("the answer took too long", 504, "timeout")
+    if isinstance(error, EncodingError):
+        log.error("%s", error, exc_info=error.__cause__)
+        return RequestError(str(error), 500, "server_error")
+    if isinstance(error, FoveateError):
+        return RequestError(str(error))
+    log.error("a request failed", exc_info=error)
+    return RequestError("the gateway failed; its log says why", 500, "server_error")
+
+
+async def unless_gone(work: Awaitable[T], receive: Callable[[], Awaitable[Any]]) -> T:
+    """The result of some work, which is dropped when the client goes away.
+
+    Raises
+    ------
+    ClientGoneError : it did.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGoneError
+    finally:
+        for each in (task, gone):
+            each.cancel()
+
+
+async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class ClientGoneError(Exception):
+    """Nobody waits for the answer any more."""

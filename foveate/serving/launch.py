@@ -1,0 +1,177 @@
+"""Starts a vLLM for the gateway, on this machine only, and stops it with the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import FoveateError, InputError
+from .export import described
+
+log = logging.getLogger("foveate.serving")
+HOST = "127.0.0.1"
+PATIENCE = 15.0  # seconds that an engine has to end
+LONGEST_PAUSE = 30.0  # seconds between two starts of an engine that keeps dying
+
+
+class LaunchError(FoveateError):
+    """vLLM does not start; the message has the end of its log."""
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as opened:
+        opened.bind((HOST, 0))
+        return int(opened.getsockname()[1])
+
+
+class Engine:
+    """A vLLM server on the loopback interface, with a key of its own; started anew when it dies.
+
+    Parameters
+    ----------
+    folder : an export of ``foveate export``.
+    python : of the environment that vLLM is installed in; None = this one.
+    arguments : further ones of vLLM's server.
+    patience : seconds until it must answer.
+
+    Attributes
+    ----------
+    url, key : for the gateway.
+
+    Raises
+    ------
+    InputError : the folder is no export, or there is no such Python or no vLLM in it.
+    """
+
+    def __init__(self, folder: Path, *, python: str | None = None, arguments: Sequence[str] = (), patience: float = 1800.0) -> None:
+        told = described(folder)
+        self.python, self.patience = python or sys.executable, patience
+        self.port, self.key = free_port(), secrets.token_urlsafe(24)
+        self.url = f"http://{HOST}:{self.port}"
+        self.command = [
+            *(self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),
+            *("--host", HOST, "--port", str(self.port), "--enable-prompt-embeds", "--dtype", told.dtype),
+            *("--chat-template-content-format", "openai", *arguments),
+        ]
+        self.log = Path(tempfile.mkdtemp(prefix="foveate-vllm-")) / "vllm.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopping = False
+        self._check()
+
+    def _check(self) -> None:
+        looking = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+        try:
+            found = subprocess.run([self.python, "-c", looking], capture_output=True, check=False).returncode == 0  # noqa: S603
+        except OSError as error:
+            raise InputError(f"{self.python} cannot be run: {error.strerror}") from error
+        if not found:
+            raise InputError(
+                f"vLLM is not installed for {self.python}. Install it there (pip install vllm), name the Python of its environment "
+                "with --vllm-python, or start it yourself and give --vllm-url."
+            )
+
+    async def __aenter__(self) -> Engine:
+        self._start()
+        try:
+            await self._until_ready()
+        except BaseException:
+            await self._stop()
+            raise
+        self._watch = asyncio.create_task(self._watching())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._stopping = True
+        self._watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._watch
+        await self._stop()
+
+    def _start(self) -> None:
+        streams: dict[str, Any]
+        own = {"VLLM_API_KEY": self.key, "VLLM_HOST_IP": HOST}
+        with self.log.open("ab") as written:
+            self._process = subprocess.Popen(  # noqa: S603
+                self.command,
+                stdout=written,
+                stderr=written,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **own},
+                start_new_session=True,
+            )
+        log.info("vLLM starts at %s; its log is %s", self.url, self.log)
+
+    async def _until_ready(self) -> None:
+        import httpx
+
+        end = time.monotonic() + self.patience
+        async with httpx.AsyncClient(timeout=2.0) as client:
+            while time.monotonic() < end:
+                if self._ended():
+                    raise LaunchError(f"vLLM ended while it started. The end of {self.log}:\n{self.tail()}")
+                with contextlib.suppress(httpx.HTTPError):
+                    if (await client.get(f"{self.url}/health")).status_code == 200:
+                        log.info("vLLM is ready")
+                        return
+                await asyncio.sleep(0.5)
+        raise LaunchError(f"vLLM did not answer within {self.patience:g} s. The end of {self.log}:\n{self.tail()}")
+
+    async def _watching(self) -> None:
+        """Start vLLM again when it has died, after pauses that grow while it keeps dying."""
+        pause = 1.0
+        while True:
+            await asyncio.sleep(0.5)
+            if not self._ended():
+                continue
+            log.error("vLLM died; it is started again in %g s. The end of its log:\n%s", pause, self.tail())
+            await self._stop()  # what it may have left running
+            await asyncio.sleep(pause)
+            self._start()
+            try:
+                await self._until_ready()
+                pause = 1.0
+            except LaunchError as error:
+                log.error("%s", error)
+                pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _ended(self) -> bool:
+        return self._process is None or self._process.poll() is not None
+
+    async def _stop(self) -> None:
+        """End the server and all that it has started."""
+        process = self._process
+        if process is None:
+            return
+        for told in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, told)
+            end = time.monotonic() + PATIENCE
+            while time.monotonic() < end and (process.poll() is None or _alive(process.pid)):
+                await asyncio.sleep(0.1)
+
+    def tail(self, lines: int = 30) -> str:
+        """The end of the log."""
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        return "\n".join(text.splitlines()[-lines:])
+
+
+def _alive(group: int) -> bool:
+    """Whether a process group still has members."""
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
