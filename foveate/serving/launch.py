@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..errors import FoveateError, InputError
 from .export import described
@@ -101,7 +100,6 @@ class Engine:
         await self._stop()
 
     def _start(self) -> None:
-        streams: dict[str, Any]
         own = {"VLLM_API_KEY": self.key, "VLLM_HOST_IP": HOST}
         with self.log.open("ab") as written:
             self._process = subprocess.Popen(  # noqa: S603
