@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as hf
@@ -18,8 +20,9 @@ from foveate.analysis.operators import block_pairs, prompt_span
 from foveate.analysis.table2 import COLUMNS, ROWS, table2
 
 from . import families, zoo
+from .zoo import IMAGE
 
-IMAGE = zoo.IMAGE
+PAGE = (Path(__file__).parents[1] / "docs" / "cost.md").read_text()
 
 
 def products(each, phase=None) -> float:
@@ -75,8 +78,7 @@ def test_the_explanation_states_what_was_computed():
     assert "the table saves 9.60 GB of it" in said
     assert "the footprint falls by 0.32 GB, 2%" in said
     cache = 2 * 32 * 4096 * 2 * (576 - 40)  # keys and values, layers, width, bytes, tokens
-    options = dict(hardware="v100", new_tokens=1)
-    saved = cost(visual=576, **options).footprint - cost(visual=40, **options).footprint
+    saved = cost(visual=576, hardware="v100", new_tokens=1).footprint - cost(visual=40, hardware="v100", new_tokens=1).footprint
     assert cache < saved < 1.2 * cache, "weights are the same; only the cache and activations shrink"
 
 
@@ -264,7 +266,7 @@ LLAMA_3, UNTIED = (4096, 14336, 32, 32, 8), dict(tie_word_embeddings=False)
 REAL = {  # config.json on the Hub: of the model, its encoder and its decoder; what a picture or a tile becomes
     "GLM-4.1V-9B": (hf.Glm4vConfig, {}, {}, {}, None),
     "Mistral-Small-3.1-24B": (hf.Mistral3Config, UNTIED, None, None, None),
-    "InternVL3-1B": (hf.InternVLConfig, {}, dict(attention_bias=True), sizes(896, 4864, 24, 14, 2, vocab_size=151674), 256),
+    "InternVL3-1B": (hf.InternVLConfig, UNTIED, dict(attention_bias=True), sizes(896, 4864, 24, 14, 2, vocab_size=151674), 256),
     "InternVL3-38B": (hf.InternVLConfig, UNTIED, VIT_6B, sizes(5120, 27648, 64, 40, 8, vocab_size=151674), 256),
     "Idefics3-8B": (hf.Idefics3Config, {}, SO400M, sizes(*LLAMA_3, vocab_size=128259), 169),
     "SmolVLM-256M": (hf.SmolVLMConfig, dict(scale_factor=4), SIGLIP_B, sizes(576, 1536, 30, 9, 3, vocab_size=49280), 64),
@@ -278,9 +280,9 @@ def test_real_sizes(name):
     config = kind(vision_config=vision, text_config=text, **fields)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    shape = read_architecture(config)
-    assert sum(shape.parameters.values()) == model.num_parameters()
-    assert shape.picture_tokens == tokens
+    shape, size = read_architecture(config), model.num_parameters()
+    assert (sum(shape.parameters.values()), shape.picture_tokens) == (size, tokens)
+    assert f"| {name} | {size:,} | {tokens or 'any size'} |" in PAGE
 
 
 def test_known_sizes():
@@ -305,7 +307,6 @@ HAND = {  # operations and parameters of a picture (36 patches, [CLS] with Inter
     ("internvl", "mlp scale"): (3 * 37 * 48, 3 * 48),
     ("glm4v", "post norm"): (4 * 24 * 32, 32),
     ("glm4v", "projector activation"): (4 * 6 * 64 + 5 * 6 * 64, 0),
-    ("mistral3", "pre norm"): (4 * 24 * 48, 48),
     ("mistral3", "projector norm"): (4 * 24 * 48, 48),
     ("aya_vision", "projector activation"): (5 * 9 * 32, 0),
     ("aya_vision", "rotation"): (3 * 3 * 19 * (64 + 32), 0),  # of 4 layers, 3 have a window
@@ -392,8 +393,7 @@ def test_prompts_with_masks_of_their_own_compute_the_whole_square(name):
 def test_the_short_formula_agrees():
     config = read_config("llava-1.5-7b")
     whole = cost(config, visual=576, pictures=0, new_tokens=1)
-    once = sum(line.flops for line in whole.lines if line.bits and line.name != "attention")
-    attention = sum(line.flops for line in whole.lines if line.name == "attention")
+    once, attention = (sum(x.flops for x in whole.lines if x.bits and (x.name == "attention") == fused) for fused in (False, True))
     pairs = 616 * 617 / 2 * 32 * 32  # of all heads and layers; 5 operations of the softmax each
     diagonal = 2 * 616 * 32 * 4096  # the short one takes half of the square
     assert once + attention - 5 * pairs - diagonal == prefill_flops(config, 616)

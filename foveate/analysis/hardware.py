@@ -52,14 +52,15 @@ _ROWS = (
     Hardware("A100", 2039e9, 312e12, 19.5e12, 624e12, 1248e12),
     Hardware("H100", 3.35e12, 989.5e12, 67e12, 1979e12),
     Hardware("H200", 4.8e12, 989.5e12, 67e12, 1979e12),
-    Hardware("L4", 300e9, 121e12, 30.3e12, 242.5e12),
+    Hardware("L4", 300e9, 121e12, 30.3e12, 242.5e12, 485e12),
     Hardware("RTX-4090", 1008e9, 165.2e12, 82.6e12, 660.6e12, 1321.2e12),
     Hardware("CPU", 89.6e9, 1.3824e12, 1.3824e12),
     Hardware("V100-LLM-Viewer", 900e9, 112e12, 14e12, 62e12),
 )
 
 HARDWARE = {row.name.lower(): row for row in _ROWS}
-"""The table, by lower-case name. Dense peaks: where a datasheet prints the figure with sparsity, half of it.
+"""The table, by lower-case name. Dense peaks: where a datasheet prints the figure with sparsity, half of it. What each was
+checked against is in ``docs/cost.md``.
 
 - ``v100``: NVIDIA V100 Tensor Core GPU datasheet, column PCIe: 112 TFLOPS tensor, 14 TFLOPS single precision, 900 GB/s. Its tensor
   cores know no integers.
@@ -67,11 +68,13 @@ HARDWARE = {row.name.lower(): row for row in _ROWS}
   from the datasheet of the 40GB model, which has the same processor.
 - ``h100``: NVIDIA H100 datasheet, column SXM: 1,979 TFLOPS FP16 and 3,958 TOPS INT8 with sparsity, 67 TFLOPS FP32, 3.35 TB/s.
 - ``h200``: NVIDIA H200 datasheet, column SXM: the same arithmetic, 4.8 TB/s.
-- ``l4``: NVIDIA L4 datasheet: 242 TFLOPS FP16 and 485 TOPS INT8 with sparsity, 30.3 TFLOPS FP32, 300 GB/s.
+- ``l4``: NVIDIA L4 datasheet: 242 TFLOPS FP16 and 485 TOPS INT8 with sparsity, 30.3 TFLOPS FP32, 300 GB/s. It
+  prints no INT4; its tensor cores are those of the RTX 4090, where INT4 is twice INT8.
 - ``rtx-4090``: NVIDIA Ada GPU Architecture whitepaper, appendix A: 165.2 TFLOPS FP16 with FP32 accumulation (what PyTorch uses),
   660.6 TOPS INT8, 1,321.2 TOPS INT4, 82.6 TFLOPS FP32, 1,008 GB/s.
 - ``cpu``: Intel Core i9-13900K, product specification: 89.6 GB/s, 8 performance cores at 5.4 GHz with AVX2, which is 32 float32
-  operations a cycle and core (two units, 8 lanes, multiply and add). It has no float16 arithmetic: float16 runs as float32.
+  operations a cycle and core (two units, 8 lanes, multiply and add). Its 16 efficient cores are left out: with them, arithmetic may
+  be faster than this. It has no float16 arithmetic: float16 runs as float32.
 - ``v100-llm-viewer``: the V100 as LLM-Viewer lists it, with 62 TOPS INT8: a number of that tool and not of the datasheet, needed
   for Table 2 of LLaVA-PruMerge.
 """
