@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import InputError, first_line
-from ..pocket import load_pocket
+from ..errors import InputError, MissingExtraError, first_line
+from ..pocket import ADAPTERS, NAME, load_pocket
 from .ledger import digest, fingerprint
 
-POCKET = "pocket"
+POCKET = NAME
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Loaded:
 
     Attributes
     ----------
-    name : Hub id or folder; "pocket" is the shipped model.
+    name : Hub id or folder; "pocket" is the shipped model, "pocket+prumerge" the same fine-tuned with that method.
     model, processor : stock Hugging Face classes; the processor pads on the left.
     weights : a fingerprint of the model, its processor and how it generates.
     """
@@ -49,7 +51,8 @@ def load(
 
     Parameters
     ----------
-    name : Hub id or folder; "pocket" is the shipped model.
+    name : Hub id or folder, also one with an adapter of PEFT; "pocket" is the shipped model, "pocket+prumerge" the same with its
+        adapter for that method.
     dtype : such as "bfloat16"; None = as saved, for the pocket model float32.
     device : None = the first GPU where there is one.
     attention : implementation, such as "sdpa"; None = transformers' choice.
@@ -57,26 +60,44 @@ def load(
     Raises
     ------
     InputError : the model cannot be loaded; the message gives the reason.
+    MissingExtraError : the model is an adapter, and PEFT is not installed.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     try:
-        if name == POCKET:
-            model: Any
-            model, processor = load_pocket(**options, **({} if dtype is None else {"dtype": dtype}))
-        else:
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype or "auto", **options)
-            processor = AutoProcessor.from_pretrained(name)
+        model, processor = _read(name, dtype, options)
         # what is quantised or spread over devices is where it belongs already
         if not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False):
             model = model.to(place)
-    except InputError:
+    except (InputError, MissingExtraError):
         raise
     except Exception as error:  # whatever a broken config, processor, weight file or device leads to
         raise InputError(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
     return prepared(name, model.eval(), processor)
+
+
+def _read(name: str, dtype: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    """A model and its processor; those of an adapter are its base inside PEFT, and the processor of the base."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if name == POCKET:
+        return load_pocket(**options, **({} if dtype is None else {"dtype": dtype}))
+    folder = ADAPTERS / name.removeprefix(f"{POCKET}+") if name.startswith(f"{POCKET}+") else Path(name)
+    if folder.parent == ADAPTERS and not folder.is_dir():
+        known = ", ".join(f"{POCKET}+{path.name}" for path in sorted(ADAPTERS.iterdir()))
+        raise InputError(f"there is no model {name!r}. Shipped are {POCKET}, {known}.")
+    if not (folder / "adapter_config.json").is_file():
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype or "auto", **options)
+        return model, AutoProcessor.from_pretrained(name)
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingExtraError("peft", "peft") from error
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise InputError(f"{folder / 'adapter_config.json'} does not name its model. Write it there, as base_model_name_or_path.")
+    model, processor = _read(base, dtype, options)
+    return PeftModel.from_pretrained(model, folder), processor
 
 
 def prepared(name: str, model: Any, processor: Any) -> Loaded:

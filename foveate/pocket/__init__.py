@@ -10,7 +10,9 @@ from ..errors import InputError
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+NAME = "pocket"  # the name of the model, where one is asked for
 WEIGHTS = Path(__file__).with_name("weights")
+ADAPTERS = Path(__file__).with_name("adapters")  # one folder for each method that the model was fine-tuned with
 
 
 def load_pocket(folder: str | Path = WEIGHTS, **options: Any) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
