@@ -166,7 +166,7 @@ def save_adapter(model: Any, folder: Path) -> None:
 def finetune(
     method: Annotated[str, typer.Option(help="Name of the method, as listed by 'foveate methods'.")] = "prumerge",
     steps: Annotated[int, typer.Option(min=1, help="Steps of 8 conversations.")] = 1500,
-    out: Annotated[Path, typer.Option(help="Folder for the adapter, with checkpoints in it.")] = Path("pocket-adapter"),
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, with checkpoints in it.")] = Path("pocket-run/adapter"),
     seed: int = 0,
 ) -> None:
     """Fine-tune the pocket model with a method attached, or continue an interrupted run in the same folder."""

@@ -1,13 +1,14 @@
 """What fine-tuning with a method attached gains: ``python -m foveate.pocket.tuned``.
 
 Table 6 of arXiv 2403.15388 in small, on thousands of questions about unseen scenes: the shipped model and the fine-tuned one, each
-with all visual tokens and with the method.
+with all visual tokens, with the method, and with as many tokens that are uniformly spread (``spatial``).
 """
 
 from __future__ import annotations
 
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -19,34 +20,39 @@ from . import NAME
 from .claims import GROUPS
 from .evaluate import SEED, Evaluator, Result, Scores, TestSet
 
-HEADS = ("questions", "number", "all tokens", "{method}", "tuned, all tokens", "tuned, {method}", "gain", "gain, all tokens")
 
-
-def results(model: str, method: str, data: TestSet) -> list[Result]:
-    """Answers of the shipped model and of another one, each with all tokens and with a method."""
-    found = []
+def results(model: str, method: str, data: TestSet) -> dict[str, list[Result]]:
+    """By what was kept, the answers of the shipped model and of another one."""
+    found: dict[str, list[Result]] = {}
     for name in (NAME, model):
         evaluator = Evaluator(innermost(load(name, dtype="float32").model), data)
-        found += [evaluator.run(None), evaluator.run(get(method).before_decoder())]
+        mine = {"all tokens": evaluator.run(None), method: evaluator.run(get(method).before_decoder())}
+        mine["spatial"] = evaluator.run(get("spatial", budget=round(float(np.mean(mine[method].tokens)))).before_decoder())
+        for kept, result in mine.items():
+            found.setdefault(kept, []).append(result)
     return found
 
 
-def table(found: list[Result], data: TestSet, method: str) -> Table:
-    """Right answers in %, and what fine-tuning gains in points, paired, with 95 % intervals."""
-    tokens = [sum(result.tokens) / len(result.tokens) for result in (found[1], found[3])]
-    shown = Table(title=f"{len(data.scenes)} scenes; {method} leaves {tokens[0]:.1f} tokens, {tokens[1]:.1f} of the tuned model's")
-    for number, head in enumerate(HEADS):
-        shown.add_column(head.format(method=method), justify="left" if number == 0 else "right")
-    families = data.column(lambda _, q: q.family)
-    for group, members in GROUPS.items():
-        mine = [name in members for name in families]
-        scores = Scores.of(data)
-        part = Scores(scores.families[mine], scores.scene[mine], scores.resamples)
-        right = [result.right[mine] for result in found]
-        gains = [part.difference(right[3], right[1]), part.difference(right[2], right[0])]
-        cells = [f"{100 * each.mean():.1f}" for each in right]
-        cells += ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in gain)) for gain in gains]
-        shown.add_row(group, str(len(right[0])), *cells)
+def table(found: dict[str, list[Result]], data: TestSet) -> Table:
+    """Right answers in % of both models, and what fine-tuning gains in points: paired, with 95 % intervals."""
+    scores = Scores.of(data)
+    masks = {group: np.isin(scores.families, members) for group, members in GROUPS.items()}
+    shown = Table(
+        title=f"{len(data.scenes)} scenes, {len(scores.families)} questions: right before -> after, in %", title_justify="left"
+    )
+    shown.add_column("kept")
+    for group in GROUPS:
+        shown.add_column(group, justify="right")
+    for kept, (before, after) in found.items():
+        shares, gains = [], []
+        for mask in masks.values():
+            part = Scores(scores.families[mask], scores.scene[mask], scores.resamples)
+            shares.append(f"{100 * before.right[mask].mean():.1f} -> {100 * after.right[mask].mean():.1f}")
+            gains.append(
+                "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * d for d in part.difference(after.right[mask], before.right[mask])))
+            )
+        shown.add_row(f"{kept}, {np.mean(after.tokens):.0f}", *shares)
+        shown.add_row("", *gains, end_section=True)
     return shown
 
 
@@ -59,7 +65,7 @@ def tuned(
     """Compare the shipped model with a fine-tuned one, with all tokens and with a method."""
     data = TestSet.draw(scenes, seed)
     out = Console(highlight=False)
-    (out if out.is_terminal else Console(width=150, highlight=False)).print(table(results(model, method, data), data, method))
+    (out if out.is_terminal else Console(width=150, highlight=False)).print(table(results(model, method, data), data))
 
 
 if __name__ == "__main__":
