@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 from typer import Abort
 
+from .batching import EPILOG as BATCH_EPILOG
+from .batching import batch_command
 from .benching import EPILOG as BENCH_EPILOG
 from .benching import bench_command
 from .costing import EPILOG, cost_command
@@ -280,6 +282,7 @@ app.command("eval", epilog=EVAL_EPILOG)(eval_command)
 app.command("models", epilog=MODELS_EPILOG)(models_command)
 app.command("export", epilog=EXPORT_EPILOG)(export_command)
 app.command("serve", epilog=SERVE_EPILOG)(serve_command)
+app.command("batch", epilog=BATCH_EPILOG)(batch_command)
 
 
 def parse_budget(text: str) -> int | float:
