@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EXPORT_EPILOG = "Example:  foveate export llava-hf/llava-1.5-7b-hf llava-1.5-7b-text"
 SERVE_EPILOG = (
-    "Examples:  foveate serve --launch  |  foveate serve --model llava-hf/llava-1.5-7b-hf --launch --vllm-python vllm/bin/python  |  "
+    "Examples:  foveate serve --launch  |  foveate serve --model llava-hf/llava-1.5-7b-hf --launch --vllm-python bin/python  |  "
     "foveate serve --model llava-hf/llava-1.5-7b-hf --vllm-url http://127.0.0.1:8001 --method prumerge+ --budget 144"
 )
 
@@ -40,9 +40,10 @@ def export_command(
     if as_json:
         print(json.dumps(asdict(told)))
         return
+    chats = f"{told.conversations} conversations give its tokens" if not told.no_chat else f"no chat template: {told.no_chat}"
     console.print(
         f"{told.architecture}, {told.parameters / 1e6:,.1f} million parameters, {told.dtype}, in {out}\n"
-        f"logits differ by {told.logit_difference:.2g} from the model's own; {told.conversations} conversations give its tokens\n"
+        f"logits differ by {told.logit_difference:.2g} from the model's own; {chats}\n"
         f"serve it:  vllm serve {out} --enable-prompt-embeds --dtype {told.dtype} --host 127.0.0.1 --port 8001",
         markup=False,
         soft_wrap=True,

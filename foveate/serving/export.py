@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..cli.answering import quiet_loading
 from ..engine.anatomy import Anatomy, anatomy
 from ..errors import FoveateError, InputError, first_line
 from ..evaluation.ledger import digest
@@ -45,6 +46,7 @@ class Exported:
     parameters : how many there are.
     logit_difference : to the language model in its place, the largest over a text and over embeddings.
     conversations : how many were compared, token by token, with what the processor makes of them.
+    no_chat : why there is no chat template, "" where there is one; without it, prompts have to come as tokens.
     foveate : version that wrote it.
     """
 
@@ -56,6 +58,7 @@ class Exported:
     parameters: int
     logit_difference: float
     conversations: int
+    no_chat: str
     foveate: str
 
 
@@ -81,7 +84,8 @@ def export(name: str, out: Path, *, dtype: str | None = None) -> Exported:
 
     out = Path(out).expanduser()
     check_folder(out)
-    loaded = load(name, dtype=dtype, device="cpu")
+    with quiet_loading(bars=False):
+        loaded = load(name, dtype=dtype, device="cpu")
     model, parts = loaded.model, anatomy(loaded.model)
     check_plain_positions(parts)
     if getattr(model, "is_quantized", False):
@@ -91,9 +95,10 @@ def export(name: str, out: Path, *, dtype: str | None = None) -> Exported:
     out.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        text.save_pretrained(made)
-        write_tokenizer(loaded.processor, made)
-        number = check_conversations(loaded.processor, parts, made)
+        with quiet_loading(bars=False):
+            text.save_pretrained(made)
+        no_chat = write_tokenizer(loaded.processor, made)
+        number = 0 if no_chat else check_conversations(loaded.processor, parts, made)
         described = Exported(
             source=name if not Path(name).expanduser().exists() else str(Path(name).expanduser().resolve()),
             weights=loaded.weights,
@@ -103,6 +108,7 @@ def export(name: str, out: Path, *, dtype: str | None = None) -> Exported:
             parameters=sum(parameter.numel() for parameter in text.parameters()),
             logit_difference=difference,
             conversations=number,
+            no_chat=no_chat,
             foveate=__version__,
         )
         (made / MARK).write_text(json.dumps(asdict(described), indent=1) + "\n")
@@ -230,10 +236,14 @@ def compared(model: Any, text: Any) -> float:
     return difference
 
 
-def write_tokenizer(processor: Any, folder: Path) -> None:
+def write_tokenizer(processor: Any, folder: Path) -> str:
     """Write tokenizer and chat template, in which the word for a picture is the word for embeddings.
 
     The placeholder keeps its id, so that it stays inside the vocabulary of the model.
+
+    Returns
+    -------
+    Why there is no chat template, "" where there is one.
 
     Raises
     ------
@@ -261,7 +271,11 @@ def write_tokenizer(processor: Any, folder: Path) -> None:
     for name in STALE:
         settings.pop(name, None)
     config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(chat_template(processor), encoding="utf-8")
+    try:
+        (folder / "chat_template.jinja").write_text(chat_template(processor), encoding="utf-8")
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def _renamed(value: Any, token: str) -> Any:

@@ -21,7 +21,7 @@ from .encoding import EncodedPrompt, PictureEncoder, method_of
 from .metrics import Metrics
 from .pictures import decoded, fetched
 from .requests import ChatRequest, Limits, Reader, RequestError
-from .template import PLACEHOLDER
+from .template import PLACEHOLDER, around
 from .upstream import Events, Upstream, embeds_part, failure
 
 log = logging.getLogger("foveate.serving")
@@ -76,6 +76,7 @@ class Gateway:
         self.settings, self.limits, self.metrics = settings, settings.limits, Metrics()
         self.encoder = encoders[0]
         self.encoder.check(method_of(settings.method, settings.budget))
+        around(self.encoder.loaded.processor)
         reserved = (PLACEHOLDER, self.encoder.image_token)
         self.reader = Reader(settings.name, settings.method, settings.budget, self.limits, reserved)
         self.batcher = Batcher(encoders, settings.batch, self.metrics.observe_batch)

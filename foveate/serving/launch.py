@@ -52,11 +52,13 @@ class Engine:
 
     Raises
     ------
-    InputError : the folder is no export, or there is no such Python or no vLLM in it.
+    InputError : the folder is no export, or one without a chat template, or there is no such Python or no vLLM in it.
     """
 
     def __init__(self, folder: Path, *, python: str | None = None, arguments: Sequence[str] = (), patience: float = 1800.0) -> None:
         told = described(folder)
+        if told.no_chat:
+            raise InputError(f"{folder} has no chat template: {told.no_chat}")
         self.python, self.patience = python or sys.executable, patience
         self.port, self.key = free_port(), secrets.token_urlsafe(24)
         self.url = f"http://{HOST}:{self.port}"

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from PIL import Image
+
 from ..errors import InputError
 
+PICTURES = ((224, 224), (1600, 900))  # sizes of small and large ones
 PLACEHOLDER = "<prompt_embeds>"  # the word by which vLLM marks embeddings in a prompt
 # vLLM shows a template embeddings as a text of this word; the template of a model expects a picture there
 _PICTURES = (
@@ -65,13 +68,12 @@ def chat_template(processor: Any) -> str:
 
     Raises
     ------
-    InputError : the template does not write the placeholder of pictures in so many words.
+    InputError : the template does not write the placeholder of pictures in so many words, or a picture is more than one span.
     """
     source, token = source_template(processor), processor.image_token
     if token not in source:
         raise InputError(f"the chat template does not write {token!r}, so that embeddings cannot be put in its place.")
-    around = _around(processor)
-    written = source.replace(token, around.replace(token, PLACEHOLDER))
+    written = source.replace(token, around(processor).replace(token, PLACEHOLDER))
     return _first(processor, source) + _PICTURES + written
 
 
@@ -87,20 +89,29 @@ def _first(processor: Any, source: str) -> str:
     return "" if shown.startswith(bos) else "{{- bos_token -}}"
 
 
-def _around(processor: Any) -> str:
-    """The placeholder with the words that the processor puts around those of a picture, such as marks of its begin and end."""
-    from PIL import Image
+def around(processor: Any) -> str:
+    """The placeholder with the words that the processor puts around those of a picture, such as marks of its begin and end.
 
-    token, tokenizer = processor.image_token, processor.tokenizer
-    ids = processor(text=token, images=[Image.new("RGB", (224, 224))], add_special_tokens=False)["input_ids"][0]
+    Raises
+    ------
+    InputError : it writes text between the visual tokens of a picture, or other words around large ones.
+    """
+    token, tokenizer = str(processor.image_token), processor.tokenizer
     number = tokenizer.convert_tokens_to_ids(token)
-    if number not in ids:
-        return str(token)
-    first = ids.index(number)
-    last = len(ids) - ids[::-1].index(number)
-    if any(each != number for each in ids[first:last]):
-        raise InputError("this model writes text between the visual tokens of a picture, which one span of embeddings cannot hold.")
-    return str(tokenizer.decode(ids[:first]) + token + tokenizer.decode(ids[last:]))
+    found = set()
+    for size in PICTURES:
+        ids = processor(text=token, images=[Image.new("RGB", size)], add_special_tokens=False)["input_ids"][0]
+        first, last = ids.index(number), len(ids) - ids[::-1].index(number)
+        if any(each != number for each in ids[first:last]):
+            raise InputError(
+                "this model writes text between the visual tokens of a picture, and in a conversation one span of embeddings takes "
+                "the place of a picture. 'foveate batch' can run it."
+            )
+        found.add((tokenizer.decode(ids[:first]), tokenizer.decode(ids[last:])))
+    if len(found) > 1:
+        raise InputError("this model writes other words around large pictures than around small ones. 'foveate batch' can run it.")
+    begin, end = found.pop()
+    return f"{begin}{token}{end}"
 
 
 def collapsed(processor: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
