@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..images import as_rgb, check_size, reading
 from .requests import Limits, RequestError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG is also that of phones with previews
 
 
 def from_data_url(url: str, where: str) -> bytes:
