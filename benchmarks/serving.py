@@ -1,0 +1,242 @@
+"""Requests per second and time to the first token: vLLM with pictures, against foveate serve in front of vLLM with embeddings.
+
+    python -m benchmarks.serving --vllm-python vllm/bin/python --torchvision vllm/torchvision --json benchmarks/results/serving.json
+
+The model is a LLaVA with random bfloat16 weights: a CLIP tower of 5 million parameters that makes 576 visual tokens, and a decoder
+of 155 million. Every request has a picture of its own, 32 tokens of text, and an answer of 16 tokens, which is streamed. A way of
+serving is written METHOD[:BUDGET]@CORES: "direct" is vLLM with pictures, everything else a method of the gateway ("full" keeps all
+tokens); CORES are those that the worker of vLLM computes on. Where it has one core, everything else (the API of vLLM, its scheduler,
+the gateway with its encoder) is put on the other cores; where it has several, the system places everything else. All servers are up
+all the time, and one at a time gets requests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import save
+from benchmarks.serving_load import Load, load
+from benchmarks.serving_model import CELLS, TEXT, WRITTEN, published, request, write_model
+from benchmarks.serving_servers import Server, gateway, stopped_at_the_end, vllm
+from foveate.measuring.ledger import cores as allowed_cores
+from foveate.measuring.ledger import load_average
+from foveate.measuring.noise import median_interval, quartiles
+from foveate.serving.export import export
+
+WAYS = "direct@0,direct@0-1,full@0,prumerge+:144@0,prumerge+:40@0"
+START = 600.0  # seconds that servers have
+REPEATED = 4  # pictures that are asked about again and again, where that is measured
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of serving."""
+
+    name: str
+
+    @property
+    def method(self) -> str | None:
+        """None without a gateway."""
+        method = self.name.partition("@")[0].partition(":")[0]
+        return None if method == "direct" else method
+
+    @property
+    def budget(self) -> int | None:
+        budget = self.name.partition("@")[0].partition(":")[2]
+        return int(budget) if budget else None
+
+    @property
+    def cores(self) -> str:
+        return self.name.partition("@")[2]
+
+    @property
+    def server(self) -> str:
+        return f"{'direct' if self.method is None else 'gateway'}@{self.cores}"
+
+    def tokens(self) -> int:
+        """Of its prompts."""
+        return TEXT + (self.budget or CELLS)
+
+
+Rounds = dict[str, dict[str, list[dict[str, Any]]]]  # of a way and a load: what was seen in each round
+
+
+def start(
+    ways: list[Way], size: str, python: str, torchvision: Path | None, folder: Path, servers: list[Server]
+) -> dict[str, Server]:
+    """Servers for all ways, by name; those that are only behind others included."""
+    own = write_model(size, folder / "own")
+    for_vllm, text = published(own, folder / "published"), folder / "text"
+    export(str(own), text)
+    found: dict[str, Server] = {}
+    for cores in dict.fromkeys(way.cores for way in ways):
+        names = {way.server for way in ways if way.cores == cores}
+        if f"direct@{cores}" in names:
+            name = f"direct@{cores}"
+            found[name] = vllm(name, python, for_vllm, cores, folder, pictures=True, torchvision=torchvision)
+            servers.append(found[name])
+        if f"gateway@{cores}" in names:
+            engine = vllm(f"text@{cores}", python, text, cores, folder, pictures=False, torchvision=None)
+            servers.append(engine)
+            found[f"gateway@{cores}"] = gateway(f"gateway@{cores}", own, engine, 1, folder)
+            servers.append(found[f"gateway@{cores}"])
+            found[engine.name] = engine
+        for server in found.values():  # one after the other: each start takes all cores
+            server.wait(START)
+    everything = os.sched_getaffinity(0)
+    for name, server in found.items():
+        taken = name.partition("@")[2]
+        if taken.isdecimal():
+            server.place(everything - {int(taken)} or everything)
+    return found
+
+
+def bodies(way: Way, number: int, first: int, *, different: int | None = None) -> list[bytes]:
+    """Requests about pictures from the one numbered ``first`` on; about ``different`` ones at most."""
+    numbers = [first + i % (different or number) for i in range(number)]
+    return [json.dumps(request(each, way.method, way.budget)).encode() for each in numbers]
+
+
+def measured(found: dict[str, Server], way: Way, sent: list[bytes], concurrency: int) -> Load:
+    """One load on one way of serving, with the time of cores that its processes took."""
+    mine = [server for name, server in found.items() if name in (way.server, way.server.replace("gateway", "text"))]
+    before = sum(server.seconds() for server in mine)
+    seen = load(found[way.server].url, sent, concurrency)
+    seen.computed = sum(server.seconds() for server in mine) - before
+    return seen
+
+
+def measure(found: dict[str, Server], ways: list[Way], loads: dict[int, int], rounds: int, repeated: int) -> Rounds:
+    """Figures of all ways, in turns."""
+    pictures = 0
+    for way in ways:  # warm-up
+        for concurrency in (1, 4):
+            load(found[way.server].url, bodies(way, concurrency, pictures), concurrency)
+        pictures += 4
+    results: Rounds = {way.name: {} for way in ways}
+    for turn in range(rounds):
+        for concurrency, number in loads.items():
+            for way in ways if turn % 2 == 0 else reversed(ways):
+                seen = measured(found, way, bodies(way, number, pictures), concurrency)
+                results[way.name].setdefault(str(concurrency), []).append(checked(way, seen))
+            pictures += number
+        for way in ways if repeated else ():
+            load(found[way.server].url, bodies(way, REPEATED, pictures), 1)
+            sent = bodies(way, 2 * repeated, pictures, different=REPEATED)
+            results[way.name].setdefault("repeated", []).append(checked(way, measured(found, way, sent, repeated)))
+        pictures += REPEATED
+        print(f"round {turn + 1} of {rounds} done", file=sys.stderr)
+    return results
+
+
+def checked(way: Way, seen: Load) -> dict[str, Any]:
+    """The figures of a load whose prompts and answers are of the expected lengths."""
+    figures = seen.figures()
+    if seen.good:
+        assert figures["prompt_tokens"] == [way.tokens()], (way.name, figures["prompt_tokens"])
+        assert figures["answer_tokens"] == [WRITTEN], (way.name, figures["answer_tokens"])
+    return figures
+
+
+def summarised(results: Rounds, ways: list[Way]) -> list[dict[str, Any]]:
+    """A row for each way and load: medians of the rounds, and ratios to vLLM with pictures in the same round."""
+    rows = []
+    for way in ways:
+        for name, turns in results[way.name].items():
+            rates = [turn["requests_per_s"] for turn in turns]
+            low, middle, high = quartiles(rates)
+            errors = [error for turn in turns for error in turn["errors"]]
+            row = {"way": way.name, "concurrency": name, "requests_per_s": middle, "q1": low, "q3": high, "errors": errors}
+            if any(rates):
+                parts = ("ttft_median_s", "ttft_p90_s", "token_s", "core_s_per_request")
+                row |= {part: statistics.median(turn[part] for turn in turns if part in turn) for part in parts}
+            for direct in (each.name for each in ways if each.method is None):
+                pairs = zip(rates, (turn["requests_per_s"] for turn in results[direct][name]), strict=True)
+                ratios = [mine / base for mine, base in pairs if base]
+                if ratios and way.name != direct:
+                    spread = {"min": min(ratios), "max": max(ratios), "interval": median_interval(ratios)}
+                    row[f"of {direct}"] = {"median": statistics.median(ratios)} | spread
+            rows.append(row)
+    return rows
+
+
+def shown(rows: list[dict[str, Any]], directs: list[str]) -> Table:
+    """The table that is printed."""
+    table = Table(title=f"{TEXT} tokens of text, {WRITTEN} of answer")
+    for column in (
+        "at once",
+        "way",
+        "requests/s",
+        *(f"of {name}" for name in directs),
+        "TTFT",
+        "p90",
+        "per token",
+        "core s",
+        "errors",
+    ):
+        table.add_column(column, justify="right")
+    for row in sorted(rows, key=lambda row: (row["concurrency"] == "repeated", len(row["concurrency"]), row["concurrency"])):
+        ratios = [row.get(f"of {name}") for name in directs]
+        table.add_row(
+            row["concurrency"],
+            row["way"],
+            f"{row['requests_per_s']:.2f} [{row['q1']:.2f}, {row['q3']:.2f}]",
+            *(f"{ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}]" if ratio else "" for ratio in ratios),
+            *(f"{row[part]:.2f} s" if part in row else "" for part in ("ttft_median_s", "ttft_p90_s")),
+            f"{1000 * row['token_s']:.0f} ms" if "token_s" in row else "",
+            f"{row['core_s_per_request']:.2f}" if "core_s_per_request" in row else "",
+            str(len(row["errors"])),
+        )
+    return table
+
+
+def told(found: dict[str, Server]) -> dict[str, Any]:
+    """What servers say of themselves: hits of the prefix cache, seconds of the encoder."""
+    keys = ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "foveate_encoder_seconds_sum")
+    keys += ("foveate_encoder_wait_seconds_sum", "foveate_encoder_batch_sum", "foveate_encoder_batch_count")
+    return {name: {key: value for key, value in server.metrics().items() if key in keys} for name, server in found.items()}
+
+
+def main(
+    ways: Annotated[str, typer.Option(help="What is compared.")] = WAYS,
+    loads: Annotated[str, typer.Option(help="CONCURRENCY:REQUESTS of each round.")] = "1:4,4:8,8:16,16:32",
+    repeated: Annotated[int, typer.Option(help="Concurrency at which pictures come again and caches hit; 0: not measured.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    vllm_python: Annotated[str, typer.Option(help="Python of the environment that vLLM is in.")] = sys.executable,
+    torchvision: Annotated[Path | None, typer.Option(help="Folder with torchvision, if that environment has none.")] = None,
+    size: Annotated[str, typer.Option(help="full or small (for a test of this script).")] = "full",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the ledger goes.")] = None,
+) -> None:
+    """Print rates, ratios and times."""
+    chosen = [Way(name.strip()) for name in ways.split(",")]
+    asked = {int(one): int(number) for one, _, number in (each.partition(":") for each in loads.split(","))}
+    begin, busy = time.perf_counter(), [load_average()]
+    with tempfile.TemporaryDirectory(prefix="foveate-serving-") as folder, stopped_at_the_end() as servers:
+        found = start(chosen, size, vllm_python, torchvision, Path(folder), servers)
+        placement = {name: server.placement() for name, server in found.items()}
+        ready = time.perf_counter()
+        busy.append(load_average())
+        results = measure(found, chosen, asked, rounds, repeated)
+        counters = told(found)
+    rows = summarised(results, chosen)
+    Console(width=180).print(shown(rows, [way.name for way in chosen if way.method is None]))
+    print(f"load average before, at the first request, at the end: {busy[0]}, {busy[1]}, {load_average()}")
+    facts = {"cores": allowed_cores(), "load_average": [*busy, load_average()], "placement": placement, "servers": counters}
+    seconds = {"start": ready - begin, "measurement": time.perf_counter() - ready}
+    save({"benchmark": "serving", "size": size, "seconds": seconds, **facts, "rows": rows, "rounds": results}, json_file)
+
+
+if __name__ == "__main__":
+    typer.run(main)
