@@ -127,9 +127,8 @@ def sizes(width: int, inner: int, layers: int, queries: int, keys: int | None = 
 
 
 def decoder(kind: str):
-    if kind == "cohere2":
-        return families.cohere2()
-    return hf.Ministral3Config(**sizes(64, 96, 4, 4, 2, head_dim=16)) if kind == "ministral3" else zoo.text_config(kind)
+    others = {"cohere2": families.cohere2, "ministral3": lambda: hf.Ministral3Config(**sizes(64, 96, 4, 4, 2, head_dim=16))}
+    return others[kind]() if kind in others else zoo.text_config(kind)
 
 
 @pytest.mark.parametrize("kind", [*zoo.CUT_DECODERS, "cohere2", "ministral3"])
@@ -303,6 +302,7 @@ def test_known_sizes():
 
 
 HAND = {  # operations and parameters of a picture (36 patches, [CLS] with InternVL; 24 where they vary) and 10 words
+    ("llava", "post norm"): (7 * 48, 2 * 48),  # of [CLS] alone
     ("internvl", "query norms"): (3 * 4 * 37 * 96, 3 * 96),
     ("internvl", "mlp scale"): (3 * 37 * 48, 3 * 48),
     ("glm4v", "post norm"): (4 * 24 * 32, 32),
