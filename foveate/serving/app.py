@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import ClientDisconnect
 
 from .encoding import PictureEncoder
 from .gateway import ClientGoneError, Gateway, Settings, as_request_error, unless_gone
@@ -134,6 +135,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     Raises
     ------
     RequestError : it is too large, or takes too long to come.
+    ClientGoneError : the rest of it will not come.
     """
     told = request.headers.get("content-length", "0")
     too_large = RequestError(f"the body is larger than {limits.body_bytes} bytes. Scale the pictures down.", 413)
@@ -151,6 +153,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
         await asyncio.wait_for(read(), limits.body_seconds)
     except (TimeoutError, asyncio.TimeoutError) as error:
         raise RequestError(f"the body did not come within {limits.body_seconds:g} s", 408, "timeout") from error
+    except ClientDisconnect as error:
+        raise ClientGoneError from error
     return bytes(body)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -117,9 +118,12 @@ class Reader:
         RequestError : it is no request that can be answered; the message says why.
         """
         try:
-            asked = json.loads(body, parse_constant=_no_constant)
+            text = body.decode()
+            asked = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the body is no JSON: {error}") from error
+        if "\\ud" in text or "\\uD" in text:
+            _check_characters(asked)
         if not isinstance(asked, dict):
             raise RequestError("the body is no JSON object")
         odd = sorted(asked.keys() - FORWARDED - OURS)
@@ -199,6 +203,21 @@ class Reader:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    found = float(digits)
+    if not math.isfinite(found):
+        raise ValueError(f"{digits[:20]} is too large a number")
+    return found
+
+
+def _check_characters(asked: Any) -> None:
+    """Refuse escapes of half a character, which nothing behind the gateway can write."""
+    try:
+        json.dumps(asked, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{error.object[error.start]!a} is half a character of Unicode. Send both halves, or none.") from error
 
 
 def _within(value: Any, low: int, high: int) -> bool:
