@@ -128,6 +128,7 @@ def trainer(model: Any, folder: Path, steps: int, seed: int) -> Trainer:
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
+        train_sampling_strategy="sequential",  # every conversation is drawn at random already
         logging_steps=20,
         eval_strategy="steps",
         eval_steps=SAVE_EVERY,
