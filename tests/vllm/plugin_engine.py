@@ -34,11 +34,11 @@ NEW = 8
 Row = tuple[list[int], list[dict[int, float]]]  # of a prompt: tokens that followed, and log-probabilities of some tokens at each
 
 
-def run(module: str, folder: Path, *arguments: str) -> dict[str, str]:
+def run(module: str, folder: Path) -> dict[str, str]:
     """What became of each check of a module: "" where it passed, else where it failed."""
     found = folder / "checks.json"
     done = subprocess.run(
-        [sys.executable, "-m", module, str(folder), *arguments],
+        [sys.executable, "-m", module, str(folder)],
         cwd=ROOT,
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,

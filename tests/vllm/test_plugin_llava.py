@@ -246,6 +246,8 @@ def reducing(check: engine.Checks, pocket: Path, bench: Bench, stock: Any, sever
             "shape": (good[:, :-1], good[:0], good[:, :0]),
             "floating": (good.long(), good > 0),
         }
+        for shape in (good[None, None], good[None, None, None]):
+            refused(llm, bench.with_embeds(3, shape), "neither a picture")
         for message, every in wrong.items():
             for embeds in every:
                 refused(llm, bench.with_embeds(3, [embeds]), message)

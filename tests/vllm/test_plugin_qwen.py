@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +31,8 @@ from tests.family_prompts import END, IMAGE, START, VIDEO, Medium
 from tests.vllm import plugin_engine as engine
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
-WIDE, SQUARE, TALL, LINE, FILM = Medium((4, 16)), Medium((12, 12)), Medium((20, 6)), Medium((2, 24)), Medium((6, 8), frames=3)
+WIDE, SQUARE, TALL, LINE = Medium((4, 16)), Medium((12, 12)), Medium((20, 6)), Medium((2, 24))
+FILM = Medium((6, 16), frames=3)  # behind one longer in time than in space, transformers 5 counts on in another way than vLLM
 ROWS: tuple[tuple[Sequence[Medium], Any], ...] = (  # media of a prompt, and what is kept of each picture
     ((SQUARE,), 12),
     ((WIDE,), 1),
@@ -84,16 +84,15 @@ def test_requests_of_no_images_are_refused():
         qwen_request(encoded)
 
 
-@functools.cache
-def checked(family: str, folder: Path) -> dict[str, str]:
-    return engine.run(__name__, folder, family)
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    return engine.run(__name__, tmp_path_factory.mktemp("qwen"))
 
 
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_inside_vllm(family, check, tmp_path_factory):
-    found = checked(family, tmp_path_factory.getbasetemp())
-    assert found[check] == "", found[check]
+def test_inside_vllm(checked, family, check):
+    assert checked[f"{family}: {check}"] == "", checked[f"{family}: {check}"]
 
 
 # -- in a process of its own ----------------------------------------------------------------------------------------------------
@@ -172,8 +171,8 @@ class Bench:
         return ids[keep].tolist(), features[::-1], keep
 
 
-def main(folder: Path, family: str) -> None:
-    check, own = engine.Checks(folder), with_processor(family, folder / family)
+def main(check: engine.Checks, folder: Path, family: str) -> None:
+    own = with_processor(family, folder / family)
     bench = Bench(family, own)
     llm = engine.engine(own, enable_mm_embeds=True, disable_log_stats=False)
     whole = [(bench.inputs(n, media), media) for n, (media, _) in enumerate(ROWS)]
@@ -237,9 +236,11 @@ def main(folder: Path, family: str) -> None:
         engine.same(engine.answers(llm, [prompt]), [true])
 
     for name, run in zip(CHECKS, (stock, placed, beside, caches, bad), strict=True):
-        check(name, run)
+        check(f"{family}: {name}", run)
     engine.stop(llm)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    found = engine.Checks(Path(sys.argv[1]))
+    for name in FAMILIES:
+        main(found, Path(sys.argv[1]), name)

@@ -19,6 +19,14 @@ def check_embeds(embeds: Tensor, width: int) -> None:
         raise InputError("image_embeds hold NaN or infinite values, which would spoil other requests, too")
 
 
+def check_picture(data: object) -> None:
+    """Raise ``InputError`` for a tensor that is neither embeddings nor a picture, as which it would be taken."""
+    if isinstance(data, Tensor) and (data.ndim != 3 or 3 not in (data.shape[0], data.shape[-1])):
+        raise InputError(
+            f"a tensor of shape {tuple(data.shape)} is neither a picture [3, height, width] nor image_embeds [tokens, width]"
+        )
+
+
 def check_grid(grid: object, merge: int) -> list[int]:
     """Visual tokens of each image, by its ``image_grid_thw`` [images, 3]; raise ``InputError`` where it is none."""
     if not isinstance(grid, Tensor) or grid.is_floating_point() or grid.ndim != 2 or grid.shape[1] != 3 or not len(grid):

@@ -26,7 +26,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems, MultiModalDataParser
 from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingContext, PromptReplacement
 
-from .embeds import check_embeds
+from .embeds import check_embeds, check_picture
 from .settings import REQUESTED, kept, method_of, with_budget
 from .tower import ReducingTower, check_count, check_reducible, every_layer, leading
 
@@ -37,9 +37,12 @@ class CheckedParser(MultiModalDataParser):
     """Takes ``image_embeds`` that the engine can take."""
 
     def _parse_image_data(self, data: Any) -> Any:
-        if self.is_embeddings(data) and self.expected_hidden_size is not None:
-            for embeds in data:
-                check_embeds(embeds, self.expected_hidden_size)
+        if self.expected_hidden_size is not None and isinstance(data, Tensor | list):
+            for each in data:
+                if self.is_embeddings(data):
+                    check_embeds(each, self.expected_hidden_size)
+                else:
+                    check_picture(each)
         return super()._parse_image_data(data)
 
 
