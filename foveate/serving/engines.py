@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from ..engine.anatomy import anatomy
 from ..engine.session import Session
 from ..errors import FoveateError, InputError, first_line
 from ..evaluation.loading import Loaded, load
@@ -81,6 +82,8 @@ def _done(items: list[T], stage: Callable[[list[T]], Sequence[U | Exception]]) -
     except EngineError:
         raise
     except Exception as error:
+        if "CUDA error" in str(error):  # of which no later call on this device recovers; lack of memory reads otherwise
+            raise EngineError(f"the device has stopped: {first_line(error)}") from error
         if len(items) == 1:
             return [error]
     return [outcome for item in items for outcome in _done([item], stage)]  # behind the block, which holds memory of what failed
@@ -167,7 +170,7 @@ class TransformersEngine:
         self.loaded = load(name)
         with method(self.loaded.model):
             pass
-        self.reserved = reserved_words(self.loaded)
+        self.reserved, self.parts = reserved_words(self.loaded), anatomy(self.loaded.model)
         self.longest = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
     def answer(self, rows: Sequence[Row]) -> list[Answered | Exception]:
@@ -178,6 +181,10 @@ class TransformersEngine:
         rows, prompts = [row for row, _ in pairs], [prompt for _, prompt in pairs]
         model, inputs, drawing = self.loaded.model, collate(self.loaded, prompts), Drawing(rows)
         mask = inputs["attention_mask"]
+        words = (mask.bool() & ~self.parts.visual(inputs["input_ids"])).sum(1)
+        hopeless = too_long(int(words.max()), self.longest)  # the report of the call tells the other ones
+        if hopeless:
+            raise hopeless
         with any_method(rows[0].wanted)(model) as session:
             out = model.generate(
                 **inputs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -116,8 +117,11 @@ def answered_by_ray(
         )
         for batch in rows.iter_batches(batch_size=None, batch_format="numpy"):
             yield [json.loads(row) for row in batch["row"]]
-    except ray.exceptions.RayError as error:
-        raise EngineError(f"Ray has stopped: {reason(error)}. The same command goes on from there.") from error
+    except FoveateError:
+        raise
+    except Exception as error:  # what an actor raised, below where it was raised, or what became of a machine
+        why = (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")
+        raise EngineError(f"Ray has stopped: {why}. The same command goes on from there.") from error
     finally:
         ray.shutdown()
 
@@ -138,8 +142,8 @@ def _started(cluster: Cluster) -> Any:
         ray.init(log_to_driver=False, logging_level="ERROR", **options)
     except Exception as error:  # whatever keeps a cluster from being reached or started
         raise InputError(f"Ray cannot be used at {cluster.address or 'this machine'}: {first_line(error)}") from error
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
     return ray
 
 
@@ -162,14 +166,3 @@ def shares(resources: dict[str, float], cluster: Cluster) -> tuple[float, float]
         raise InputError(f"the cluster has {gpus:g} GPUs, and {cluster.engines} engines need one each. Lower --engines.")
     left = int(gpus) - cluster.engines
     return (1 / math.ceil(cluster.encoders / left) if left else 0.0), 1.0
-
-
-def reason(error: BaseException) -> str:
-    """What one of our own errors said inside an actor, or the last line of what Ray reports."""
-    seen: BaseException | None = error
-    while seen is not None:
-        cause = getattr(seen, "cause", None) or seen.__cause__
-        if isinstance(seen, FoveateError):
-            return str(seen)
-        seen = cause
-    return str(error).strip().splitlines()[-1]
