@@ -8,8 +8,10 @@ from torch import Tensor
 from ...errors import InputError
 
 
-def check_embeds(embeds: Tensor, width: int) -> None:
+def check_embeds(embeds: object, width: int) -> None:
     """Raise ``InputError`` unless ``embeds`` are visual tokens [n, width], finite and at least one."""
+    if not isinstance(embeds, Tensor):
+        raise InputError(f"image_embeds of {type(embeds).__name__}; expected a tensor [tokens, {width}]")
     shape = tuple(embeds.shape)
     if embeds.ndim != 2 or shape[1] != width or not shape[0]:
         raise InputError(f"image_embeds of shape {shape}; expected [tokens, {width}] with at least one token")
