@@ -5,7 +5,7 @@
 The model is a LLaVA with random bfloat16 weights: a CLIP tower of 5 million parameters that makes 576 visual tokens, and a decoder
 of 155 million. Every request has a picture of its own, 32 tokens of text, and an answer of 16 tokens, which is streamed. A way of
 serving is written METHOD[:BUDGET]@CORES: "direct" is vLLM with pictures, everything else a method of the gateway ("full" keeps all
-tokens); CORES are those that the worker of vLLM computes on. Where it has one core, everything else (the API of vLLM, its scheduler,
+tokens); CORES are those that the worker of vLLM computes on. Where it has one, everything else (the API of vLLM, its scheduler,
 the gateway with its encoder) is put on the other cores; where it has several, the system places everything else. All servers are up
 all the time, and one at a time gets requests.
 """
@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +37,9 @@ from foveate.measuring.noise import median_interval, quartiles
 from foveate.serving.export import export
 
 WAYS = "direct@0,direct@0-1,full@0,prumerge+:144@0,prumerge+:40@0"
+HITS = ("queries", "hits")
+TIMES = ("ttft_median_s", "ttft_p90_s", "token_s")
+PARTS = ("worker", "scheduler", "API", "gateway")
 START = 600.0  # seconds that servers have
 REPEATED = 4  # pictures that are asked about again and again, where that is measured
 
@@ -64,6 +68,10 @@ class Way:
     @property
     def server(self) -> str:
         return f"{'direct' if self.method is None else 'gateway'}@{self.cores}"
+
+    @property
+    def engine(self) -> str:
+        return self.server.replace("gateway", "text")
 
     def tokens(self) -> int:
         """Of its prompts."""
@@ -111,22 +119,27 @@ def bodies(way: Way, number: int, first: int, *, different: int | None = None) -
 
 def measured(found: dict[str, Server], way: Way, sent: list[bytes], concurrency: int) -> Load:
     """One load on one way of serving, with the time of cores that its processes took."""
-    mine = [server for name, server in found.items() if name in (way.server, way.server.replace("gateway", "text"))]
-    before = sum(server.seconds() for server in mine)
+    engine = found[way.engine]
+    mine = [engine, *([] if way.method is None else [found[way.server]])]
+    before, counted = sum((server.seconds() for server in mine), Counter[str]()), engine.metrics()
     seen = load(found[way.server].url, sent, concurrency)
-    seen.computed = sum(server.seconds() for server in mine) - before
+    seen.computed = sum((server.seconds() for server in mine), Counter[str]()) - before
+    asked, hit = (engine.metrics()[f"vllm:prefix_cache_{what}_total"] - counted[f"vllm:prefix_cache_{what}_total"] for what in HITS)
+    seen.hits = hit / max(asked, 1)
     return seen
 
 
-def measure(found: dict[str, Server], ways: list[Way], loads: dict[int, int], rounds: int, repeated: int) -> Rounds:
-    """Figures of all ways, in turns."""
-    pictures = 0
+def measure(found: dict[str, Server], ways: list[Way], loads: dict[int, int], rounds: int, repeated: int, seconds: float) -> Rounds:
+    """Figures of all ways, in turns; no round is begun that would not end within so many seconds, but for the first."""
+    pictures, begin = 0, time.monotonic()
     for way in ways:  # warm-up
         for concurrency in (1, 4):
             load(found[way.server].url, bodies(way, concurrency, pictures), concurrency)
         pictures += 4
     results: Rounds = {way.name: {} for way in ways}
     for turn in range(rounds):
+        if turn and (time.monotonic() - begin) * (turn + 1) / turn > seconds:
+            break
         for concurrency, number in loads.items():
             for way in ways if turn % 2 == 0 else reversed(ways):
                 seen = measured(found, way, bodies(way, number, pictures), concurrency)
@@ -160,8 +173,10 @@ def summarised(results: Rounds, ways: list[Way]) -> list[dict[str, Any]]:
             errors = [error for turn in turns for error in turn["errors"]]
             row = {"way": way.name, "concurrency": name, "requests_per_s": middle, "q1": low, "q3": high, "errors": errors}
             if any(rates):
-                parts = ("ttft_median_s", "ttft_p90_s", "token_s", "core_s_per_request")
-                row |= {part: statistics.median(turn[part] for turn in turns if part in turn) for part in parts}
+                answered = [turn for turn in turns if turn["requests_per_s"]]
+                row |= {part: statistics.median(turn[part] for turn in answered) for part in TIMES}
+                row["core_s"] = {part: statistics.median(turn["core_s"].get(part, 0.0) for turn in answered) for part in PARTS}
+                row["prefix_hits"] = statistics.median(turn["prefix_hits"] for turn in answered)
             for direct in (each.name for each in ways if each.method is None):
                 pairs = zip(rates, (turn["requests_per_s"] for turn in results[direct][name]), strict=True)
                 ratios = [mine / base for mine, base in pairs if base]
@@ -175,45 +190,40 @@ def summarised(results: Rounds, ways: list[Way]) -> list[dict[str, Any]]:
 def shown(rows: list[dict[str, Any]], directs: list[str]) -> Table:
     """The table that is printed."""
     table = Table(title=f"{TEXT} tokens of text, {WRITTEN} of answer")
-    for column in (
-        "at once",
-        "way",
-        "requests/s",
-        *(f"of {name}" for name in directs),
-        "TTFT",
-        "p90",
-        "per token",
-        "core s",
-        "errors",
-    ):
+    ratios = [f"of {name}" for name in directs]
+    parts = [f"s of {part}" for part in PARTS]
+    for column in ("at once", "way", "requests/s", *ratios, "TTFT", "p90", "per token", *parts, "errors"):
         table.add_column(column, justify="right")
     for row in sorted(rows, key=lambda row: (row["concurrency"] == "repeated", len(row["concurrency"]), row["concurrency"])):
-        ratios = [row.get(f"of {name}") for name in directs]
         table.add_row(
             row["concurrency"],
             row["way"],
             f"{row['requests_per_s']:.2f} [{row['q1']:.2f}, {row['q3']:.2f}]",
-            *(f"{ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}]" if ratio else "" for ratio in ratios),
+            *("{median:.2f} [{min:.2f}, {max:.2f}]".format(**row[name]) if name in row else "" for name in ratios),
             *(f"{row[part]:.2f} s" if part in row else "" for part in ("ttft_median_s", "ttft_p90_s")),
             f"{1000 * row['token_s']:.0f} ms" if "token_s" in row else "",
-            f"{row['core_s_per_request']:.2f}" if "core_s_per_request" in row else "",
+            *(f"{row['core_s'][part]:.2f}" if "core_s" in row else "" for part in PARTS),
             str(len(row["errors"])),
         )
     return table
 
 
 def told(found: dict[str, Server]) -> dict[str, Any]:
-    """What servers say of themselves: hits of the prefix cache, seconds of the encoder."""
-    keys = ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "foveate_encoder_seconds_sum")
-    keys += ("foveate_encoder_wait_seconds_sum", "foveate_encoder_batch_sum", "foveate_encoder_batch_count")
-    return {name: {key: value for key, value in server.metrics().items() if key in keys} for name, server in found.items()}
+    """What gateways say of their encoders, of all rounds together."""
+    keys = [f"foveate_encoder_{what}" for what in ("seconds_sum", "wait_seconds_sum", "batch_sum", "batch_count")]
+    return {
+        name: {key: value for key, value in server.metrics().items() if key in keys}
+        for name, server in found.items()
+        if name.startswith("gateway")
+    }
 
 
 def main(
     ways: Annotated[str, typer.Option(help="What is compared.")] = WAYS,
-    loads: Annotated[str, typer.Option(help="CONCURRENCY:REQUESTS of each round.")] = "1:4,4:8,8:16,16:32",
+    loads: Annotated[str, typer.Option(help="CONCURRENCY:REQUESTS of each round.")] = "1:4,4:8,8:16,16:24",
     repeated: Annotated[int, typer.Option(help="Concurrency at which pictures come again and caches hit; 0: not measured.")] = 8,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
+    minutes: Annotated[float, typer.Option(help="No round is begun that would end later.")] = 12,
     vllm_python: Annotated[str, typer.Option(help="Python of the environment that vLLM is in.")] = sys.executable,
     torchvision: Annotated[Path | None, typer.Option(help="Folder with torchvision, if that environment has none.")] = None,
     size: Annotated[str, typer.Option(help="full or small (for a test of this script).")] = "full",
@@ -228,12 +238,12 @@ def main(
         placement = {name: server.placement() for name, server in found.items()}
         ready = time.perf_counter()
         busy.append(load_average())
-        results = measure(found, chosen, asked, rounds, repeated)
+        results = measure(found, chosen, asked, rounds, repeated, 60 * minutes)
         counters = told(found)
     rows = summarised(results, chosen)
     Console(width=180).print(shown(rows, [way.name for way in chosen if way.method is None]))
     print(f"load average before, at the first request, at the end: {busy[0]}, {busy[1]}, {load_average()}")
-    facts = {"cores": allowed_cores(), "load_average": [*busy, load_average()], "placement": placement, "servers": counters}
+    facts = {"cores": allowed_cores(), "load_average": [*busy, load_average()], "placement": placement, "encoders": counters}
     seconds = {"start": ready - begin, "measurement": time.perf_counter() - ready}
     save({"benchmark": "serving", "size": size, "seconds": seconds, **facts, "rows": rows, "rounds": results}, json_file)
 

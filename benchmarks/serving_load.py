@@ -6,6 +6,7 @@ import asyncio
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,12 +34,14 @@ class Load:
     Attributes
     ----------
     seconds : from the first request to the last answer.
-    computed : seconds of cores that its processes took.
+    computed : seconds of cores that its processes took, by what they are.
+    hits : share of prompt tokens that the prefix cache had.
     """
 
     seconds: float
     seen: list[Seen] = field(default_factory=list)
-    computed: float = 0.0
+    computed: Counter[str] = field(default_factory=Counter)
+    hits: float = 0.0
 
     @property
     def good(self) -> list[Seen]:
@@ -60,7 +63,8 @@ class Load:
             "ttft_median_s": statistics.median(first),
             "ttft_p90_s": first[-(-9 * len(first) // 10) - 1],
             "token_s": statistics.median((each.last - each.first) / max(each.written - 1, 1) for each in good),
-            "core_s_per_request": self.computed / len(good),
+            "core_s": {title: seconds / len(good) for title, seconds in self.computed.items() if title},
+            "prefix_hits": self.hits,
             "prompt_tokens": sorted({each.prompt for each in good}),
             "answer_tokens": sorted({each.written for each in good}),
             "errors": [each.error for each in self.seen if each.error is not None],

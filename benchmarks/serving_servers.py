@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ ROOT = Path(__file__).parents[1]
 SHIM = ROOT / "tests" / "vllm" / "shim"
 LENGTH, SEQUENCES, BATCHED = 1024, 16, 4096  # tokens of a prompt with its answer, requests and tokens that vLLM computes at once
 TITLES = {
-    "VLLM::Worker": "worker of vLLM",
-    "VLLM::EngineCore": "scheduler of vLLM",
-    "vllm.entrypoints": "API of vLLM",
+    "VLLM::Worker": "worker",
+    "VLLM::EngineCore": "scheduler",
+    "vllm.entrypoints": "API",
     "foveate.cli.main": "gateway",
 }
 VLLM_ENVIRONMENT = {
@@ -101,9 +102,12 @@ class Server:
         named = [(_title(pid), _busiest(pid)) for pid in self.processes()]
         return [{"process": title, "cores": sorted(os.sched_getaffinity(thread))} for title, thread in named if title and thread]
 
-    def seconds(self) -> float:
+    def seconds(self) -> Counter[str]:
         """That its processes have computed so far."""
-        return sum(_ticks(Path(f"/proc/{pid}")) for pid in self.processes()) / os.sysconf("SC_CLK_TCK")
+        found = Counter[str]()
+        for pid in self.processes():
+            found[_title(pid)] += _ticks(Path(f"/proc/{pid}")) / os.sysconf("SC_CLK_TCK")
+        return found
 
     def stop(self) -> None:
         """End all of it."""

@@ -133,6 +133,7 @@ class Gateway:
         self._check(asked.method)
         found: EncodedPrompt | None = None
         if asked.urls:
+            await self.upstream.model()  # raises where the engine is not there: no picture is encoded for nothing
             images = await asyncio.gather(*(self._picture(url, i) for i, url in enumerate(asked.urls)))
             conversation = asked.filled([{"type": "image", "image": image} for image in images])
             kept = [{"role": message["role"], "content": message["content"]} for message in conversation]

@@ -1,0 +1,380 @@
+"""foveate serve --launch under bad clients and kills of vLLM: good requests get their answer, or are told that there is none."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import collections
+import contextlib
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from foveate.pocket.scenes import draw_scene
+from foveate.serving.app import create_app
+from foveate.serving.encoding import PictureEncoder, load_encoder
+from foveate.serving.gateway import Settings
+from foveate.serving.launch import free_port
+from tests.serving_fakes import data_url, events, served, shown
+
+QUESTIONS = ("what color is the circle ?", "how many shapes are there ?", "what is written ?", "is there a red star ?")
+METHODS = ({"method": "prumerge+"}, {"method": "prumerge+", "budget": 40}, {"method": "spatial", "budget": 16}, {"method": "full"})
+ENGINE = "--enforce-eager --max-model-len 1024 --max-num-seqs 16"
+AT_ONCE = 8
+CLOSE = 1e-3  # log-probabilities of two words between which rounding may decide
+LONG = 400  # tokens of an answer that takes a while
+ENDED = ("stop", "length")
+UNAVAILABLE = ("502", "503")
+PATIENCE = 400  # seconds for a start of vLLM, which takes 20 on a machine that nobody else uses
+
+
+@functools.cache
+def scene(number: int) -> str:
+    return data_url(Image.fromarray(draw_scene(Random(number)).image))
+
+
+def asked(number: int, **options: Any) -> dict[str, Any]:
+    """A good request; every third one is streamed, every fourth has an answer of fixed length."""
+    content = [shown(scene(number)), {"type": "text", "text": QUESTIONS[number % len(QUESTIONS)]}]
+    length = {"max_tokens": 40, "ignore_eos": True} if number % 4 == 3 else {"max_tokens": 16}
+    sent = {"messages": [{"role": "user", "content": content}], "temperature": 0, "foveate": METHODS[number % len(METHODS)]}
+    return {**sent, **length, "stream": number % 3 == 0, **options}
+
+
+def said(*content: Any, **options: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(content)}], **options}
+
+
+TEXT = {"type": "text", "text": "what is written ?"}
+NOISE = base64.b64encode(Random(0).randbytes(3000)).decode()
+BAD: dict[str, tuple[Any, int, str]] = {
+    "half a body": (b'{"messages": [{"role"', 400, "no JSON"),
+    "no unicode": (b'{"messages": "\xff\xfe"}', 400, "no JSON"),
+    "a list": (b"[1, 2]", 400, "no JSON object"),
+    "deep": (b"[" * 50_000, 400, "no JSON"),
+    "NaN": (json.dumps(said(TEXT, temperature=float("nan"))).encode(), 400, "NaN is no number"),
+    "-Infinity": (json.dumps(said(TEXT, top_p=-float("inf"))).encode(), 400, "Infinity is no number"),
+    "beyond floats": (json.dumps(said(TEXT)).encode()[:-1] + b', "temperature": 1e999}', 400, "too large a number"),
+    "budget beyond floats": (json.dumps(said(TEXT)).encode()[:-1] + b', "foveate": {"budget": 1e999}}', 400, "too large a number"),
+    "half a character": (said({"type": "text", "text": "what is \ud800 ?"}), 400, "half a character"),
+    "half a character beside a picture": (said(shown(scene(0)), {"type": "text", "text": "\udfff ?"}), 400, "half a character"),
+    "half a character in an option": (said(TEXT, stop=["\ud800"]), 400, "half a character"),
+    "wrong role": ({"messages": [{"role": ["user"], "content": "a"}]}, 400, "needs a role"),
+    "wrong content": ({"messages": [{"role": "user", "content": {"type": "text"}}]}, 400, "a list of parts"),
+    "wrong part": (said("text"), 400, "text or image_url"),
+    "wrong picture": (said({"type": "image_url", "image_url": [scene(0)]}), 400, "must be a text"),
+    "wrong stream": (said(TEXT, stream="yes"), 400, "true or false"),
+    "wrong temperature": (said(TEXT, temperature="hot"), 400, "temperature"),
+    "wrong number of words": (said(TEXT, max_tokens=-5), 400, "max_tokens"),
+    "wrong stop": (said(TEXT, stop={"a": 1}), 400, "stop"),
+    "too long": (said({"type": "text", "text": "red " * 2000}), 400, "1024"),
+    "unknown method": (said(TEXT, foveate={"method": "magic"}), 400, "magic"),
+    "method of the decoder": (said(shown(scene(0)), TEXT, foveate={"method": "fastv", "budget": 0.5}), 400, "inside the language"),
+    "wrong budget": (said(shown(scene(0)), TEXT, foveate={"budget": -4}), 400, "budget"),
+    "large body": (said(TEXT, user="x" * 2**20), 413, "larger than 1048576 bytes"),
+    "large picture": (said(shown(data_url(Image.new("1", (2000, 2000)))), TEXT), 400, "1000000 are allowed"),
+    "small picture": (said(shown(data_url(Image.new("RGB", (1, 1)))), TEXT), 400, "at least 4"),
+    "half a picture": (said(shown(scene(0)[: len(scene(0)) // 2 // 4 * 4]), TEXT), 400, "picture 1"),
+    "noise for a picture": (said(shown(f"data:image/png;base64,{NOISE}"), TEXT), 400, "not a picture"),
+    "text for a picture": (said(shown("data:text/plain;base64,aGVsbG8="), TEXT), 400, "none of a picture"),
+    "no base64": (said(shown("data:image/png;base64,%%%"), TEXT), 400, "not valid base64"),
+    "a file": (said(shown("file:///etc/passwd"), TEXT), 400, "taken from data URLs"),
+    "another host": (said(shown("http://127.0.0.1:9/a.png"), TEXT), 400, "taken from data URLs"),
+    "placeholder": (said({"type": "text", "text": "<prompt_embeds> ?"}), 400, "stands for pictures"),
+    "embeddings": (said({"type": "prompt_embeds", "data": NOISE}), 400, "text or image_url"),
+    "another model": (said(TEXT, model="gpt"), 404, "no model 'gpt'"),
+}
+
+
+class Served:
+    """A gateway with the vLLM that it has started, and what clients saw of it."""
+
+    def __init__(self, folder: Path) -> None:
+        port = free_port()
+        self.url, self.log, self.seen = f"http://127.0.0.1:{port}", folder / "gateway.log", collections.Counter[str]()
+        limits = ("--max-body-mb", "1", "--max-pixels", "1000000", "--timeout", "100")
+        with self.log.open("wb") as written:
+            self.process = psutil.Popen(
+                [
+                    *(sys.executable, "-c", "from foveate.cli.main import run; run()", "serve", "--port", str(port), *limits),
+                    *("--launch", "--vllm-python", sys.executable, "--export", str(folder / "text"), "--vllm-args", ENGINE),
+                ],
+                env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=written,
+                stderr=written,
+            )
+        self.pids: set[int] = set()
+
+    def healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", timeout=10).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def wait(self) -> None:
+        end = time.monotonic() + PATIENCE
+        while not self.healthy():
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            assert time.monotonic() < end, self.log.read_text()[-4000:]
+            time.sleep(0.3)
+        self.pids |= {child.pid for child in self.process.children(recursive=True)}
+
+    def engine(self) -> psutil.Process:
+        (found,) = self.process.children()
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        lines = httpx.get(f"{self.url}/metrics", timeout=10).text.splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[:1] != "#"}
+
+    def stop(self) -> None:
+        if self.process.poll() is not None:
+            return
+        everything = [self.process, *self.process.children(recursive=True)]
+        self.process.terminate()
+        for process in psutil.wait_procs(everything, 40)[1]:
+            process.kill()
+
+    def raw(self, sent: dict[str, Any], length: int | None = None) -> socket.socket:
+        """A connection on which a request was sent, or a part of its body."""
+        body = json.dumps(sent).encode()
+        host, port = self.url.removeprefix("http://").split(":")
+        opened = socket.create_connection((host, int(port)), timeout=60)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
+        opened.sendall(head.encode() + body[:length])
+        return opened
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    found = Served(tmp_path_factory.mktemp("faults"))
+    try:
+        found.wait()
+        yield found
+    finally:
+        found.stop()
+
+
+async def ask(gateway: Served, client: httpx.AsyncClient, sent: Any) -> tuple[str, str]:
+    """Status and answer, or the message of an error; a stream counts by how it ends, and one that only ends is a fault."""
+    content = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
+    answer = await client.post(f"{gateway.url}/v1/chat/completions", content=content)
+    found = read(answer)
+    gateway.seen[found[0]] += 1
+    return found
+
+
+def read(answer: httpx.Response) -> tuple[str, str]:
+    if not answer.headers["content-type"].startswith("text/event-stream"):
+        told = answer.json()
+        if answer.status_code != 200:
+            assert told["error"]["code"] == answer.status_code
+            return str(answer.status_code), told["error"]["message"]
+        choice = told["choices"][0]
+        assert choice["finish_reason"] in ENDED, told
+        return "200", choice["message"]["content"].strip()
+    told = events(answer.text)
+    if isinstance(told[-1], dict) and "error" in told[-1]:
+        return str(told[-1]["error"]["code"]), told[-1]["error"]["message"]
+    assert told[-1] == "[DONE]", f"a stream that only ends: {told[-1]}"
+    choices = [piece["choices"][0] for piece in told[:-1] if piece["choices"]]
+    assert choices[-1]["finish_reason"] in ENDED, told[-3:]
+    return "200", "".join(choice["delta"].get("content") or "" for choice in choices).strip()
+
+
+def connected(gateway: Served) -> httpx.AsyncClient:
+    return httpx.AsyncClient(timeout=110, limits=httpx.Limits(max_connections=64, max_keepalive_connections=8))
+
+
+@pytest.fixture(scope="module")
+def right(gateway: Served) -> dict[int, str]:
+    """The answers to good requests, one after the other; without those in which rounding may choose a word."""
+    found: dict[int, str] = {}
+    for number in range(24):
+        sent = asked(number, stream=False, logprobs=True, top_logprobs=2)
+        choice = httpx.post(f"{gateway.url}/v1/chat/completions", json=sent, timeout=60).json()["choices"][0]
+        gateway.seen["200"] += 1
+        steps = [[each["logprob"] for each in step["top_logprobs"]] for step in choice["logprobs"]["content"]]
+        if all(first - second > CLOSE for first, second in steps):
+            found[number] = choice["message"]["content"].strip()
+    assert len(found) >= 16
+    assert len({*found.values()}) >= 6
+    return found
+
+
+def test_good_requests_among_bad_ones(gateway: Served, right: dict[int, str]) -> None:
+    """Each good request gets its answer, each bad one its reason, and nothing is left of clients that went away."""
+    slow, begin = gateway.raw(asked(0), 100), time.monotonic()  # the rest of its body never comes
+
+    async def leave_early(client: httpx.AsyncClient) -> None:
+        sent = asked(1, stream=True, max_tokens=LONG, ignore_eos=True)
+        async with client.stream("POST", f"{gateway.url}/v1/chat/completions", json=sent) as answer:
+            assert answer.status_code == 200
+            await anext(answer.aiter_lines())
+        gateway.seen["499"] += 1
+
+    async def leave(part: int | None) -> None:
+        opened = gateway.raw(asked(2, stream=False, max_tokens=LONG, ignore_eos=True), part)
+        await asyncio.sleep(0.2)
+        opened.close()
+        gateway.seen["499"] += 1
+
+    async def good(client: httpx.AsyncClient, number: int) -> None:
+        assert await ask(gateway, client, asked(number)) == ("200", right[number])
+
+    async def bad(client: httpx.AsyncClient, name: str) -> None:
+        sent, status, why = BAD[name]
+        found = await ask(gateway, client, sent)
+        assert found[0] == str(status), (name, found)
+        assert why in found[1], (name, found)
+
+    async def everything() -> None:
+        async with connected(gateway) as client:
+            numbers = [*right] * 3
+            works = [functools.partial(good, client, number) for number in numbers[:52]]
+            works += [functools.partial(bad, client, name) for name in BAD]
+            works += [functools.partial(leave_early, client)] * 4
+            works += [functools.partial(leave, part) for part in (None, None, None, 100, 5000)]
+            Random(0).shuffle(works)
+            queue, faults = iter(works), []
+
+            async def work() -> None:
+                for each in queue:
+                    try:
+                        await each()
+                    except (AssertionError, httpx.HTTPError) as error:
+                        faults.append(f"{type(error).__name__}: {error}"[:600])
+
+            await asyncio.gather(*(work() for _ in range(AT_ONCE)))
+            assert not faults, "\n".join(faults)
+
+    asyncio.run(everything())
+    with slow:
+        assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+        assert time.monotonic() - begin > 25
+    gateway.seen["408"] += 1
+    adds_up(gateway)
+
+
+def adds_up(gateway: Served) -> None:
+    """No request is in progress, and the gateway counted what clients saw."""
+    end = time.monotonic() + 10
+    while True:
+        found = gateway.metrics()
+        counted = {key.split('"')[1]: value for key, value in found.items() if key.startswith("foveate_requests_total")}
+        if (found["foveate_requests_running"] == 0 and counted == gateway.seen) or time.monotonic() > end:
+            break
+        time.sleep(0.2)
+    assert (counted, found["foveate_requests_running"]) == (dict(gateway.seen), 0)
+    assert found["foveate_encoder_queue"] == 0
+    assert found["foveate_prompt_mismatches_total"] == 0
+    assert not [child for child in gateway.process.children(recursive=True) if child.status() == psutil.STATUS_ZOMBIE]
+
+
+def test_features_that_are_not_finite_never_reach_vllm(gateway: Served, right: dict[int, str]) -> None:
+    """In vLLM they would spoil answers to others."""
+    encoder = PictureEncoder(load_encoder("pocket"))
+    for parameter in encoder.parts.projector.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    engine = gateway.engine()
+    url = f"http://127.0.0.1:{engine.cmdline()[engine.cmdline().index('--port') + 1]}"
+    broken = create_app(Settings("pocket", url, vllm_key=engine.environ()["VLLM_API_KEY"]), [encoder])
+
+    async def both(there: str) -> None:
+        async with connected(gateway) as client:
+            for number in [*right][:12]:
+                refused = await client.post(f"{there}/v1/chat/completions", json=asked(number))
+                assert (refused.status_code, "finite" in refused.text) == (400, True)
+                assert await ask(gateway, client, asked(number)) == ("200", right[number])
+            text = await client.post(f"{there}/v1/chat/completions", json=said(TEXT, max_tokens=4))
+            assert text.status_code == 200  # it does reach vLLM
+
+    with served(broken) as there:
+        asyncio.run(both(there))
+    adds_up(gateway)
+
+
+@pytest.mark.parametrize("part", ["engine core", "process group"])
+def test_vllm_is_killed_and_comes_back(gateway: Served, right: dict[int, str], part: str) -> None:
+    """Requests on the way are answered or told so; new ones too, until vLLM is there again by itself."""
+    found: list[tuple[int, tuple[str, str]]] = []
+    health: list[bool] = []
+
+    async def load(client: httpx.AsyncClient, first: int, back: asyncio.Event) -> None:
+        numbers = [*[*right][first::AT_ONCE], *right]
+        for turn in range(500):
+            if back.is_set():
+                return
+            number = numbers[turn % len(numbers)]
+            found.append((number, await ask(gateway, client, asked(number))))
+            if found[-1][1][0] != "200":
+                await asyncio.sleep(1)
+
+    async def watch(client: httpx.AsyncClient, back: asyncio.Event) -> None:
+        end = time.monotonic() + PATIENCE
+        while not (health and health[-1] and not all(health)):
+            assert time.monotonic() < end, "vLLM does not come back"
+            health.append((await client.get(f"{gateway.url}/health")).status_code == 200)
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(1)
+        back.set()
+
+    async def kill() -> None:
+        await asyncio.sleep(1)
+        engine = gateway.engine()
+        if part == "process group":
+            os.killpg(engine.pid, signal.SIGKILL)
+        else:
+            (core,) = [child for child in engine.children(recursive=True) if "EngineCore" in " ".join(child.cmdline())]
+            core.kill()
+
+    async def everything() -> None:
+        back = asyncio.Event()
+        async with connected(gateway) as client:
+            await asyncio.gather(*(load(client, first, back) for first in range(AT_ONCE)), watch(client, back), kill())
+
+    before = gateway.engine().pid
+    asyncio.run(everything())
+    gateway.wait()
+    assert gateway.engine().pid != before
+    wrong = [each for each in found if each[1] != ("200", right[each[0]]) and each[1][0] not in UNAVAILABLE]
+    assert not wrong, wrong
+    statuses = [status for _, (status, _) in found]
+    lost = statuses.index("200"), next(i for i, status in enumerate(statuses) if status in UNAVAILABLE)
+    assert lost[0] < lost[1]  # it was under load
+    assert statuses[-AT_ONCE:].count("200") >= AT_ONCE // 2  # and is again
+    adds_up(gateway)
+
+
+def test_nothing_is_left_when_it_ends(gateway: Served) -> None:
+    """An answer that has begun is completed; then the gateway, vLLM and all that it started are gone."""
+    gateway.pids |= {child.pid for child in gateway.process.children(recursive=True)}
+    sent = asked(1, stream=True, max_tokens=100, ignore_eos=True)
+    with httpx.stream("POST", f"{gateway.url}/v1/chat/completions", json=sent, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        gateway.process.terminate()
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert gateway.process.wait(40) in (0, -signal.SIGTERM)
+    left = [pid for pid in gateway.pids if psutil.pid_exists(pid)]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        left = [pid for pid in left if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    assert not left
+    log = gateway.log.read_text()
+    assert "Traceback" not in log, log[log.index("Traceback") - 500 :][:3000]
