@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -26,7 +27,7 @@ from foveate.serving import engines, offline, rows, vllm_engine
 from foveate.serving.encoding import EncodedPrompt
 from foveate.serving.engines import EngineError, TransformersEngine
 from foveate.serving.export import export
-from foveate.serving.ray_batch import Cluster, answered_by_ray, shares
+from foveate.serving.ray_batch import Cluster, EncoderActor, EngineActor, answered_by_ray, shares
 from foveate.serving.results import Output
 from foveate.serving.rows import Source, Wanted
 from foveate.serving.vllm_engine import MissingEngineError, Ready, VllmEngine
@@ -512,6 +513,22 @@ def test_prompts_travel_as_bytes():
     assert [each.dtype for each in found.prompt.embeds] == [torch.bfloat16] * 2
     text = Ready(EncodedPrompt([1, 2], [False, False], [], []), 5, 0.0, 0)
     assert Ready.unpacked(text.packed()) == text
+
+
+def test_actors_hand_on_what_fails(vllm, exported, pictures, tmp_path, engine):
+    source = Source(written(tmp_path, [*mixed(pictures, 6), "{", {"question": "q", "method": "magic"}]))
+    lines = source.lines()
+    places = {
+        "number": np.array([line.number for line in lines]),
+        "id": np.array([json.dumps(line.id) for line in lines], dtype=object),
+        "start": np.array([line.start for line in lines]),
+    }
+    encoded = EncoderActor(source.path, "pocket", Wanted())(places)
+    sent = {name: np.array(values, dtype=object) for name, values in encoded.items()}
+    assert sum(map(len, sent["prompt"])) > 6 * 150 * 192 * 4  # the embeddings
+    found = [json.loads(row) for row in EngineActor(exported)(sent)["row"]]
+    assert {row["id"]: row for row in found} == alone(engine, source)
+    assert sum("error" in row for row in found) == 2
 
 
 def test_ray_that_is_missing(monkeypatch, pictures, tmp_path):
