@@ -22,10 +22,11 @@ from .metrics import Metrics
 from .pictures import decoded, fetched
 from .requests import ChatRequest, Limits, Reader, RequestError
 from .template import PLACEHOLDER, around
-from .upstream import Events, Upstream, embeds_part, failure
+from .upstream import Events, UnavailableError, Upstream, embeds_part, failure
 
 log = logging.getLogger("foveate.serving")
 T = TypeVar("T")
+BROKEN_OFF = ("abort", "error")  # what vLLM says of an answer that it did not complete
 DECODERS = 4  # threads that open pictures
 
 
@@ -172,7 +173,14 @@ class Gateway:
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
 
     def finished(self, answer: dict[str, Any], prepared: _Prepared) -> dict[str, Any]:
-        """An answer of vLLM, or a piece of one, as a client gets it."""
+        """An answer of vLLM, or a piece of one, as a client gets it.
+
+        Raises
+        ------
+        UnavailableError : it was broken off.
+        """
+        if any(choice.get("finish_reason") in BROKEN_OFF for choice in answer.get("choices") or ()):
+            raise UnavailableError("the engine broke the answer off. Send the request again.")
         answer["model"] = self.settings.name
         usage = answer.get("usage")
         if usage:
