@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +28,7 @@ from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems, Mult
 from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingContext, PromptReplacement
 
 from .embeds import check_embeds, check_picture
-from .settings import REQUESTED, kept, method_of, with_budget
+from .settings import REQUESTED, kept, method_of
 from .tower import ReducingTower, check_count, check_reducible, every_layer, leading
 
 KEEP = "foveate_keep"  # of each image, tokens of its grid that stay
@@ -121,6 +122,8 @@ class FoveateLlava(LlavaForConditionalGeneration):
         with nullcontext() if method is None else every_layer(config):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.method = method
+        self.supports_tower_connector_lora = method is None  # adapters count tokens before their reduction
+        self.embeds_dtype = vllm_config.model_config.dtype
         self.most_tokens = int(vllm_config.scheduler_config.max_num_batched_tokens)
 
     @cached_property
@@ -147,7 +150,7 @@ class FoveateLlava(LlavaForConditionalGeneration):
         """Visual tokens of each image [n_i, D]; n_i may differ."""
         keep, embeds = kwargs.pop(KEEP, None), kwargs.get("image_embeds")
         if embeds is not None and self.config.vision_config.model_type != "pixtral":
-            return [each.to(self.language_model.model.embed_tokens.weight.dtype) for each in embeds]
+            return [each.to(self.embeds_dtype) for each in embeds]
         if keep is None or self.method is None:
             return super().embed_multimodal(**kwargs)
         return self._reduced(self._parse_and_validate_image_input(**kwargs)["pixel_values"], keep.flatten())
@@ -167,7 +170,7 @@ class FoveateLlava(LlavaForConditionalGeneration):
         """Images that all keep ``count`` of ``cells`` tokens."""
         if count >= cells or self.method is None:
             return list(self.multi_modal_projector(self._features(pixels)))
-        method = with_budget(self.method, count)
+        method = replace(self.method, budget=count)
         embeds = self.reducing(method, pixels)
         check_count(method, embeds, count + leading(self.config))
         return embeds

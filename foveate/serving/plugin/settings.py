@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from ...errors import InputError
@@ -80,8 +79,3 @@ def kept(method: TokenReducer | None, requested: Budget, cells: int) -> int | No
             raise InputError(f"{REQUESTED}={requested!r}, and this server has no method to reduce with. Start it with {HOW}.")
         return None
     return resolve_budget(method.budget if requested is None else requested, cells)
-
-
-def with_budget(method: TokenReducer, count: int) -> TokenReducer:
-    """The method with another budget."""
-    return replace(method, budget=count)
