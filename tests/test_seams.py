@@ -86,7 +86,7 @@ def test_seam_decoder_layers_are_called_with_what_cuts_replace(decoder):
     model.generate(**zoo.batch(rows=(0,)), max_new_tokens=2)
     assert len(seen) == 8
     for args, kwargs in seen:
-        assert {"attention_mask", "position_embeddings", "position_ids", "past_key_values"} <= set(kwargs)
+        assert {"attention_mask", "position_embeddings", "position_ids", seams.CACHE} <= set(kwargs)
         assert len(args) == 1, "hidden states are no positional argument any more"
         assert len(kwargs["position_embeddings"]) == 2
     kinds, windows = seams.layer_kinds(language.config), seams.layer_windows(language.config)

@@ -15,7 +15,7 @@ from ..report import CutRecord
 from .attention import OnlyRecording
 from .masks import seen_by
 from .run import Prefill
-from .seams import cached_keys, mark_cuts
+from .seams import CACHE, cached_keys, mark_cuts
 from .stages import Stage, take
 
 
@@ -147,7 +147,7 @@ def _run_dry(run: Prefill, layer: int, module: nn.Module, hidden: Tensor, kwargs
     run.note_columns(layer)
     inputs = {**kwargs, **({} if stage is None else run.inputs(layer, stage, hidden, kwargs))}
     run.given[layer] = run.mask_before(layer, stage, hidden, kwargs["attention_mask"])
-    inputs |= {"past_key_values": None, "attention_mask": None}
+    inputs |= {CACHE: None, "attention_mask": None}
     numbered = run.numbered_as_held(layer, stage)
     if numbered is not None:
         inputs["position_embeddings"] = run.rotary(layer, hidden, numbered, -1 - layer)

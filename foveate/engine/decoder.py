@@ -24,7 +24,7 @@ from .attention import OnlyRecording, Recorded, Tap
 from .cutting import cut_before
 from .patterns import Patterned, neighbour_mask
 from .run import DecoderKind, Prefill, Run
-from .seams import attention_of, cuts_of, forget_if_empty, mark_cuts
+from .seams import attention_of, cache_in, cuts_of, forget_if_empty, mark_cuts
 from .stages import HeldCuts, Prompt, place
 
 _RUN = "_foveate_run"
@@ -192,7 +192,7 @@ class DecoderCuts:
         self._restoring.pop(thread, None)
         if self.pattern is not None:
             self.pattern.install()
-        hidden, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        hidden, cache = kwargs.get("inputs_embeds"), cache_in(kwargs)
         expected = self._expected.get(thread) if self._pictures.get(thread) else None
         self.accept(cache)
         earlier = cuts_of(cache)
@@ -270,7 +270,7 @@ class DecoderCuts:
                 f"{type(module).__name__} takes no hidden states of [batch, tokens, width]; it cannot be cut."
             )
         if run.cache is None:
-            run.adopt(kwargs.get("past_key_values"), self.settings)  # the decoder has made one itself
+            run.adopt(cache_in(kwargs), self.settings)  # the decoder has made one itself
         if not isinstance(run, Prefill):
             changed = run.continued(layer, hidden)
             return None if changed is None else (args, {**kwargs, **changed})

@@ -119,7 +119,7 @@ def on_full_prompt(kwargs: dict[str, Any], prompt: FullPrompt, sequences: int) -
     ----------
     kwargs : arguments of ``generate``.
     prompt : in place of the short one.
-    sequences : rows per prompt that ``generate`` counts on their own (not beams).
+    sequences : rows per prompt that ``prefix_allowed_tokens_fn`` counts on their own.
     """
     changed: dict[str, Any] = {}
     for name, kind in (("logits_processor", _Processors), ("stopping_criteria", _Criteria)):

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from .seams import cache_in
+
 Changed: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]] | None"
 
 
@@ -35,7 +37,7 @@ class _Guards:
     def decoder(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
         """Without mask and cache the decoder looks for packed sequences: give it a mask of ones."""
         positions, embeds = kwargs.get("position_ids"), kwargs.get("inputs_embeds")
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        mask, cache = kwargs.get("attention_mask"), cache_in(kwargs)
         if positions is None or embeds is None:
             self.active = False
             return None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .anatomy import Anatomy
 from .prompt import Layout, original_positions
-from .seams import PER_TOKEN_INPUTS, full_positions, has_pixels, layout_of
+from .seams import PER_TOKEN_INPUTS, cache_in, full_positions, has_pixels, layout_of
 
 
 class Positions:
@@ -42,7 +42,7 @@ class Positions:
 
     def _counted(self, ids: Tensor, mask: Tensor, past: int, kwargs: dict[str, Any]) -> Tensor:
         """[4, B, T] positions as the model counts them."""
-        layout = layout_of(kwargs.get("past_key_values"))
+        layout = layout_of(cache_in(kwargs))
         if has_pixels(kwargs) or layout is None or layout.ahead is None:
             if has_pixels(kwargs) and kwargs.get("mm_token_type_ids") is None:
                 raise InputError(

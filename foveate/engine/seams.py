@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from ..errors import CacheError, InputError, UnsupportedModelError
 
@@ -28,6 +31,11 @@ if TYPE_CHECKING:
 RAW_INPUTS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
 PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
 PRE_ENCODED = "mm_encoder_outputs"
+# whether rows of prefix_allowed_tokens_fn are sequences where a prompt has several (before 5.24), or prompts, as with beams
+ROWS_ARE_SEQUENCES = Version(transformers.__version__) < Version("5.24.dev0")
+OLD_CACHE = "past_key_values"
+# what transformers calls the key-value cache: from 5.24 on by a new name, and callers may use the old one
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else OLD_CACHE
 MERGE_CALLBACKS = "_merge_criteria_processor_list"  # of transformers' generate
 REPLICATE = "_replicate_for_data_parallel"  # of torch
 WRAPPED_FORWARD = "_old_forward"  # where accelerate's hooks keep the forward they wrap, and start from when they are put on anew
@@ -56,8 +64,16 @@ def modalities(kwargs: dict[str, Any]) -> list[str]:
 
 def renamed(kwargs: dict[str, Any]) -> None:
     """The older name of an input is the newer one from here on."""
+    if CACHE != OLD_CACHE and OLD_CACHE in kwargs:
+        kwargs.setdefault(CACHE, kwargs.pop(OLD_CACHE))
     if kwargs.get("pixel_values_images") is not None:
         kwargs["pixel_values"] = kwargs.pop("pixel_values_images")
+
+
+def cache_in(kwargs: dict[str, Any]) -> Any:
+    """The key-value cache among the arguments of a call, by its older or its newer name."""
+    cache = kwargs.get(CACHE)
+    return kwargs.get(OLD_CACHE) if cache is None else cache
 
 
 def of_modality(base: Any, modality: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +212,7 @@ def full_positions(model: Any, ids: Tensor, mask: Tensor, past: int, kwargs: dic
     given: dict[str, Any] = {
         name: value for name, value in kwargs.items() if isinstance(value, Tensor | list) and name != "position_ids"
     }
-    given |= {"attention_mask": mask, "past_key_values": _Past(past) if past else None}
+    given |= {"attention_mask": mask, CACHE: _Past(past) if past else None}
     try:
         found: Tensor = model._prepare_position_ids_for_generation(ids, given)
     except (IndexError, RuntimeError, StopIteration, ValueError) as error:
@@ -236,7 +252,7 @@ def is_ours(pre_encoded: Any) -> bool:
 
 def find_cache(output: Any) -> Cache | None:
     """The key-value cache in what ``forward`` or ``generate`` returned."""
-    cache = getattr(output, "past_key_values", None)
+    cache = getattr(output, CACHE, None)
     if cache is None and isinstance(output, tuple):
         cache = next((part for part in output if isinstance(part, Cache)), None)
     return cache if isinstance(cache, Cache) else None

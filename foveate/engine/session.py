@@ -25,6 +25,8 @@ from .positions import Positions
 from .prompt import Layout, cached_layout, filler, layout_past
 from .seams import (
     PRE_ENCODED,
+    ROWS_ARE_SEQUENCES,
+    cache_in,
     check_pre_encoded_input,
     cuts_of,
     find_cache,
@@ -149,7 +151,7 @@ class Session:
         renamed(kwargs)
         inputs, named = kwargs.pop("inputs", None), kwargs.pop("input_ids", None)
         ids = named if inputs is None else inputs
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         forget_if_empty(cache)
         self._cuts.accept(cache)
         self.report = report = self.new_report()
@@ -184,10 +186,11 @@ class Session:
         missing = None if numbered.compact else missing_positions(mask, given, kwargs["position_ids"])
         kwargs.update(settings.lengths(ids.shape[1] - short_ids.shape[1]))
         full, beams = FullPrompt(ids, short_ids.shape[1]), (settings["num_beams"] or 1) > 1
-        kwargs.update(on_full_prompt(kwargs, full, 1 if beams else settings["num_return_sequences"] or 1))
+        copies = settings["num_return_sequences"] or 1
+        kwargs.update(on_full_prompt(kwargs, full, 1 if beams or not ROWS_ARE_SEQUENCES else copies))
         earlier = layout_of(cache)
         if cache is not None:
-            once = not beams and (settings["num_return_sequences"] or 1) == 1
+            once = not beams and copies == 1
             # at once: a generate that is interrupted leaves a cache that can still be continued
             mark(cache, replace(layout, reusable=once))
         new = short_ids[:, 0 if outside else short.held :]
@@ -210,7 +213,7 @@ class Session:
 
     def _run(self, original: Any, ids: Tensor | None, kwargs: dict[str, Any], report: Report) -> Any:
         """Transformers' own generate, with the time of prefill and decode taken."""
-        self._prefill, cache = report, kwargs.get("past_key_values")
+        self._prefill, cache = report, cache_in(kwargs)
         self._busy.add(id(cache))
         before = 0 if cache is None else int(cache.get_seq_length())
         try:
@@ -253,7 +256,7 @@ class Session:
 
     def forward(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Shorten the prompt of a direct call; calls from ``generate`` come with encoded pictures and pass."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if self._cuts.active:
             embedded, mask = kwargs.get("inputs_embeds") is not None, kwargs.get("attention_mask")
             self._cuts.begins(has_pixels(kwargs) or kwargs.get(PRE_ENCODED) is not None, embedded, mask)
@@ -289,7 +292,7 @@ class Session:
         Returns the layout that a cache which this call fills must be marked with, the report, and the context to call in.
         """
         renamed(kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         forget_if_empty(cache)
         if has_pixels(kwargs):
             self.report = report = self.new_report()
@@ -317,7 +320,7 @@ class Session:
             raise InputError("pixel_values without input_ids: there is no prompt that the pictures belong to.")
         if labels is not None and labels.shape != ids.shape:
             raise InputError(f"labels have shape {tuple(labels.shape)} and input_ids {tuple(ids.shape)}; both must be the same")
-        parts, cache = self.parts(), kwargs.get("past_key_values")
+        parts, cache = self.parts(), cache_in(kwargs)
         if mask is not None and mask.ndim != 2:
             if self._keeps_all(parts, kwargs) and not self._cuts.active and layout_of(cache) is None:
                 return None
@@ -355,7 +358,7 @@ class Session:
 
     def _continue_forward(self, kwargs: dict[str, Any]) -> None:
         """New text tokens on a shortened cache, called by hand: the mask may still count the full prompt."""
-        ids, mask, cache = kwargs.get("input_ids"), kwargs.get("attention_mask"), kwargs["past_key_values"]
+        ids, mask, cache = kwargs.get("input_ids"), kwargs.get("attention_mask"), cache_in(kwargs)
         if ids is None:
             raise InputError("a conversation on a shortened cache goes on with input_ids; inputs_embeds cannot be followed there.")
         cached = cached_layout(cache, len(ids), self.method.settings(), ids.device)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .seams import cache_in
+
 
 class Shifts:
     """What to add, for the ``generate`` that runs in each thread."""
@@ -42,7 +44,7 @@ class Shifts:
     def applied(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a forward of ``generate``, with shifted positions."""
         missing, prompt = self._open.get(threading.get_ident(), (None, 0))
-        positions, cache = kwargs.get("position_ids"), kwargs.get("past_key_values")
+        positions, cache = kwargs.get("position_ids"), cache_in(kwargs)
         if missing is None or positions is None:
             return kwargs
         first = 0 if cache is None else int(cache.get_seq_length())

@@ -18,7 +18,7 @@ from .asking import Asking, asking, question_tokens
 from .front import encode_and_reduce
 from .grouping import stacked
 from .prompt import Layout, cached_layout, image_rows, runs_of, shorten
-from .seams import PRE_ENCODED, has_pixels, modalities, of_modality
+from .seams import PRE_ENCODED, cache_in, has_pixels, modalities, of_modality
 from .stages import Prompt
 from .vision import Visuals
 
@@ -97,7 +97,7 @@ def shorten_prompt(
     report : filled in.
     pad_left : on which side rows are padded.
     """
-    cached = cached_layout(kwargs.get("past_key_values"), len(ids), method.settings(), ids.device)
+    cached = cached_layout(cache_in(kwargs), len(ids), method.settings(), ids.device)
     past = 0 if cached is None else cached.length
     held = 0 if cached is None else cached.gather.shape[1]
     outside = mask.shape[1] - ids.shape[1]
