@@ -19,6 +19,7 @@ from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor, PreTrai
 
 import foveate
 from foveate.analysis.flops import prefill_flops
+from foveate.engine.anatomy import innermost
 from foveate.errors import InputError
 from foveate.evaluation import TASKS
 from foveate.pocket.evaluate import Evaluator, TestSet
@@ -69,7 +70,7 @@ def right_by_evaluator(loaded, task: str, method) -> tuple[float, float]:
     scenes = [drawn.scenes[row["scene"]] for row in first]
     asked = [[next(q for q in drawn.questions[row["scene"]] if q.text == row["question"])] for row in first]
     assert [q[0].answer for q in asked] == [row["answer"] for row in first]
-    result = Evaluator(loaded.model, TestSet(scenes, asked)).run(method and method.before_decoder())
+    result = Evaluator(innermost(loaded.model), TestSet(scenes, asked)).run(method and method.before_decoder())
     return float(result.right.mean()), float(np.mean(result.tokens))
 
 
@@ -84,6 +85,14 @@ def test_scores_are_those_of_our_own_evaluator(loaded, tasks, method):
         assert row["stderr"] == pytest.approx(100 * (share * (1 - share) / (LIMIT - 1)) ** 0.5)  # of a share
         assert row["seconds"] > 0
     assert foveate.engine.install.installed_on(loaded.model) is None
+
+
+def test_the_fine_tuned_model_by_its_name(tasks):
+    tuned, method = load("pocket+prumerge"), foveate.get("prumerge")
+    (row,) = Run(tuned, batch_size=4, limit=LIMIT).answers(method, {"pocket_textvqa": tasks["pocket_textvqa"]})
+    share, tokens = right_by_evaluator(tuned, "pocket_textvqa", method)
+    assert row["score"] == pytest.approx(100 * share)
+    assert row["tokens"] == pytest.approx(tokens)
 
 
 def test_pocket_questions_are_those_of_the_test_set():
