@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import json
 import socket
 import time
@@ -80,9 +81,14 @@ def post(url: str, sent: Any, **options: Any) -> httpx.Response:
     return httpx.post(f"{url}/v1/chat/completions", json=sent, timeout=60, **options)
 
 
+@functools.cache
+def pocket() -> Any:
+    return load_pocket()
+
+
 def expected(method: str, budget: float | None, *pictures: int, text: str = ASKED) -> tuple[list[int], list[str]]:
     """Counts and sums of what foveate.encode gives for the whole model on one prompt."""
-    model, processor = load_pocket()
+    model, processor = pocket()
     content = [*({"type": "image", "image": picture(seed)} for seed in pictures), {"type": "text", "text": text}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
