@@ -157,9 +157,7 @@ def shares(resources: dict[str, float], cluster: Cluster) -> tuple[float, float]
     cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
     actors = cluster.encoders + cluster.engines
     if cpus < actors:
-        raise InputError(
-            f"the cluster has {cpus:g} CPUs, and {actors} actors need one each. Ask for fewer --encoders or --engines."
-        )
+        raise InputError(f"the cluster has {cpus:g} CPUs, and {actors} actors need one each. Lower --encoders or --engines.")
     if gpus == 0:
         return 0.0, 0.0
     if gpus < cluster.engines:
