@@ -137,7 +137,7 @@ def _started(cluster: Cluster) -> Any:
     options: dict[str, Any] = {"address": cluster.address}
     if cluster.address is None:
         actors = cluster.encoders + cluster.engines
-        options = {"num_cpus": max(os.cpu_count() or 1, actors + 1), "include_dashboard": False}
+        options = {"address": "local", "num_cpus": max(os.cpu_count() or 1, actors + 1), "include_dashboard": False}
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **options)
     except Exception as error:  # whatever keeps a cluster from being reached or started
