@@ -27,7 +27,7 @@ HEADS = ("method", "visual tokens", "LLM prefill, GFLOPs", "s per question")
 
 def eval_command(
     tasks: Annotated[str, typer.Option(help="Tasks and groups of lmms-eval, and ours (--list), separated by commas.")] = "pocket",
-    model: Annotated[str, typer.Option(help="Hub id or folder, also of an adapter (PEFT); the pocket model by default.")] = "pocket",
+    model: Annotated[str, typer.Option(help="Hub id or folder, of an adapter (PEFT) too; the pocket model by default.")] = "pocket",
     methods: Annotated[str, typer.Option(help="Names or name:preset, separated by commas.")] = "prumerge+",
     budget: Annotated[
         str | None, typer.Option(help="Visual tokens to keep: a count (144) or a share (0.25). Default: the methods' own rules.")

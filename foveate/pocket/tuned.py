@@ -19,6 +19,7 @@ from ..methods.base import get
 from . import NAME
 from .claims import GROUPS
 from .evaluate import SEED, Evaluator, Result, Scores, TestSet
+from .questions import FAMILIES
 
 
 def results(model: str, method: str, data: TestSet) -> dict[str, list[Result]]:
@@ -36,23 +37,20 @@ def results(model: str, method: str, data: TestSet) -> dict[str, list[Result]]:
 def table(found: dict[str, list[Result]], data: TestSet) -> Table:
     """Right answers in % of both models, and what fine-tuning gains in points: paired, with 95 % intervals."""
     scores = Scores.of(data)
-    masks = {group: np.isin(scores.families, members) for group, members in GROUPS.items()}
     shown = Table(
         title=f"{len(data.scenes)} scenes, {len(scores.families)} questions: right before -> after, in %", title_justify="left"
     )
-    shown.add_column("kept")
-    for group in GROUPS:
-        shown.add_column(group, justify="right")
-    for kept, (before, after) in found.items():
-        shares, gains = [], []
-        for mask in masks.values():
-            part = Scores(scores.families[mask], scores.scene[mask], scores.resamples)
-            shares.append(f"{100 * before.right[mask].mean():.1f} -> {100 * after.right[mask].mean():.1f}")
-            gains.append(
-                "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * d for d in part.difference(after.right[mask], before.right[mask])))
-            )
-        shown.add_row(f"{kept}, {np.mean(after.tokens):.0f}", *shares)
-        shown.add_row("", *gains, end_section=True)
+    shown.add_column("questions")
+    for kept, (_, after) in found.items():
+        shown.add_column(f"{kept}, {np.mean(after.tokens):.0f}", justify="right")
+    for group, members in {**{family: (family,) for family in FAMILIES}, **GROUPS}.items():
+        mask = np.isin(scores.families, members)
+        part, cells = Scores(scores.families[mask], scores.scene[mask], scores.resamples), []
+        for before, after in found.values():
+            old, new = before.right[mask], after.right[mask]
+            gain = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in part.difference(new, old)))
+            cells.append(f"{100 * old.mean():.1f} -> {100 * new.mean():.1f}  {gain}")
+        shown.add_row(group, *cells)
     return shown
 
 
