@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from typer.testing import CliRunner
 
 from foveate import UnsupportedModelError
 from foveate.cli.main import app
-from foveate.engine.anatomy import anatomy
+from foveate.engine.anatomy import anatomy, innermost
 from foveate.engine.families import FAMILIES
 from foveate.errors import InputError
+from foveate.evaluation.loading import load
+from foveate.evaluation.prompts import Prompt, collate
 from foveate.pocket import WEIGHTS, load_pocket
-from foveate.serving.encoding import check_plain_positions
+from foveate.serving.encoding import PictureEncoder, check_plain_positions, load_encoder, method_of
 from foveate.serving.export import MARK, ExportError, compared, described, export, language_model, ready_export, write_tokenizer
 from foveate.serving.template import PLACEHOLDER, chat_template, collapsed
 
@@ -225,8 +228,42 @@ def test_an_export_is_made_once(exported: Path, tmp_path: Path, monkeypatch: pyt
     assert (first / MARK).stat().st_mtime_ns == mark
     assert ready_export("pocket", dtype="bfloat16") != first
     assert ready_export("pocket", exported) == exported
-    with pytest.raises(InputError, match="an export of 'pocket' and not of"):
-        ready_export(str(WEIGHTS), exported)
+    with pytest.raises(InputError, match="in float32 and not in bfloat16"):
+        ready_export("pocket", exported, dtype="bfloat16")
+
+
+def test_an_export_of_other_weights_is_not_used(tmp_path: Path) -> None:
+    model, folder = tmp_path / "model", tmp_path / "lm"
+    shutil.copytree(WEIGHTS, model)
+    assert ready_export(str(model), folder) == folder
+    assert ready_export("pocket", folder) == folder  # the same files
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "vision_feature_layer": -1}))
+    with pytest.raises(InputError, match="are others now"):
+        ready_export(str(model), folder)
+    with pytest.raises(InputError, match=r"and not of 'pocket\+prumerge'"):
+        ready_export("pocket+prumerge", folder)
+
+
+def test_adapters_are_merged(tmp_path: Path) -> None:
+    """The exported decoder and the encoder of a fine-tuned model together say what the fine-tuned model says."""
+    export("pocket+prumerge", tmp_path, dtype="float32")
+    text = AutoModelForCausalLM.from_pretrained(tmp_path)
+    encoder = PictureEncoder(load_encoder("pocket+prumerge", dtype="float32"))
+    assert len(encoder.parts.decoder.layers) == 0
+    picture = Image.effect_mandelbrot((192, 192), (-2, -1.5, 1, 1.5), 40).convert("RGB")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "what color is the star ?"}]
+    conversation = [{"role": "user", "content": content}]
+    (made,) = encoder.encode([conversation], method_of("prumerge"))
+    embeds = text.get_input_embeddings()(torch.tensor(made.ids))
+    embeds[torch.tensor(made.visual)] = made.embeds[0]
+    tuned = load("pocket+prumerge", dtype="float32")
+    with torch.no_grad(), method_of("prumerge")(innermost(tuned.model)):
+        expected = tuned.model(**collate(tuned, [Prompt(conversation, "", [picture], [], "")])).logits[0, -1]
+        plain = load_pocket()[0]
+        other = plain(inputs_embeds=embeds[None]).logits[0, -1]
+        torch.testing.assert_close(text(inputs_embeds=embeds[None]).logits[0, -1], expected, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(other, expected, atol=0.1)
 
 
 def test_command(tmp_path: Path) -> None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..api import encode
 from ..engine.anatomy import Anatomy, anatomy
 from ..engine.front import check_front
 from ..errors import InputError, UnsupportedModelError, first_line
-from ..evaluation.loading import POCKET, Loaded
+from ..evaluation.loading import POCKET, Loaded, load
 from ..evaluation.prompts import Prompt, collate
 from ..methods.base import Method, get
 from ..methods.baselines import Sequential
@@ -87,7 +88,7 @@ def load_encoder(name: str, *, dtype: str | None = None, device: str | None = No
 
     Parameters
     ----------
-    name : Hub id or folder; "pocket" is the shipped model.
+    name : as for ``foveate.evaluation.loading.load``; an adapter is merged into its model.
     dtype : such as "bfloat16"; None = as saved, for the pocket model float32.
     device : None = the first GPU where there is one.
 
@@ -102,6 +103,8 @@ def load_encoder(name: str, *, dtype: str | None = None, device: str | None = No
     from ..evaluation.loading import prepared
     from ..pocket import WEIGHTS
 
+    if name.startswith(f"{POCKET}+") or (Path(name) / "adapter_config.json").is_file():
+        return _without_layers(merged(load(name, dtype=dtype, device=device)))
     source = str(WEIGHTS) if name == POCKET else name
     dtype = dtype or ("float32" if name == POCKET else "auto")
     try:
@@ -122,6 +125,22 @@ def load_encoder(name: str, *, dtype: str | None = None, device: str | None = No
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     check_plain_positions(anatomy(model))
     return prepared(name, model, processor)
+
+
+def merged(loaded: Loaded) -> Loaded:
+    """A model with the adapter, if it has one, merged into its weights."""
+    if not hasattr(loaded.model, "merge_and_unload"):
+        return loaded
+    return replace(loaded, model=loaded.model.merge_and_unload().eval())
+
+
+def _without_layers(loaded: Loaded) -> Loaded:
+    """A model without the layers of its decoder."""
+    parts = anatomy(loaded.model)
+    check_plain_positions(parts)
+    parts.decoder.layers = nn.ModuleList()
+    loaded.model.config.get_text_config().num_hidden_layers = 0
+    return loaded
 
 
 def check_plain_positions(parts: Anatomy) -> None:

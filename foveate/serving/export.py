@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from ..cli.answering import quiet_loading
 from ..engine.anatomy import Anatomy, anatomy
 from ..errors import FoveateError, InputError, first_line
-from ..evaluation.ledger import digest
-from ..evaluation.loading import POCKET, load
-from ..pocket import WEIGHTS
-from .encoding import check_plain_positions
+from ..evaluation.loading import load
+from .encoding import check_plain_positions, merged
+from .files import fingerprint
 from .template import PLACEHOLDER, chat_template, collapsed
 
 MARK = "foveate_export.json"
@@ -39,7 +38,7 @@ class Exported:
     Attributes
     ----------
     source : Hub id or folder of the vision-language model.
-    weights : a fingerprint of it.
+    files : a fingerprint of its files.
     architecture : the class of the language model.
     width : of its embeddings.
     dtype : of its weights.
@@ -51,7 +50,7 @@ class Exported:
     """
 
     source: str
-    weights: str
+    files: str
     architecture: str
     width: int
     dtype: str
@@ -70,7 +69,7 @@ def export(name: str, out: Path, *, dtype: str | None = None) -> Exported:
 
     Parameters
     ----------
-    name : Hub id or folder; "pocket" is the shipped model.
+    name : as for ``foveate.evaluation.loading.load``; an adapter is merged into its model.
     out : a folder that is new, empty, or an earlier export.
     dtype : of the weights; None = as saved.
 
@@ -85,7 +84,7 @@ def export(name: str, out: Path, *, dtype: str | None = None) -> Exported:
     out = Path(out).expanduser()
     check_folder(out)
     with quiet_loading(bars=False):
-        loaded = load(name, dtype=dtype, device="cpu")
+        loaded = merged(load(name, dtype=dtype, device="cpu"))
     model, parts = loaded.model, anatomy(loaded.model)
     check_plain_positions(parts)
     if getattr(model, "is_quantized", False):
@@ -99,9 +98,9 @@ def export(name: str, out: Path, *, dtype: str | None = None) -> Exported:
             text.save_pretrained(made)
         no_chat = write_tokenizer(loaded.processor, made)
         number = 0 if no_chat else check_conversations(loaded.processor, parts, made)
-        described = Exported(
-            source=name if not Path(name).expanduser().exists() else str(Path(name).expanduser().resolve()),
-            weights=loaded.weights,
+        told = Exported(
+            source=name,
+            files=fingerprint(name),
             architecture=type(text).__name__,
             width=int(text.config.hidden_size),
             dtype=str(text.dtype).removeprefix("torch."),
@@ -111,7 +110,7 @@ def export(name: str, out: Path, *, dtype: str | None = None) -> Exported:
             no_chat=no_chat,
             foveate=__version__,
         )
-        (made / MARK).write_text(json.dumps(asdict(described), indent=1) + "\n")
+        (made / MARK).write_text(json.dumps(asdict(told), indent=1) + "\n")
         made.chmod(0o755)
         for file in made.iterdir():
             file.chmod(0o644)  # the engine may run as somebody else
@@ -120,7 +119,7 @@ def export(name: str, out: Path, *, dtype: str | None = None) -> Exported:
         made.rename(out)
     finally:
         shutil.rmtree(made, ignore_errors=True)
-    return described
+    return told
 
 
 def check_folder(out: Path) -> None:
@@ -152,24 +151,26 @@ def ready_export(name: str, folder: Path | None = None, *, dtype: str | None = N
 
     Parameters
     ----------
-    name : Hub id or folder; "pocket" is the shipped model.
+    name : as for ``export``.
     folder : where it is, or is to be; None = a place of its own in the cache of the user.
 
     Raises
     ------
-    InputError : the folder holds an export of another model, or something else.
+    InputError : the folder holds an export of another model, of other weights or in another dtype, or something else.
     """
-    source = Path(name).expanduser()
-    local = source.resolve() if source.exists() else WEIGHTS if name == POCKET else None
+    mark = fingerprint(name)
     if folder is None:
-        files = [] if local is None else [f"{file.name} {file.stat().st_mtime_ns}" for file in sorted(local.iterdir())]
-        mark = digest(str(local or name), str(dtype), *files)
-        folder = Path.home() / ".cache" / "foveate" / "exports" / f"{Path(name).name}-{mark[:12]}"
+        folder = (
+            Path.home() / ".cache" / "foveate" / "exports" / "-".join([Path(name).name, *([dtype] if dtype else []), mark[:12]])
+        )
     if not (folder / MARK).is_file():
         export(name, folder, dtype=dtype)
     told = described(folder)
-    if told.source != (name if local is None or name == POCKET else str(local)):
-        raise InputError(f"{folder} is an export of {told.source!r} and not of {name!r}. Give another folder, or remove it.")
+    if told.files != mark:
+        what = "whose weights or settings are others now" if told.source == name else f"and not of {name!r}"
+        raise InputError(f"{folder} is an export of {told.source!r}, {what}. Give another folder, or remove it.")
+    if dtype not in (None, told.dtype):
+        raise InputError(f"{folder} is an export in {told.dtype} and not in {dtype}. Give another folder, or remove it.")
     return folder
 
 
