@@ -21,6 +21,7 @@ from foveate.pocket import load_pocket
 from foveate.serving.app import create_app
 from foveate.serving.encoding import PictureEncoder, load_encoder, method_of
 from foveate.serving.gateway import Settings
+from foveate.serving.memory import Memory, Picture
 from foveate.serving.requests import Limits
 
 from .serving_fakes import FakeEngine, checksum, data_url, describe, events, metric, served, shown, wait_for
@@ -162,6 +163,48 @@ def test_options_go_on_and_texts_stay_in_their_order(gateway: str, engine: FakeE
     kinds = [[part["type"] for part in message["content"]] for message in seen["messages"]]
     assert kinds == [["text"], ["text", "prompt_embeds", "text"], ["text"], ["text"]]
     assert [message["role"] for message in seen["messages"]] == ["system", "user", "assistant", "user"]
+
+
+def test_pictures_of_earlier_turns_are_remembered(gateway: str, engine: FakeEngine) -> None:
+    batches = "foveate_encoder_batch_count"
+    first = post(gateway, body(1)).json()
+    assert metric(gateway, batches) == 1
+    again = post(gateway, body(1, text="and now ?")).json()
+    assert metric(gateway, batches) == 1
+    assert metric(gateway, "foveate_pictures_remembered_total") == 1
+    assert again["usage"]["foveate"] == first["usage"]["foveate"]
+    sent = [[part["data"] for part in seen["messages"][0]["content"] if part["type"] == "prompt_embeds"] for seen in engine.seen]
+    assert sent[0] == sent[1]
+    post(gateway, body(1, 2))  # one of which is new
+    post(gateway, body(2))
+    assert metric(gateway, batches) == 2
+    for other in ({"method": "prumerge+", "budget": 40}, {"method": "prumerge:paper"}, {"method": "prumerge"}):
+        post(gateway, body(1, foveate=other))
+    assert metric(gateway, batches) == 5
+    counts = [seen["messages"][0]["content"][0]["data"] for seen in engine.seen[-3:]]
+    assert len({*counts}) == 3
+    for text in ("is there a star ?", "what color is the moon ?"):  # which it reads
+        post(gateway, body(1, text=text, foveate={"method": "cdpruner", "budget": 40}))
+    assert metric(gateway, batches) == 7
+
+
+def test_memory_is_bounded() -> None:
+    memory, method = Memory(100), method_of("prumerge+")
+    keys = memory.keys([b"a", b"b", b"c"], method)
+    assert keys == memory.keys([b"a", b"b", b"c"], method_of("prumerge+", None))
+    assert not {*keys} & {*memory.keys([b"a", b"b", b"c"], method_of("prumerge+", 1))}
+    assert memory.keys([b"a"], method_of("prumerge+", 1)) != memory.keys([b"a"], method_of("prumerge+", 1.0))
+    made = [Picture({"data": "x" * 40}, 576, number) for number in range(3)]
+    memory.add(keys[:2], made[:2])
+    assert memory.get(keys[:1]) == made[:1]  # asked for last
+    memory.add(keys[2:], made[2:])
+    assert memory.get(keys[1:2]) is None
+    assert memory.get([keys[2], keys[0]]) == [made[2], made[0]]
+    memory.add(keys[:1], made[:1])
+    assert memory.held == 80
+    memory.add(keys[1:2], [Picture({"data": "x" * 200}, 576, 1)])  # larger than all of it
+    assert memory.held == 0
+    assert Memory(0).keys([b"a"], method) == []
 
 
 def test_text_alone_needs_no_encoder(gateway: str, engine: FakeEngine) -> None:
@@ -479,7 +522,7 @@ def test_an_engine_of_another_model_is_noticed(gateway: str, engine: FakeEngine,
     post(gateway, body(1))
     assert metric(gateway, "foveate_prompt_mismatches_total") == 0
     engine.offset = 3
-    post(gateway, body(1))
+    post(gateway, body(2))
     assert metric(gateway, "foveate_prompt_mismatches_total") == 1
 
 

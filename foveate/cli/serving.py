@@ -67,6 +67,7 @@ def serve_command(
     dtype: Annotated[str | None, typer.Option(help="Of the encoder and the export; as saved by default.")] = None,
     devices: Annotated[str | None, typer.Option(help="An encoder on each: cuda:0,cuda:1 or cpu,cpu.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures that an encoder takes at once.")] = 16,
+    cache_mb: Annotated[int, typer.Option(min=0, help="Encoded pictures that are remembered, in MiB; 0: none.")] = 256,
     allow_host: Annotated[list[str] | None, typer.Option(help="From which pictures may be loaded; may be given again.")] = None,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Largest body of a request, in MiB.")] = 32,
     max_pictures: Annotated[int, typer.Option(min=1, help="Pictures in a request.")] = 8,
@@ -114,6 +115,7 @@ def serve_command(
         api_key=api_key,
         hosts={each.lower() for each in allow_host or ()},
         batch=batch,
+        memory=cache_mb * 2**20,
         limits=limits,
     )
     app = create_app(settings, encoders, engine)

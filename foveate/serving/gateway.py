@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 from ..errors import FoveateError, InputError, UnsupportedModelError
 from ..methods.base import Method
 from .batching import Batcher, EncodingError
-from .encoding import EncodedPrompt, PictureEncoder, method_of
+from .encoding import PictureEncoder, method_of
+from .memory import Memory, Picture
 from .metrics import Metrics
 from .pictures import decoded, fetched
 from .requests import ChatRequest, Limits, Reader, RequestError
@@ -42,6 +43,7 @@ class Settings:
     api_key : that clients must give; None = none.
     hosts : from which pictures may be loaded.
     batch : pictures that an encoder takes at once.
+    memory : bytes of encoded pictures that are remembered.
     """
 
     name: str
@@ -52,12 +54,13 @@ class Settings:
     api_key: str | None = None
     hosts: Collection[str] = ()
     batch: int = 16
+    memory: int = 256 * 2**20
     limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A request as vLLM gets it; ``tokens`` of its prompt are known where it has pictures and no tools."""
+    """A request as vLLM gets it; ``tokens`` of its prompt are known where pictures were encoded for it, and it has no tools."""
 
     body: dict[str, Any]
     usage: dict[str, Any]
@@ -81,6 +84,7 @@ class Gateway:
         reserved = (PLACEHOLDER, self.encoder.image_token)
         self.reader = Reader(settings.name, settings.method, settings.budget, self.limits, reserved)
         self.batcher = Batcher(encoders, settings.batch, self.metrics.observe_batch)
+        self.memory = Memory(settings.memory)
         self.metrics.queue.set_function(lambda: self.batcher.waiting)
         self.running = 0
         self.created = int(time.time())
@@ -132,19 +136,12 @@ class Gateway:
         """
         asked = await self._in_thread(functools.partial(self.reader.read, body))  # bodies are large
         self._check(asked.method)
-        found: EncodedPrompt | None = None
-        if asked.urls:
-            await self.upstream.model()  # raises where the engine is not there: no picture is encoded for nothing
-            images = await asyncio.gather(*(self._picture(url, i) for i, url in enumerate(asked.urls)))
-            conversation = asked.filled([{"type": "image", "image": image} for image in images])
-            kept = [{"role": message["role"], "content": message["content"]} for message in conversation]
-            found = await self.batcher.encode(kept, asked.method)
-        parts = await self._in_thread(lambda: [embeds_part(embeds) for embeds in found.embeds]) if found else []
-        body_of = {**asked.options, "messages": asked.filled(parts), "stream": asked.stream}
+        pictures, tokens = await self._pictures(asked) if asked.urls else ([], None)
+        body_of = {**asked.options, "messages": asked.filled([each.part for each in pictures]), "stream": asked.stream}
         if asked.stream:
             body_of["stream_options"] = {"include_usage": True}
-        before, after = (found.before, found.after) if found else ([], [])
-        if found:
+        before, after = [each.before for each in pictures], [each.after for each in pictures]
+        if pictures:
             self.metrics.observe_reduction(asked.name, before, after)
         usage = {
             "method": asked.name,
@@ -153,8 +150,28 @@ class Gateway:
             "visual_tokens_before": sum(before),
             "pictures": [{"visual_tokens": kept, "visual_tokens_before": all_} for kept, all_ in zip(after, before, strict=True)],
         }
-        tokens = len(found.ids) if found and "tools" not in asked.options else None
-        return asked, _Prepared(body_of, usage, tokens)
+        return asked, _Prepared(body_of, usage, None if "tools" in asked.options else tokens)
+
+    async def _pictures(self, asked: ChatRequest) -> tuple[list[Picture], int | None]:
+        """The pictures of a request, encoded or remembered; and the tokens of its prompt, where it was made for that."""
+        await self.upstream.model()  # raises where the engine is not there: no picture is encoded for nothing
+        places = [(url, f"picture {number + 1}") for number, url in enumerate(asked.urls)]
+        data = await asyncio.gather(*(fetched(url, where, self.settings.hosts, self.limits, self.client) for url, where in places))
+        keys = await self._in_thread(functools.partial(self.memory.keys, data, asked.method))
+        remembered = self.memory.get(keys)
+        if remembered is not None:
+            self.metrics.remembered.inc(len(remembered))
+            return remembered, None
+        opened = (functools.partial(decoded, each, where, self.limits) for each, (_, where) in zip(data, places, strict=True))
+        images = await asyncio.gather(*map(self._in_thread, opened))
+        conversation = asked.filled([{"type": "image", "image": image} for image in images])
+        kept = [{"role": message["role"], "content": message["content"]} for message in conversation]
+        found = await self.batcher.encode(kept, asked.method)
+        parts = await self._in_thread(lambda: [embeds_part(embeds) for embeds in found.embeds])
+        pictures = [Picture(*each) for each in zip(parts, found.before, found.after, strict=True)]
+        if keys:
+            self.memory.add(keys, pictures)
+        return pictures, len(found.ids)
 
     def _check(self, method: Method) -> None:
         if id(method) not in self._checked:
@@ -163,11 +180,6 @@ class Gateway:
             except (InputError, UnsupportedModelError) as error:
                 raise RequestError(str(error), param="foveate") from error
             self._checked[id(method)] = method  # which keeps it, and its id
-
-    async def _picture(self, url: str, number: int) -> Any:
-        where = f"picture {number + 1}"
-        data = await fetched(url, where, self.settings.hosts, self.limits, self.client)
-        return await self._in_thread(functools.partial(decoded, data, where, self.limits))
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
