@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from PIL import ImageFile
 
 transformers.logging.set_verbosity_error()
 
@@ -15,3 +16,4 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # which lmms-eval turns on for all of a process

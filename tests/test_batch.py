@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import foveate
 from foveate.errors import FoveateError, InputError, MissingExtraError
 from foveate.pocket.scenes import draw_scene
-from foveate.serving import engines, offline, rows, vllm_engine
+from foveate.serving import engines, files, offline, rows, vllm_engine
 from foveate.serving.encoding import EncodedPrompt
 from foveate.serving.engines import EngineError, TransformersEngine
 from foveate.serving.export import export
@@ -550,7 +550,7 @@ def test_gpus_of_actors():
 
 def test_fingerprints_of_models(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(bytes(3 * offline.CHUNK * offline.CHUNKS))
+    (tmp_path / "model.safetensors").write_bytes(bytes(3 * files.CHUNK * files.CHUNKS))
     first = offline.fingerprint(str(tmp_path))
     (tmp_path / "notes.md").write_text("notes")
     assert offline.fingerprint(str(tmp_path)) == first

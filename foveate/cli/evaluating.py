@@ -56,7 +56,7 @@ def eval_command(
     if save is not None:
         _folder(save)
     _quiet()
-    from ..evaluation.loading import load, own_device
+    from ..evaluation.loading import load, own_device, part
     from ..evaluation.running import Run, evaluate, load_tasks
     from .answering import quiet_loading
 
@@ -68,6 +68,7 @@ def eval_command(
         loaded = load(model, dtype=dtype, device=own_device(device), attention=attention)
     run = Run(loaded, batch_size, limit, frames, cache, save)
     report = evaluate(run, load_tasks(names, data), chosen, baselines=baselines, tell=tell)
+    part()
     if not first:
         return
     report = {"command": shlex.join(["foveate", *sys.argv[1:]]), **report}

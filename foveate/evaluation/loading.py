@@ -44,6 +44,13 @@ def own_device(device: str | None) -> str | None:
     return device or str(state.device)
 
 
+def part() -> None:
+    """Let the processes of ``own_device`` go: one that ended while another still talks to it would end both with an error."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def load(
     name: str = POCKET, *, dtype: str | None = None, device: str | torch.device | None = None, attention: str | None = None
 ) -> Loaded:
