@@ -220,7 +220,7 @@ def told(found: dict[str, Server]) -> dict[str, Any]:
 
 def main(
     ways: Annotated[str, typer.Option(help="What is compared.")] = WAYS,
-    loads: Annotated[str, typer.Option(help="CONCURRENCY:REQUESTS of each round.")] = "1:4,4:8,8:16,16:24",
+    loads: Annotated[str, typer.Option(help="CONCURRENCY:REQUESTS of each round.")] = "1:3,4:6,8:8,16:16",
     repeated: Annotated[int, typer.Option(help="Concurrency at which pictures come again and caches hit; 0: not measured.")] = 8,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     minutes: Annotated[float, typer.Option(help="No round is begun that would end later.")] = 12,
@@ -235,15 +235,22 @@ def main(
     begin, busy = time.perf_counter(), [load_average()]
     with tempfile.TemporaryDirectory(prefix="foveate-serving-") as folder, stopped_at_the_end() as servers:
         found = start(chosen, size, vllm_python, torchvision, Path(folder), servers)
-        placement = {name: server.placement() for name, server in found.items()}
         ready = time.perf_counter()
         busy.append(load_average())
         results = measure(found, chosen, asked, rounds, repeated, 60 * minutes)
         counters = told(found)
+        placement = {name: server.placement() for name, server in found.items()}
+        version = next(server.version() for name, server in found.items() if not name.startswith("gateway"))
     rows = summarised(results, chosen)
-    Console(width=180).print(shown(rows, [way.name for way in chosen if way.method is None]))
+    Console(width=230).print(shown(rows, [way.name for way in chosen if way.method is None]))
     print(f"load average before, at the first request, at the end: {busy[0]}, {busy[1]}, {load_average()}")
-    facts = {"cores": allowed_cores(), "load_average": [*busy, load_average()], "placement": placement, "encoders": counters}
+    facts = {
+        "vllm": version,
+        "cores": allowed_cores(),
+        "load_average": [*busy, load_average()],
+        "placement": placement,
+        "encoders": counters,
+    }
     seconds = {"start": ready - begin, "measurement": time.perf_counter() - ready}
     save({"benchmark": "serving", "size": size, "seconds": seconds, **facts, "rows": rows, "rounds": results}, json_file)
 

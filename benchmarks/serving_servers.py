@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -98,9 +99,18 @@ class Server:
                         os.sched_setaffinity(thread, cores)
 
     def placement(self) -> list[dict[str, Any]]:
-        """The cores that the busiest thread of each process may use."""
-        named = [(_title(pid), _busiest(pid)) for pid in self.processes()]
-        return [{"process": title, "cores": sorted(os.sched_getaffinity(thread))} for title, thread in named if title and thread]
+        """The cores that the threads of each process may use, of those threads that have computed."""
+        named = [(_title(pid), _working(pid)) for pid in self.processes()]
+        return [
+            {"process": title, "cores": sorted({core for thread in threads for core in os.sched_getaffinity(thread)})}
+            for title, threads in named
+            if title
+        ]
+
+    def version(self) -> str:
+        """Of a vLLM."""
+        with urllib.request.urlopen(f"{self.url}/version", timeout=10) as answer:  # noqa: S310
+            return str(json.load(answer)["version"])
 
     def seconds(self) -> Counter[str]:
         """That its processes have computed so far."""
@@ -144,9 +154,10 @@ def _ticks(folder: Path) -> int:
     return int(fields[11]) + int(fields[12]) if fields else 0
 
 
-def _busiest(pid: int) -> int | None:
-    threads = _numbers(Path(f"/proc/{pid}/task"))
-    return max(threads, key=lambda thread: _ticks(Path(f"/proc/{pid}/task/{thread}")), default=None)
+def _working(pid: int, share: float = 0.2) -> list[int]:
+    """Threads that have computed at least a share of what the busiest one has."""
+    ticks = {thread: _ticks(Path(f"/proc/{pid}/task/{thread}")) for thread in _numbers(Path(f"/proc/{pid}/task"))}
+    return [thread for thread, spent in ticks.items() if spent >= share * max(ticks.values())]
 
 
 def _title(pid: int) -> str:

@@ -22,6 +22,7 @@ from .export import described
 log = logging.getLogger("foveate.serving")
 HOST = "127.0.0.1"
 PATIENCE = 15.0  # seconds that an engine has to end
+DEAF = 5.0  # seconds without an open port after which an engine that had one is taken for lost
 LONGEST_PAUSE = 30.0  # seconds between two starts of an engine that keeps dying
 
 
@@ -130,13 +131,16 @@ class Engine:
         raise LaunchError(f"vLLM did not answer within {self.patience:g} s. The end of {self.log}:\n{self.tail()}")
 
     async def _watching(self) -> None:
-        """Start vLLM again when it has died, after pauses that grow while it keeps dying."""
-        pause = 1.0
+        """Start vLLM again when it has died or is dying, after pauses that grow while it keeps doing so."""
+        pause, heard = 1.0, time.monotonic()
         while True:
             await asyncio.sleep(0.5)
-            if not self._ended():
+            if not self._ended() and await self._listens():
+                heard = time.monotonic()
+            if not self._ended() and time.monotonic() - heard < DEAF:
                 continue
-            log.error("vLLM died; it is started again in %g s. The end of its log:\n%s", pause, self.tail())
+            what = "died" if self._ended() else "takes no connections any more"
+            log.error("vLLM %s; it is started again in %g s. The end of its log:\n%s", what, pause, self.tail())
             await self._stop()  # what it may have left running
             await asyncio.sleep(pause)
             self._start()
@@ -146,6 +150,16 @@ class Engine:
             except LaunchError as error:
                 log.error("%s", error)
                 pause = min(2 * pause, LONGEST_PAUSE)
+            heard = time.monotonic()
+
+    async def _listens(self) -> bool:
+        """Whether its port is open. One that is told to end closes it, and may then wait for requests that are never answered."""
+        try:
+            _, writer = await asyncio.open_connection(HOST, self.port)
+        except OSError:
+            return False
+        writer.close()
+        return True
 
     def _ended(self) -> bool:
         return self._process is None or self._process.poll() is not None
