@@ -15,6 +15,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM := $(VENV)/vllm
+VLLM_TESTS ?= tests/vllm
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-oldest test-eval test-vllm lint bench wheel clean
@@ -60,7 +61,7 @@ $(VLLM)/ready: pyproject.toml
 	touch $@
 
 test-vllm: $(VLLM)/ready
-	$(VLLM)/bin/python -m pytest tests/vllm
+	$(VLLM)/bin/python -m pytest $(VLLM_TESTS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check
