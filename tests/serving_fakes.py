@@ -29,11 +29,12 @@ class FakeEngine:
     Attributes
     ----------
     seen : bodies of the requests.
+    ports : of the connections by which they came.
     cancelled : streams that were left before their end.
     """
 
     def __init__(self, key: str | None = None) -> None:
-        self.key, self.seen, self.cancelled, self.pause = key, [], 0, 0.0
+        self.key, self.seen, self.ports, self.cancelled, self.pause = key, [], [], 0, 0.0
         self.behave = "well"
         self.offset = 0  # of the prompt's length
         self.app = FastAPI()
@@ -47,11 +48,20 @@ class FakeEngine:
     async def _models(self, request: Request) -> Response:
         if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
             return JSONResponse({"error": "Unauthorized"}, 401)
-        return JSONResponse({"data": [{"id": "text-model"}]})
+        if self.behave == "breaks":
+            return StreamingResponse(self._half(), headers={"Content-Length": "100"})
+        if self.behave == "hides":
+            return JSONResponse({"detail": "Not Found"}, 404)
+        return JSONResponse({"data": [{"id": "text-model"}]} if self.behave != "babbles" else [])
+
+    async def _half(self) -> Any:
+        yield b'{"data": ['
+        raise ConnectionResetError
 
     async def _chat(self, request: Request) -> Response:
         body = await request.json()
         self.seen.append(body)
+        self.ports.append(request.client.port)
         if body["model"] != "text-model":
             return JSONResponse({"error": {"message": "no such model"}}, 404)
         if self.behave == "refuses":

@@ -17,6 +17,7 @@ from ..errors import InputError, MissingExtraError
 if TYPE_CHECKING:
     from ..serving.encoding import PictureEncoder
 
+KEEP_ALIVE = 75  # seconds; longer than proxies and clients keep idle connections, which would use one that is being closed
 EXPORT_EPILOG = "Example:  foveate export llava-hf/llava-1.5-7b-hf llava-1.5-7b-text"
 SERVE_EPILOG = (
     "Examples:  foveate serve --launch  |  foveate serve --model llava-hf/llava-1.5-7b-hf --launch --vllm-python bin/python  |  "
@@ -122,7 +123,7 @@ def serve_command(
     if engine:
         err.print(f"vLLM starts at {engine.url}, for this gateway only; its log: {engine.log}", soft_wrap=True, markup=False)
     err.print(f"gateway: http://{host}:{port}/v1  model: {settings.name}", soft_wrap=True, markup=False)
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_keep_alive=30)
+    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_keep_alive=KEEP_ALIVE)
 
 
 def _encoders(model: str, dtype: str | None, devices: str | None) -> list[PictureEncoder]:

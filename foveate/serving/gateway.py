@@ -23,12 +23,13 @@ from .metrics import Metrics
 from .pictures import decoded, fetched
 from .requests import ChatRequest, Limits, Reader, RequestError
 from .template import PLACEHOLDER, around
-from .upstream import Events, UnavailableError, Upstream, embeds_part, failure
+from .upstream import Events, UnavailableError, Upstream, check_url, embeds_part, failure
 
 log = logging.getLogger("foveate.serving")
 T = TypeVar("T")
 BROKEN_OFF = ("abort", "error")  # what vLLM says of an answer that it did not complete
 DECODERS = 4  # threads that open pictures
+IDLE = 2.0  # seconds; vLLM closes connections after 5, and a request on one that it is closing would be lost
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,16 @@ class Gateway:
     ----------
     settings : how it serves.
     encoders : of the model's pictures.
+
+    Raises
+    ------
+    InputError : there is no such method, it needs a budget, pictures are not one span, or the engine's address is none.
+    UnsupportedModelError : the model lacks what the method needs.
     """
 
     def __init__(self, settings: Settings, encoders: Sequence[PictureEncoder]) -> None:
         self.settings, self.limits, self.metrics = settings, settings.limits, Metrics()
+        check_url(settings.vllm_url)
         self.encoder = encoders[0]
         self.encoder.check(method_of(settings.method, settings.budget))
         around(self.encoder.loaded.processor)
@@ -97,7 +104,7 @@ class Gateway:
         import httpx
 
         timeout = httpx.Timeout(None, connect=5.0)  # whole requests have a limit of their own
-        bounds = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        bounds = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=IDLE)
         async with httpx.AsyncClient(timeout=timeout, limits=bounds) as client, self.batcher:
             self.client = client
             self.upstream = Upstream(self.settings.vllm_url, self.settings.vllm_key, client)

@@ -70,7 +70,6 @@ class Engine:
         ]
         self.log = Path(tempfile.mkdtemp(prefix="foveate-vllm-")) / "vllm.log"
         self._process: subprocess.Popen[bytes] | None = None
-        self._stopping = False
         self._check()
 
     def _check(self) -> None:
@@ -96,7 +95,6 @@ class Engine:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._stopping = True
         self._watch.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._watch

@@ -7,10 +7,12 @@ import json
 from collections.abc import AsyncIterator
 from io import BytesIO
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .requests import RequestError
 
 
@@ -26,6 +28,22 @@ def embeds_part(embeds: Tensor) -> dict[str, Any]:
     saved = BytesIO()
     torch.save(embeds.contiguous().clone(), saved)  # a slice would bring all of its storage
     return {"type": "prompt_embeds", "data": base64.b64encode(saved.getvalue()).decode()}
+
+
+def check_url(url: str) -> None:
+    """Refuse what is no address of a server.
+
+    Raises
+    ------
+    InputError : it is none.
+    """
+    try:
+        found = urlsplit(url)
+        fits = found.scheme in ("http", "https") and bool(found.hostname) and found.port != 0
+    except ValueError:
+        fits = False
+    if not fits:
+        raise InputError(f"{url!r} is no address of a vLLM. Give one such as http://127.0.0.1:8001.")
 
 
 class Upstream:
@@ -63,11 +81,12 @@ class Upstream:
         """
         if self._model is None:
             response = await self._send("GET", "/v1/models", None)
-            await response.aread()
             try:
-                self._model = str(response.json()["data"][0]["id"])
-            except (ValueError, KeyError, IndexError) as error:
+                self._model = str(json.loads(await _whole(response))["data"][0]["id"])
+            except (ValueError, KeyError, IndexError, TypeError) as error:
                 raise UnavailableError("the engine does not say which model it serves") from error
+            finally:
+                await response.aclose()
         return self._model
 
     async def answer(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +140,10 @@ class Upstream:
             raise RequestError("the engine does not take the gateway's key (--vllm-key)", 502, "engine_error")
         if response.status_code == 404 and body is not None:
             self._model = None
-        raise failure(told if isinstance(told, dict) else {"error": text}, response.status_code)
+        told = told if isinstance(told, dict) else {"error": text}
+        raise failure(
+            told, response.status_code if body is not None else 502
+        )  # what it has against its own list is no client's fault
 
 
 async def _whole(response: Any) -> bytes:
@@ -172,7 +194,7 @@ class Events:
 def failure(told: dict[str, Any], status: int = 502) -> RequestError:
     """An error that the engine tells, as one of ours."""
     inner = told.get("error")
-    message = inner.get("message") if isinstance(inner, dict) else inner or told.get("message")
+    message = inner.get("message") if isinstance(inner, dict) else inner or told.get("message") or told.get("detail")
     if status >= 500:
         return RequestError(f"the engine failed: {str(message)[:500]}", 502, "engine_error")
     return RequestError(str(message)[:2000], status)
