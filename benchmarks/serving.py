@@ -3,11 +3,11 @@
     python -m benchmarks.serving --vllm-python vllm/bin/python --torchvision vllm/torchvision --json benchmarks/results/serving.json
 
 The model is a LLaVA with random bfloat16 weights: a CLIP tower of 5 million parameters that makes 576 visual tokens, and a decoder
-of 155 million. Every request has a picture of its own, 32 tokens of text, and an answer of 16 tokens, which is streamed. A way of
-serving is written METHOD[:BUDGET]@CORES: "direct" is vLLM with pictures, everything else a method of the gateway ("full" keeps all
-tokens); CORES are those that the worker of vLLM computes on. Where it has one, everything else (the API of vLLM, its scheduler,
-the gateway with its encoder) is put on the other cores; where it has several, the system places everything else. All servers are up
-all the time, and one at a time gets requests.
+of 155 million. Every request has a picture of its own, 32 tokens of text, and an answer of --answer tokens, which is streamed. A
+way of serving is written METHOD[:BUDGET]@CORES: "direct" is vLLM with pictures, everything else a method of the gateway ("full"
+keeps all tokens); CORES are those that the worker of vLLM computes on. Where it has one, everything else (the API of vLLM, its
+scheduler, the gateway with its encoder) is put on the other cores; where it has several, the system places everything else. All
+servers are up all the time, and one at a time gets requests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.common import save
 from benchmarks.serving_load import Load, load
-from benchmarks.serving_model import CELLS, TEXT, WRITTEN, published, request, write_model
+from benchmarks.serving_model import CELLS, TEXT, published, request, write_model
 from benchmarks.serving_servers import Server, gateway, stopped_at_the_end, vllm
 from foveate.measuring.ledger import cores as allowed_cores
 from foveate.measuring.ledger import load_average
@@ -78,6 +78,25 @@ class Way:
         return TEXT + (self.budget or CELLS)
 
 
+@dataclass(frozen=True)
+class Work:
+    """What each way of serving is asked for.
+
+    Attributes
+    ----------
+    loads : requests of a round by how many are under way at once.
+    answer : tokens of an answer.
+    repeated : requests at once about pictures that come again; 0 for none.
+    rounds, seconds : of the measurement; no round is begun that would end later, but for the first.
+    """
+
+    loads: dict[int, int]
+    answer: int
+    repeated: int
+    rounds: int
+    seconds: float
+
+
 Rounds = dict[str, dict[str, list[dict[str, Any]]]]  # of a way and a load: what was seen in each round
 
 
@@ -111,10 +130,10 @@ def start(
     return found
 
 
-def bodies(way: Way, number: int, first: int, *, different: int | None = None) -> list[bytes]:
+def bodies(way: Way, number: int, first: int, answer: int, *, different: int | None = None) -> list[bytes]:
     """Requests about pictures from the one numbered ``first`` on; about ``different`` ones at most."""
     numbers = [first + i % (different or number) for i in range(number)]
-    return [json.dumps(request(each, way.method, way.budget)).encode() for each in numbers]
+    return [json.dumps(request(each, way.method, way.budget, answer)).encode() for each in numbers]
 
 
 def measured(found: dict[str, Server], way: Way, sent: list[bytes], concurrency: int) -> Load:
@@ -129,37 +148,38 @@ def measured(found: dict[str, Server], way: Way, sent: list[bytes], concurrency:
     return seen
 
 
-def measure(found: dict[str, Server], ways: list[Way], loads: dict[int, int], rounds: int, repeated: int, seconds: float) -> Rounds:
-    """Figures of all ways, in turns; no round is begun that would not end within so many seconds, but for the first."""
+def measure(found: dict[str, Server], ways: list[Way], work: Work) -> Rounds:
+    """Figures of all ways, in turns."""
     pictures, begin = 0, time.monotonic()
     for way in ways:  # warm-up
         for concurrency in (1, 4):
-            load(found[way.server].url, bodies(way, concurrency, pictures), concurrency)
+            load(found[way.server].url, bodies(way, concurrency, pictures, work.answer), concurrency)
         pictures += 4
     results: Rounds = {way.name: {} for way in ways}
-    for turn in range(rounds):
-        if turn and (time.monotonic() - begin) * (turn + 1) / turn > seconds:
+    for turn in range(work.rounds):
+        if turn and (time.monotonic() - begin) * (turn + 1) / turn > work.seconds:
             break
-        for concurrency, number in loads.items():
+        for concurrency, number in work.loads.items():
             for way in ways if turn % 2 == 0 else reversed(ways):
-                seen = measured(found, way, bodies(way, number, pictures), concurrency)
-                results[way.name].setdefault(str(concurrency), []).append(checked(way, seen))
+                seen = measured(found, way, bodies(way, number, pictures, work.answer), concurrency)
+                results[way.name].setdefault(str(concurrency), []).append(checked(way, work.answer, seen))
             pictures += number
-        for way in ways if repeated else ():
-            load(found[way.server].url, bodies(way, REPEATED, pictures), 1)
-            sent = bodies(way, 2 * repeated, pictures, different=REPEATED)
-            results[way.name].setdefault("repeated", []).append(checked(way, measured(found, way, sent, repeated)))
+        for way in ways if work.repeated else ():
+            load(found[way.server].url, bodies(way, REPEATED, pictures, work.answer), 1)
+            sent = bodies(way, 2 * work.repeated, pictures, work.answer, different=REPEATED)
+            seen = measured(found, way, sent, work.repeated)
+            results[way.name].setdefault("repeated", []).append(checked(way, work.answer, seen))
         pictures += REPEATED
-        print(f"round {turn + 1} of {rounds} done", file=sys.stderr)
+        print(f"round {turn + 1} of {work.rounds} done", file=sys.stderr)
     return results
 
 
-def checked(way: Way, seen: Load) -> dict[str, Any]:
+def checked(way: Way, answer: int, seen: Load) -> dict[str, Any]:
     """The figures of a load whose prompts and answers are of the expected lengths."""
     figures = seen.figures()
     if seen.good:
         assert figures["prompt_tokens"] == [way.tokens()], (way.name, figures["prompt_tokens"])
-        assert figures["answer_tokens"] == [WRITTEN], (way.name, figures["answer_tokens"])
+        assert figures["answer_tokens"] == [answer], (way.name, figures["answer_tokens"])
     return figures
 
 
@@ -187,9 +207,9 @@ def summarised(results: Rounds, ways: list[Way]) -> list[dict[str, Any]]:
     return rows
 
 
-def shown(rows: list[dict[str, Any]], directs: list[str]) -> Table:
+def shown(rows: list[dict[str, Any]], directs: list[str], answer: int) -> Table:
     """The table that is printed."""
-    table = Table(title=f"{TEXT} tokens of text, {WRITTEN} of answer")
+    table = Table(title=f"{TEXT} tokens of text, {answer} of answer")
     ratios = [f"of {name}" for name in directs]
     parts = [f"s of {part}" for part in PARTS]
     for column in ("at once", "way", "requests/s", *ratios, "TTFT", "p90", "per token", *parts, "errors"):
@@ -222,6 +242,7 @@ def main(
     ways: Annotated[str, typer.Option(help="What is compared.")] = WAYS,
     loads: Annotated[str, typer.Option(help="CONCURRENCY:REQUESTS of each round.")] = "1:3,4:6,8:8,16:16",
     repeated: Annotated[int, typer.Option(help="Concurrency at which pictures come again and caches hit; 0: not measured.")] = 8,
+    answer: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     minutes: Annotated[float, typer.Option(help="No round is begun that would end later.")] = 12,
     vllm_python: Annotated[str, typer.Option(help="Python of the environment that vLLM is in.")] = sys.executable,
@@ -232,17 +253,18 @@ def main(
     """Print rates, ratios and times."""
     chosen = [Way(name.strip()) for name in ways.split(",")]
     asked = {int(one): int(number) for one, _, number in (each.partition(":") for each in loads.split(","))}
+    work = Work(asked, answer, repeated, rounds, 60 * minutes)
     begin, busy = time.perf_counter(), [load_average()]
     with tempfile.TemporaryDirectory(prefix="foveate-serving-") as folder, stopped_at_the_end() as servers:
         found = start(chosen, size, vllm_python, torchvision, Path(folder), servers)
         ready = time.perf_counter()
         busy.append(load_average())
-        results = measure(found, chosen, asked, rounds, repeated, 60 * minutes)
+        results = measure(found, chosen, work)
         counters = told(found)
         placement = {name: server.placement() for name, server in found.items()}
         version = next(server.version() for name, server in found.items() if not name.startswith("gateway"))
     rows = summarised(results, chosen)
-    Console(width=230).print(shown(rows, [way.name for way in chosen if way.method is None]))
+    Console(width=230).print(shown(rows, [way.name for way in chosen if way.method is None], answer))
     print(f"load average before, at the first request, at the end: {busy[0]}, {busy[1]}, {load_average()}")
     facts = {
         "vllm": version,
@@ -252,7 +274,10 @@ def main(
         "encoders": counters,
     }
     seconds = {"start": ready - begin, "measurement": time.perf_counter() - ready}
-    save({"benchmark": "serving", "size": size, "seconds": seconds, **facts, "rows": rows, "rounds": results}, json_file)
+    save(
+        {"benchmark": "serving", "size": size, "answer": answer, "seconds": seconds, **facts, "rows": rows, "rounds": results},
+        json_file,
+    )
 
 
 if __name__ == "__main__":

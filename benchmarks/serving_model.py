@@ -21,7 +21,7 @@ from foveate.pocket.vocabulary import FUNCTION_WORDS, IMAGE, VOCABULARY
 
 SIDE, PATCH = 336, 14
 CELLS = (SIDE // PATCH) ** 2
-TEXT, WRITTEN = 32, 16  # tokens of a request beside its picture, and of its answer
+TEXT = 32  # tokens of a request beside its picture
 FRAME = 3  # of the text: the first token, "user:" and "assistant:"
 SHAPES = {  # width, MLP, layers, heads
     "full": dict(tower=(256, 1024, 6, 4), decoder=(1024, 2816, 12, 16)),
@@ -83,14 +83,14 @@ def picture(number: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(saved.getvalue()).decode()
 
 
-def request(number: int, method: str | None, budget: int | None) -> dict[str, Any]:
-    """A request about a picture of its own; without a method it is one for vLLM."""
+def request(number: int, method: str | None, budget: int | None, answer: int) -> dict[str, Any]:
+    """A request about a picture of its own, for an answer of so many tokens; without a method it is one for vLLM."""
     words = random.Random(number).choices(FUNCTION_WORDS, k=TEXT - FRAME)
     content = [{"type": "image_url", "image_url": {"url": picture(number)}}, {"type": "text", "text": " ".join(words)}]
     body: dict[str, Any] = {
         "messages": [{"role": "user", "content": content}],
         "temperature": 0,
-        "max_tokens": WRITTEN,
+        "max_tokens": answer,
         "ignore_eos": True,
         "skip_special_tokens": False,  # so that each token is seen when it comes
         "stream": True,

@@ -12,8 +12,6 @@ import os
 import select
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,18 +28,18 @@ from foveate.pocket.scenes import draw_scene
 from foveate.serving.app import create_app
 from foveate.serving.encoding import PictureEncoder, load_encoder
 from foveate.serving.gateway import Settings
-from foveate.serving.launch import free_port
 from tests.serving_fakes import data_url, events, served, shown
+
+from .stack import PATIENCE, Stack
 
 QUESTIONS = ("what color is the circle ?", "how many shapes are there ?", "what is written ?", "is there a red star ?")
 METHODS = ({"method": "prumerge+"}, {"method": "prumerge+", "budget": 40}, {"method": "spatial", "budget": 16}, {"method": "full"})
-ENGINE = "--enforce-eager --max-model-len 1024 --max-num-seqs 16"
 AT_ONCE = 8
 CLOSE = 1e-3  # log-probabilities of two words between which rounding may decide
-LONG = 400  # tokens of an answer that takes a while
+# several answers that take 10 s: where there is more work than cores, a client comes up to 3 s too late to leave
+LONG = {"max_tokens": 900, "ignore_eos": True, "n": 8, "temperature": 1}
 ENDED = ("stop", "length")
 UNAVAILABLE = ("502", "503")
-PATIENCE = 400  # seconds for a start of vLLM, which takes 20 on a machine that nobody else uses
 
 
 @functools.cache
@@ -102,56 +100,18 @@ BAD: dict[str, tuple[Any, int, str]] = {
 }
 
 
-class Served:
-    """A gateway with the vLLM that it has started, and what clients saw of it."""
+class Served(Stack):
+    """A stack, and what clients saw of it."""
 
     def __init__(self, folder: Path) -> None:
-        port = free_port()
-        self.url, self.log, self.seen = f"http://127.0.0.1:{port}", folder / "gateway.log", collections.Counter[str]()
-        limits = ("--max-body-mb", "1", "--max-pixels", "1000000", "--timeout", "100")
-        with self.log.open("wb") as written:
-            self.process = psutil.Popen(
-                [
-                    *(sys.executable, "-c", "from foveate.cli.main import run; run()", "serve", "--port", str(port), *limits),
-                    *("--launch", "--vllm-python", sys.executable, "--export", str(folder / "text"), "--vllm-args", ENGINE),
-                ],
-                env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=written,
-                stderr=written,
-            )
+        super().__init__(folder, "--max-body-mb", "1", "--max-pixels", "1000000", "--timeout", "100")
+        self.seen = collections.Counter[str]()
         self.pids: set[int] = set()
         self.slow: socket.socket | None = None
 
-    def healthy(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/health", timeout=10).status_code == 200
-        except httpx.HTTPError:
-            return False
-
     def wait(self) -> None:
-        end = time.monotonic() + PATIENCE
-        while not self.healthy():
-            assert self.process.poll() is None, self.log.read_text()[-4000:]
-            assert time.monotonic() < end, self.log.read_text()[-4000:]
-            time.sleep(0.3)
+        super().wait()
         self.pids |= {child.pid for child in self.process.children(recursive=True)}
-
-    def engine(self) -> psutil.Process:
-        (found,) = self.process.children()
-        return found
-
-    def metrics(self) -> dict[str, float]:
-        lines = httpx.get(f"{self.url}/metrics", timeout=10).text.splitlines()
-        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[:1] != "#"}
-
-    def stop(self) -> None:
-        if self.process.poll() is not None:
-            return
-        everything = [self.process, *self.process.children(recursive=True)]
-        self.process.terminate()
-        for process in psutil.wait_procs(everything, 40)[1]:
-            process.kill()
 
     def raw(self, sent: dict[str, Any], length: int | None = None) -> socket.socket:
         """A connection on which a request was sent, or a part of its body."""
@@ -233,14 +193,14 @@ def test_good_requests_among_bad_ones(gateway: Served, right: dict[int, str]) ->
     gateway.slow = gateway.raw(asked(0), 100)  # the rest of its body never comes
 
     async def leave_early(client: httpx.AsyncClient) -> None:
-        sent = asked(1, stream=True, max_tokens=LONG, ignore_eos=True)
+        sent = asked(1, stream=True, **LONG)
         async with client.stream("POST", f"{gateway.url}/v1/chat/completions", json=sent) as answer:
             assert answer.status_code == 200
             await anext(answer.aiter_lines())
         gateway.seen["499"] += 1
 
     async def leave(part: int | None) -> None:
-        opened = gateway.raw(asked(2, stream=False, max_tokens=LONG, ignore_eos=True), part)
+        opened = gateway.raw(asked(2, stream=False, **LONG), part)
         await asyncio.sleep(0.2)
         opened.close()
         gateway.seen["499"] += 1
