@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shlex
@@ -93,7 +94,7 @@ def serve_command(
         raise MissingExtraError(error.name or "fastapi", "serve") from error
     from ..serving.export import ready_export
     from ..serving.gateway import Settings
-    from ..serving.launch import Engine
+    from ..serving.launch import Engine, LaunchError
     from ..serving.requests import Limits
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -122,8 +123,21 @@ def serve_command(
     app = create_app(settings, encoders, engine)
     if engine:
         err.print(f"vLLM starts at {engine.url}, for this gateway only; its log: {engine.log}", soft_wrap=True, markup=False)
-    err.print(f"gateway: http://{host}:{port}/v1  model: {settings.name}", soft_wrap=True, markup=False)
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_keep_alive=KEEP_ALIVE)
+    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=KEEP_ALIVE))
+    try:
+        taken = server.config.bind_socket()  # where that fails, it is before vLLM takes minutes to start
+    except SystemExit:  # it has said why
+        raise InputError(f"{host}:{port} cannot be listened at. Give another --port or --host.") from None
+    err.print(f"gateway: http://{host}:{taken.getsockname()[1]}/v1  model: {settings.name}", soft_wrap=True, markup=False)
+    # what vLLM says of its failure is told without uvicorn's traceback of it
+    logging.getLogger("uvicorn.error").addFilter(lambda record: LaunchError.__name__ not in record.getMessage())
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[taken])
+    except SystemExit:
+        if engine and engine.failure:
+            raise engine.failure from None
+        raise
 
 
 def _encoders(model: str, dtype: str | None, devices: str | None) -> list[PictureEncoder]:

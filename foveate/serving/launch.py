@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
@@ -23,11 +24,13 @@ log = logging.getLogger("foveate.serving")
 HOST = "127.0.0.1"
 PATIENCE = 15.0  # seconds that an engine has to end
 DEAF = 5.0  # seconds without an open port after which an engine that had one is taken for lost
+STARTED = "-- started by foveate serve"  # a line of the log
+CAUSES = 3  # errors of a log that are told
 LONGEST_PAUSE = 30.0  # seconds between two starts of an engine that keeps dying
 
 
 class LaunchError(FoveateError):
-    """vLLM does not start; the message has the end of its log."""
+    """vLLM does not start; the message has the errors that are in its log, or else its end."""
 
 
 def free_port() -> int:
@@ -50,6 +53,7 @@ class Engine:
     Attributes
     ----------
     url, key : for the gateway.
+    failure : why it did not start, None where it did.
 
     Raises
     ------
@@ -69,6 +73,7 @@ class Engine:
             *("--chat-template-content-format", "openai", *arguments),
         ]
         self.log = Path(tempfile.mkdtemp(prefix="foveate-vllm-")) / "vllm.log"
+        self.failure: LaunchError | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._check()
 
@@ -88,7 +93,8 @@ class Engine:
         self._start()
         try:
             await self._until_ready()
-        except BaseException:
+        except BaseException as error:
+            self.failure = error if isinstance(error, LaunchError) else None
             await self._stop()
             raise
         self._watch = asyncio.create_task(self._watching())
@@ -103,6 +109,8 @@ class Engine:
     def _start(self) -> None:
         own = {"VLLM_API_KEY": self.key, "VLLM_HOST_IP": HOST}
         with self.log.open("ab") as written:
+            written.write(f"{STARTED}\n".encode())
+            written.flush()
             self._process = subprocess.Popen(  # noqa: S603
                 self.command,
                 stdout=written,
@@ -120,13 +128,13 @@ class Engine:
         async with httpx.AsyncClient(timeout=2.0) as client:
             while time.monotonic() < end:
                 if self._ended():
-                    raise LaunchError(f"vLLM ended while it started. The end of {self.log}:\n{self.tail()}")
+                    raise LaunchError(f"vLLM ended while it started. {self.told()}")
                 with contextlib.suppress(httpx.HTTPError):
                     if (await client.get(f"{self.url}/health")).status_code == 200:
                         log.info("vLLM is ready")
                         return
                 await asyncio.sleep(0.5)
-        raise LaunchError(f"vLLM did not answer within {self.patience:g} s. The end of {self.log}:\n{self.tail()}")
+        raise LaunchError(f"vLLM did not answer within {self.patience:g} s. {self.told()}")
 
     async def _watching(self) -> None:
         """Start vLLM again when it has died or is dying, after pauses that grow while it keeps doing so."""
@@ -138,7 +146,7 @@ class Engine:
             if not self._ended() and time.monotonic() - heard < DEAF:
                 continue
             what = "died" if self._ended() else "takes no connections any more"
-            log.error("vLLM %s; it is started again in %g s. The end of its log:\n%s", what, pause, self.tail())
+            log.error("vLLM %s; it is started again in %g s. %s", what, pause, self.told())
             await self._stop()  # what it may have left running
             await asyncio.sleep(pause)
             self._start()
@@ -174,10 +182,13 @@ class Engine:
             while time.monotonic() < end and (process.poll() is None or _alive(process.pid)):
                 await asyncio.sleep(0.1)
 
-    def tail(self, lines: int = 30) -> str:
-        """The end of the log."""
-        text = self.log.read_text(errors="replace") if self.log.exists() else ""
-        return "\n".join(text.splitlines()[-lines:])
+    def told(self, lines: int = 30) -> str:
+        """The first errors since the last start in the log, which led to the others; or else its end."""
+        text = self.log.read_text(errors="replace").rpartition(STARTED)[2] if self.log.exists() else ""
+        causes = dict.fromkeys(re.findall(r"\b[A-Z]\w*(?:Error|Exception): .+", text))
+        if causes:
+            return "\n".join([f"Its log {self.log} says:", *list(causes)[:CAUSES]])
+        return "\n".join([f"The end of its log {self.log}:", *text.splitlines()[-lines:]])
 
 
 def _alive(group: int) -> bool:
