@@ -21,6 +21,7 @@ from ..evaluation.loading import POCKET, Loaded, load
 from ..evaluation.prompts import Prompt, collate
 from ..methods.base import Method, get
 from ..methods.baselines import Sequential
+from .checks import check_embeds
 
 FULL = "full"  # the name of keeping all visual tokens
 
@@ -211,7 +212,7 @@ class PictureEncoder:
         visual = self.parts.visual(ids)
         found: list[tuple[list[Tensor], list[int]]] = [([], []) for _ in prompts]
         for row, embeds, before in zip(encoded.report.rows, encoded.embeds, encoded.report.before, strict=True):
-            check_embeds(embeds, self.width)
+            check_embeds(embeds, self.width, "the features of a picture")
             found[row][0].append(embeds.cpu())
             found[row][1].append(before)
         return [
@@ -223,22 +224,3 @@ def pictures_of(messages: Sequence[dict[str, Any]]) -> list[Image.Image]:
     """The pictures of a conversation, in their order."""
     contents = (message["content"] for message in messages if isinstance(message["content"], list))
     return [part["image"] for content in contents for part in content if part["type"] == "image"]
-
-
-def check_embeds(embeds: Tensor, width: int) -> None:
-    """Refuse what would disturb an engine: one prompt with NaN spoils others in vLLM.
-
-    Parameters
-    ----------
-    embeds : [m, width] of one picture, m >= 1, floating and finite.
-
-    Raises
-    ------
-    InputError : it is not so.
-    """
-    if embeds.ndim != 2 or embeds.shape[1] != width or not len(embeds) or not embeds.is_floating_point():
-        raise InputError(
-            f"a picture gave {embeds.dtype} features of shape {tuple(embeds.shape)}; expected [1 or more, {width}] floats"
-        )
-    if not bool(torch.isfinite(embeds).all()):
-        raise InputError("a picture gave features that are not finite. Send another picture, or serve with another dtype.")

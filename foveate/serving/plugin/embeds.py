@@ -8,19 +8,6 @@ from torch import Tensor
 from ...errors import InputError
 
 
-def check_embeds(embeds: object, width: int) -> None:
-    """Raise ``InputError`` unless ``embeds`` are visual tokens [n, width], finite and at least one."""
-    if not isinstance(embeds, Tensor):
-        raise InputError(f"image_embeds of {type(embeds).__name__}; expected a tensor [tokens, {width}]")
-    shape = tuple(embeds.shape)
-    if embeds.ndim != 2 or shape[1] != width or not shape[0]:
-        raise InputError(f"image_embeds of shape {shape}; expected [tokens, {width}] with at least one token")
-    if not embeds.is_floating_point():
-        raise InputError(f"image_embeds are {embeds.dtype}; expected floating-point numbers, in the space of the decoder")
-    if not bool(torch.isfinite(embeds).all()):
-        raise InputError("image_embeds hold NaN or infinite values, which would spoil other requests, too")
-
-
 def check_picture(data: object) -> None:
     """Raise ``InputError`` for a tensor that is neither embeddings nor a picture, as which it would be taken."""
     if isinstance(data, Tensor) and (data.ndim != 3 or 3 not in (data.shape[0], data.shape[-1])):

@@ -27,7 +27,8 @@ from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems, MultiModalDataParser
 from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingContext, PromptReplacement
 
-from .embeds import check_embeds, check_picture
+from ..checks import check_embeds
+from .embeds import check_picture
 from .settings import REQUESTED, kept, method_of
 from .tower import ReducingTower, check_count, check_reducible, every_layer, leading
 

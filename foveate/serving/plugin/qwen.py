@@ -26,7 +26,8 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems
 
 from ...errors import InputError
-from .embeds import check_embeds, check_grid, check_placed
+from ..checks import check_embeds
+from .embeds import check_grid, check_placed
 
 POSITIONS, EXTENTS = "image_positions", "image_extents"
 
