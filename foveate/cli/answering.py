@@ -85,10 +85,19 @@ def takes_videos(processor: Any, model: Any) -> bool:
     return family is not None and family.videos is not None and getattr(processor, "video_processor", None) is not None
 
 
+def media_words(processor: Any) -> list[str]:
+    """Words that stand for pictures and videos in prompts: what chat templates write, and what is there for each visual token."""
+    names = ("image_token", "video_token")
+    ids = (getattr(processor, f"{name}_id", None) for name in names)
+    words = [getattr(processor, name, None) for name in names]
+    words += [processor.tokenizer.convert_ids_to_tokens(number) for number in ids if isinstance(number, int)]
+    return [*dict.fromkeys(word for word in words if isinstance(word, str))]
+
+
 def make_inputs(processor: Any, model: Any, shown: Image.Image | Video, question: str) -> tuple[dict[str, Any], str | None]:
     """Inputs for one picture or video and one question, and a note where the model brings no chat template of its own."""
-    for token in (getattr(processor, name, None) for name in ("image_token", "video_token")):
-        if token and token in question:
+    for token in media_words(processor):
+        if token in question:
             raise InputError(
                 f"the question holds {token!r}, which stands for the picture. Leave it out: the picture is put in front."
             )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..cli.answering import PLAIN_PROMPT, as_sampled, quiet_loading, takes_videos
+from ..cli.answering import PLAIN_PROMPT, as_sampled, media_words, quiet_loading, takes_videos
 from ..errors import InputError, first_line
 from ..images import as_rgb, open_picture
 from ..video import Video, open_video
@@ -59,8 +59,7 @@ class Reader:
 
     def __init__(self, loaded: Loaded, frames: int) -> None:
         self.frames, self.videos = frames, takes_videos(loaded.processor, loaded.model)
-        tokens = (getattr(loaded.processor, name, None) for name in ("image_token", "video_token"))
-        self.placeholders = [token for token in tokens if isinstance(token, str)]
+        self.placeholders = media_words(loaded.processor)
 
     def read(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
         """Open all pictures and videos of the messages.

@@ -180,8 +180,6 @@ class PictureEncoder:
         self.loaded, self.parts = loaded, anatomy(loaded.model)
         check_plain_positions(self.parts)
         self.width = int(loaded.model.config.get_text_config().hidden_size)
-        token = getattr(loaded.processor, "image_token", None)
-        self.image_token = token if isinstance(token, str) else "<image>"
 
     def check(self, method: Method) -> None:
         """Raise ``UnsupportedModelError`` where the model lacks what a method needs."""

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from ..cli.answering import media_words
 from ..engine.anatomy import anatomy
 from ..engine.session import Session
 from ..errors import FoveateError, InputError, first_line
-from ..evaluation.loading import Loaded, load
+from ..evaluation.loading import load
 from ..evaluation.prompts import Prompt, collate
 from ..methods.base import Method, get
 from .encoding import FULL, method_of
@@ -125,12 +126,6 @@ def too_long(prompt: int, longest: float) -> InputError | None:
     )
 
 
-def reserved_words(loaded: Loaded) -> list[str]:
-    """Words that stand for pictures and videos in prompts of a model."""
-    words = (getattr(loaded.processor, name, None) for name in ("image_token", "video_token"))
-    return [word for word in words if isinstance(word, str)]
-
-
 class Drawing(LogitsProcessor):
     """Draws each answer of a batch with numbers of its own, and takes note of scores that are no numbers.
 
@@ -170,7 +165,7 @@ class TransformersEngine:
         self.loaded = load(name)
         with method(self.loaded.model):
             pass
-        self.reserved, self.parts = reserved_words(self.loaded), anatomy(self.loaded.model)
+        self.reserved, self.parts = media_words(self.loaded.processor), anatomy(self.loaded.model)
         self.longest = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
     def answer(self, rows: Sequence[Row]) -> list[Answered | Exception]:

@@ -20,7 +20,7 @@ from ..errors import FoveateError, InputError, first_line
 from ..evaluation.loading import load
 from .encoding import check_plain_positions, merged
 from .files import fingerprint
-from .template import PLACEHOLDER, chat_template, collapsed
+from .template import PLACEHOLDER, chat_template, collapsed, placeholder
 
 MARK = "foveate_export.json"
 # settings of a tokenizer that are of its processor, or of the place it was loaded from
@@ -250,7 +250,7 @@ def write_tokenizer(processor: Any, folder: Path) -> str:
     ------
     ExportError : the tokenizer has no file of the tokenizers library, or its placeholder is no token.
     """
-    tokenizer, token = processor.tokenizer, processor.image_token
+    tokenizer, token = processor.tokenizer, placeholder(processor)
     tokenizer.save_pretrained(folder)
     for stale in ("chat_template.jinja", "processor_config.json"):
         (folder / stale).unlink(missing_ok=True)

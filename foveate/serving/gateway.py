@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from ..cli.answering import media_words
 from ..errors import FoveateError, InputError, UnsupportedModelError
 from ..methods.base import Method
 from .batching import Batcher, EncodingError
@@ -88,7 +89,7 @@ class Gateway:
         self.encoder = encoders[0]
         self.encoder.check(method_of(settings.method, settings.budget))
         around(self.encoder.loaded.processor)
-        reserved = (PLACEHOLDER, self.encoder.image_token)
+        reserved = (PLACEHOLDER, *media_words(self.encoder.loaded.processor))
         self.reader = Reader(settings.name, settings.method, settings.budget, self.limits, reserved)
         self.batcher = Batcher(encoders, settings.batch, self.metrics.observe_batch)
         self.memory = Memory(settings.memory)

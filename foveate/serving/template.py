@@ -70,10 +70,11 @@ def chat_template(processor: Any) -> str:
     ------
     InputError : the template does not write the placeholder of pictures in so many words, or a picture is more than one span.
     """
-    source, token = source_template(processor), processor.image_token
-    if token not in source:
-        raise InputError(f"the chat template does not write {token!r}, so that embeddings cannot be put in its place.")
-    written = source.replace(token, around(processor).replace(token, PLACEHOLDER))
+    source, mark = source_template(processor), processor.image_token
+    if mark not in source:
+        raise InputError(f"the chat template does not write {mark!r}, so that embeddings cannot be put in its place.")
+    begin, end = around(processor)
+    written = source.replace(mark, f"{begin}{PLACEHOLDER}{end}")
     return _first(processor, source) + _PICTURES + written
 
 
@@ -89,18 +90,24 @@ def _first(processor: Any, source: str) -> str:
     return "" if shown.startswith(bos) else "{{- bos_token -}}"
 
 
-def around(processor: Any) -> str:
-    """The placeholder with the words that the processor puts around those of a picture, such as marks of its begin and end.
+def placeholder(processor: Any) -> str:
+    """The token of which a processor writes one for each visual token; templates may write another one for a picture."""
+    number = getattr(processor, "image_token_id", None)
+    return str(processor.image_token if number is None else processor.tokenizer.convert_ids_to_tokens(number))
+
+
+def around(processor: Any) -> tuple[str, str]:
+    """The words that the processor puts around the visual tokens of a picture, such as marks of its begin and end.
 
     Raises
     ------
     InputError : it writes text between the visual tokens of a picture, or other words around large ones.
     """
-    token, tokenizer = str(processor.image_token), processor.tokenizer
-    number = tokenizer.convert_tokens_to_ids(token)
+    tokenizer = processor.tokenizer
+    number = tokenizer.convert_tokens_to_ids(placeholder(processor))
     found = set()
     for size in PICTURES:
-        ids = processor(text=token, images=[Image.new("RGB", size)], add_special_tokens=False)["input_ids"][0]
+        ids = processor(text=str(processor.image_token), images=[Image.new("RGB", size)], add_special_tokens=False)["input_ids"][0]
         first, last = ids.index(number), len(ids) - ids[::-1].index(number)
         if any(each != number for each in ids[first:last]):
             raise InputError(
@@ -110,13 +117,12 @@ def around(processor: Any) -> str:
         found.add((tokenizer.decode(ids[:first]), tokenizer.decode(ids[last:])))
     if len(found) > 1:
         raise InputError("this model writes other words around large pictures than around small ones. 'foveate batch' can run it.")
-    begin, end = found.pop()
-    return f"{begin}{token}{end}"
+    return found.pop()
 
 
 def collapsed(processor: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
     """Ids that a processor makes of a conversation whose pictures have one size, with one placeholder for each picture."""
-    number, found = processor.tokenizer.convert_tokens_to_ids(processor.image_token), []
+    number, found = processor.tokenizer.convert_tokens_to_ids(placeholder(processor)), []
     pictures = sum(part["type"] == "image" for message in messages for part in message["content"])
     template = source_template(processor)
     if getattr(processor, "chat_template", None):

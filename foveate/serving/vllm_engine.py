@@ -13,10 +13,11 @@ from safetensors.torch import load as unpack
 from safetensors.torch import save as pack
 from torch import Tensor
 
+from ..cli.answering import media_words
 from ..errors import FoveateError, first_line
 from ..evaluation.prompts import Prompt, collate
 from .encoding import EncodedPrompt, PictureEncoder, load_encoder, method_of
-from .engines import Answered, EngineError, read, reserved_words, through, too_long
+from .engines import Answered, EngineError, read, through, too_long
 from .export import described
 from .rows import Row, Wanted
 
@@ -85,7 +86,7 @@ class RowEncoder:
         method = method_of(wanted.method, wanted.budget)
         self.encoder = PictureEncoder(load_encoder(name))
         self.encoder.check(method)
-        self.reserved = reserved_words(self.encoder.loaded)
+        self.reserved = media_words(self.encoder.loaded.processor)
 
     def encode(self, rows: Sequence[Row]) -> list[Ready | Exception]:
         """Prompts of rows of one ``Row.batch``; of a row that cannot be one, what was raised."""

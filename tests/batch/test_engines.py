@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from foveate.errors import FoveateError, InputError, MissingExtraError
 from foveate.serving import files, offline, vllm_engine
@@ -21,54 +19,6 @@ from foveate.serving.vllm_engine import MissingEngineError, Ready, VllmEngine
 from tests.test_cli import invoke
 
 from .asked import GOOD, alone, answers, broken, mixed, white_is_nan, written
-
-
-class FakeLLM:
-    """Greedy answers of an export to mixed prompts; refuses a word, breaks at another, and does not finish a third."""
-
-    def __init__(self, model: str, dtype: str, enable_prompt_embeds: bool):
-        assert enable_prompt_embeds
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.calls, self.left = [], False
-        self.llm_engine = SimpleNamespace(
-            model_config=SimpleNamespace(max_model_len=4096), has_unfinished_requests=lambda: self.left
-        )
-
-    def generate(self, prompts, options, use_tqdm):
-        assert not use_tqdm
-        assert len(prompts) == len(options)
-        self.calls.append(len(prompts))
-        return [self.one(prompt, option) for prompt, option in zip(prompts, options, strict=True)]
-
-    def one(self, prompt, option):
-        ids = torch.tensor([prompt["prompt_token_ids"]])
-        words = self.tokenizer.convert_ids_to_tokens(ids[0])
-        if "king" in words:
-            raise ValueError("a prompt that is refused")
-        if "wing" in words:
-            raise RuntimeError("out of order")
-        embeds = self.model.get_input_embeddings()(ids)
-        if "prompt_embeds" in prompt:
-            known = torch.tensor(prompt["prompt_is_token_ids"])
-            given = prompt["prompt_embeds"]
-            assert given.shape == embeds.shape[1:]
-            assert not given[known].any()
-            embeds = torch.where(known[:, None], embeds[0], given)[None]
-        out = self.model.generate(inputs_embeds=embeds, do_sample=False, max_new_tokens=option.max_tokens)[0].tolist()
-        text = self.tokenizer.decode(out, skip_special_tokens=True)
-        reason = "abort" if "moon" in words else "stop" if out[-1] == self.model.generation_config.eos_token_id else "length"
-        return SimpleNamespace(outputs=[SimpleNamespace(text=text, token_ids=out, finish_reason=reason)])
-
-
-@pytest.fixture
-def vllm(monkeypatch):
-    module = ModuleType("vllm")
-    module.LLM, module.SamplingParams = FakeLLM, SimpleNamespace
-    monkeypatch.setitem(sys.modules, "vllm", module)
-    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
-        monkeypatch.setenv(name, "0")
-    return module
 
 
 def test_vllm_answers_as_transformers(vllm, exported, pictures, tmp_path, engine, capsys, monkeypatch):

@@ -79,6 +79,30 @@ def test_options_go_on_and_texts_stay_in_their_order(gateway: str, engine: FakeE
     assert [message["role"] for message in seen["messages"]] == ["system", "user", "assistant", "user"]
 
 
+def test_tools_and_formats_go_on(gateway: str, engine: FakeEngine) -> None:
+    """With the turns in which a tool was called and answered."""
+    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    options = {
+        "tools": [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}],
+        "tool_choice": "auto",
+        "response_format": {"type": "json_object"},
+    }
+    asked = [shown(data_url(picture(1))), said(ASKED)]
+    messages = [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "a red star"},
+    ]
+    answer = post(gateway, {"messages": messages, **options})
+    assert answer.status_code == 200, answer.text
+    (seen,) = engine.seen
+    assert {name: seen[name] for name in options} == options
+    assert [part["type"] for part in seen["messages"][0]["content"]] == ["prompt_embeds", "text"]
+    assert seen["messages"][1]["tool_calls"] == [call]
+    assert seen["messages"][2]["tool_call_id"] == "c1"
+    assert metric(gateway, "foveate_prompt_mismatches_total") == 0  # templates write tools into prompts: nothing is expected
+
+
 def test_pictures_of_earlier_turns_are_remembered(gateway: str, engine: FakeEngine) -> None:
     batches = "foveate_encoder_batch_count"
     first = post(gateway, body(1)).json()
