@@ -12,7 +12,7 @@ from foveate.serving.encoding import PictureEncoder, method_of
 from foveate.serving.memory import Memory, Picture
 from tests.serving_fakes import FakeEngine, data_url, events, metric, shown
 
-from .asked import body, expected, picture, post, started
+from .asked import ASKED, body, expected, picture, post, said, started
 
 
 @pytest.mark.parametrize(("method", "budget"), [("prumerge+", None), ("prumerge", 40), ("cdpruner", 0.25), ("full", None)])
