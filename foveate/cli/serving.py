@@ -43,10 +43,11 @@ def export_command(
         print(json.dumps(asdict(told)))
         return
     chats = f"{told.conversations} conversations give its tokens" if not told.no_chat else f"no chat template: {told.no_chat}"
+    served = f"--dtype {told.dtype} --chat-template-content-format openai --host 127.0.0.1 --port 8001"
     console.print(
         f"{told.architecture}, {told.parameters / 1e6:,.1f} million parameters, {told.dtype}, in {out}\n"
         f"logits differ by {told.logit_difference:.2g} from the model's own; {chats}\n"
-        f"serve it:  vllm serve {out} --enable-prompt-embeds --dtype {told.dtype} --host 127.0.0.1 --port 8001",
+        f"serve it:  vllm serve {out} --enable-prompt-embeds {served}",
         markup=False,
         soft_wrap=True,
     )
