@@ -277,9 +277,9 @@ async def unless_gone(work: Awaitable[T], receive: Callable[[], Awaitable[Any]])
     gone = asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if gone.done():
-            raise ClientGoneError
-        return task.result()
+        if task.done():
+            return task.result()
+        raise ClientGoneError
     finally:
         for each in (task, gone):
             each.cancel()
