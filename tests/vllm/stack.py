@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import psutil
@@ -74,3 +77,16 @@ class Stack:
         self.process.terminate()
         for process in psutil.wait_procs(everything, 40)[1]:
             process.kill()
+
+
+S = TypeVar("S", bound=Stack)
+
+
+@contextlib.contextmanager
+def running(stack: S) -> Iterator[S]:
+    """From the time that it answers on; it is stopped at the end."""
+    try:
+        stack.wait()
+        yield stack
+    finally:
+        stack.stop()

@@ -30,7 +30,7 @@ from foveate.serving.encoding import PictureEncoder, load_encoder
 from foveate.serving.gateway import Settings
 from tests.serving_fakes import data_url, events, served, shown
 
-from .stack import PATIENCE, Stack
+from .stack import PATIENCE, Stack, running
 
 QUESTIONS = ("what color is the circle ?", "how many shapes are there ?", "what is written ?", "is there a red star ?")
 METHODS = ({"method": "prumerge+"}, {"method": "prumerge+", "budget": 40}, {"method": "spatial", "budget": 16}, {"method": "full"})
@@ -138,12 +138,8 @@ class Served(Stack):
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    found = Served(tmp_path_factory.mktemp("faults"))
-    try:
-        found.wait()
+    with running(Served(tmp_path_factory.mktemp("faults"))) as found:
         yield found
-    finally:
-        found.stop()
 
 
 async def ask(gateway: Served, client: httpx.AsyncClient, sent: Any) -> tuple[str, str]:

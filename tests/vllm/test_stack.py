@@ -16,7 +16,7 @@ from foveate.pocket import load_pocket
 from foveate.serving.encoding import method_of
 from tests.serving_fakes import data_url, shown
 
-from .stack import Stack
+from .stack import Stack, running
 
 WORDS = 24  # enough for an answer of the pocket model with its end
 NUMBER = 6  # of questions
@@ -24,12 +24,8 @@ NUMBER = 6  # of questions
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    found = Stack(tmp_path_factory.mktemp("stack"))
-    try:
-        found.wait()
+    with running(Stack(tmp_path_factory.mktemp("stack"))) as found:
         yield found
-    finally:
-        found.stop()
 
 
 @pytest.fixture(scope="module")
