@@ -27,7 +27,7 @@ import foveate
 from benchmarks.common import ratio, save, summary, synchronise
 from benchmarks.prefill import SHAPES, TEXT, Stamps, build, prompt
 from foveate.methods.fastv import FastV
-from foveate.methods.selection import best_of_images, counts_of_images
+from foveate.methods.tools.selection import best_of_images, counts_of_images
 
 SHAPES["decoder"] = dict(tower=(64, 128, 4, 2), decoder=SHAPES["full"]["decoder"], vocabulary=SHAPES["full"]["vocabulary"])
 SHAPES["decoder-small"] = dict(tower=(64, 128, 4, 2), decoder=(64, 128, 4, 4, 2), vocabulary=100)

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import torch
 import typer
+from foveate.engine.vision.encoding.front import encode_and_reduce
 from rich.console import Console
 from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -20,8 +21,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 import foveate
 from benchmarks.common import interleaved, ratio, save, summary
 from foveate.analysis.flops import encoder_flops
-from foveate.engine.anatomy import anatomy
-from foveate.engine.front import encode_and_reduce
+from foveate.engine.model.anatomy import anatomy
 from foveate.report import Clock
 
 METHODS = ("tome", "crossget", "evit", "ats", "resize")

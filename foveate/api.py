@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from .engine.anatomy import innermost
-from .engine.families import FAMILIES, TOWERS
-from .engine.positions import Positions
-from .engine.prompt import filler, original_positions
-from .engine.seams import PER_TOKEN_INPUTS, has_pixels, renamed, unturned
+from .engine.model.anatomy import innermost
+from .engine.model.families import FAMILIES, TOWERS
+from .engine.model.seams import PER_TOKEN_INPUTS, has_pixels, renamed, unturned
+from .engine.prompt.layout import filler, original_positions
+from .engine.prompt.positions import Positions
+from .engine.prompt.shorten import shorten_prompt
 from .engine.session import Session
-from .engine.shortening import shorten_prompt
 from .errors import InputError
 from .methods.base import Method, get, presets, registered
 from .report import Report

@@ -15,8 +15,8 @@ from foveate.analysis.cost import cost
 from foveate.analysis.decoders import _DECODERS
 from foveate.analysis.flops import prefill_flops
 from foveate.analysis.hardware import Hardware
-from foveate.engine.anatomy import anatomy
-from foveate.engine.families import FAMILIES
+from foveate.engine.model.anatomy import anatomy
+from foveate.engine.model.families import FAMILIES
 from foveate.measuring import bench, ideal, ledger, runs
 from foveate.pocket import load_pocket
 from foveate.pocket.vocabulary import build_tokenizer

@@ -11,7 +11,7 @@ from transformers import DynamicCache, LogitsProcessorList, RepetitionPenaltyLog
 from transformers.generation.streamers import BaseStreamer
 
 import foveate
-from foveate.engine.seams import ROWS_ARE_SEQUENCES
+from foveate.engine.model.seams import ROWS_ARE_SEQUENCES
 
 from . import zoo
 
@@ -280,7 +280,7 @@ def test_an_assistant_with_a_method_of_its_own(model):
 
 
 def test_mixed_precision_selects_as_float32_does():
-    from foveate.methods.scoring import cls_attention
+    from foveate.methods.tools.scoring import cls_attention
     from foveate.tokens import EncoderTap, VisualTokens
 
     seen = []

@@ -238,7 +238,7 @@ def test_a_template_that_writes_the_first_token(scene, tmp_path):
     """The tokenizer must not add another one."""
     from tokenizers.processors import TemplateProcessing
 
-    from foveate.cli.answering import make_inputs
+    from foveate.answering import make_inputs
 
     model, processor = foveate.load_pocket()
     processor.tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -251,7 +251,7 @@ def test_what_nobody_expected_is_one_line(capsys, monkeypatch, scene):
     def fail(*_, **__):
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr("foveate.cli.answering.ask", fail)
+    monkeypatch.setattr("foveate.answering.ask", fail)
     code, _, err = invoke(capsys, monkeypatch, "ask", str(scene), "what is it ?")
     assert code == 1
     assert err.strip() == "error: ZeroDivisionError: by zero (foveate --debug with the same command shows where)"

@@ -11,20 +11,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from foveate.engine.vision.encoding.front import encode_and_reduce
 from PIL import Image
 
 import foveate
-from foveate.cli.comparing import Options, checked, files, parse_counts
-from foveate.engine.front import encode_and_reduce
+from foveate.cli.compare import Options, checked, files, parse_counts
+from foveate.lab.claims import Claim, Judge, Line, claims_of, tally
+from foveate.lab.compare import BESIDE, KINDS, Runner, at_count, at_own_rule, check_methods, compare, kind_of
+from foveate.lab.evaluate import Evaluator, Scores
+from foveate.lab.paper_tables import BUILD, NOTES, TABLE5, TABLE7, cells, paper_table, shapes_near
+from foveate.lab.store import Store, key_of
+from foveate.lab.studies.inside import Asker
+from foveate.lab.tables import csv_text, points, rank_rows, ranks, reasons
 from foveate.methods.base import registered
 from foveate.methods.baselines import Random
-from foveate.pocket.claims import Claim, Judge, Line, claims_of, tally
-from foveate.pocket.comparison import BESIDE, KINDS, Runner, at_count, at_own_rule, check_methods, compare, kind_of
-from foveate.pocket.evaluate import Evaluator, Scores
-from foveate.pocket.inside import Asker
-from foveate.pocket.presets import BUILD, NOTES, TABLE5, TABLE7, cells, paper_table, shapes_near
-from foveate.pocket.showing import csv_text, points, rank_rows, ranks, reasons
-from foveate.pocket.store import Store, key_of
 from foveate.viz.curves import save_comparison
 
 from .test_cli import invoke
@@ -40,7 +40,7 @@ def pocket():
 
 @pytest.fixture(autouse=True)
 def _loaded_once(monkeypatch, pocket):
-    monkeypatch.setattr("foveate.pocket.comparison.load_pocket", lambda: pocket)
+    monkeypatch.setattr("foveate.lab.compare.load_pocket", lambda: pocket)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_results_of_other_settings_are_never_used(tmp_path, monkeypatch, calls):
         calls.clear()
         Runner(**other, store=store).outcome(None)
         assert calls == ["all"], other
-    for what in ("foveate.__version__", "foveate.pocket.comparison.weights_of"):
+    for what in ("foveate.__version__", "foveate.lab.compare.weights_of"):
         calls.clear()
         with monkeypatch.context() as patch:
             patch.setattr(what, "0" if "version" in what else lambda _: "0")

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import foveate
-from foveate.methods.scoring import prompt_attention
+from foveate.methods.tools.scoring import prompt_attention
 
 from . import reference, zoo
 

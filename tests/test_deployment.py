@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from foveate.serving.gateway.gateway.requests import Limits
 from typer.main import get_command
 
 from foveate.cli.main import app
-from foveate.serving.requests import Limits
 
 FOLDER = Path(__file__).parents[1] / "examples" / "serving"
 SERVICES = yaml.safe_load((FOLDER / "compose.yaml").read_text())["services"]

@@ -19,10 +19,10 @@ from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor, PreTrai
 
 import foveate
 from foveate.analysis.flops import prefill_flops
-from foveate.engine.anatomy import innermost
+from foveate.engine.model.anatomy import innermost
 from foveate.errors import InputError
 from foveate.evaluation import TASKS
-from foveate.pocket.evaluate import Evaluator, TestSet
+from foveate.lab.evaluate import Evaluator, TestSet
 
 from . import families
 from .test_cli import invoke
@@ -34,12 +34,12 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
 from foveate.evaluation import pocket
-from foveate.evaluation.ledger import Ledger, fingerprint
-from foveate.evaluation.loading import load
 from foveate.evaluation.model import FoveateModel
 from foveate.evaluation.plugin import manifest
 from foveate.evaluation.prompts import generation
 from foveate.evaluation.running import Run, evaluate, level, load_tasks
+from foveate.fingerprint import Ledger, fingerprint
+from foveate.loading import load
 
 LIMIT = 6
 OURS = ("pocket_vqav2", "pocket_textvqa", "pocket_mmbench")  # whose score is the share of right answers

@@ -18,10 +18,10 @@ from lmms_eval.api.metrics import anls
 from lmms_eval.api.model import lmms
 
 from foveate.analysis.flops import prefill_flops
-from foveate.evaluation.loading import load
 from foveate.evaluation.local import RELEASES, prepare
 from foveate.evaluation.running import Run, load_tasks, scored
 from foveate.evaluation.scoring import normalised, score
+from foveate.loading import load
 from foveate.methods.base import get
 
 

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from foveate import UnsupportedModelError
 from foveate.cli.main import app
-from foveate.engine.anatomy import anatomy, innermost
-from foveate.engine.families import FAMILIES
+from foveate.engine.model.anatomy import anatomy, innermost
+from foveate.engine.model.families import FAMILIES
 from foveate.errors import InputError
-from foveate.evaluation.loading import load
 from foveate.evaluation.prompts import Prompt, collate
+from foveate.loading import load
 from foveate.pocket import WEIGHTS, load_pocket
 from foveate.serving.encoding import PictureEncoder, check_plain_positions, load_encoder, method_of
 from foveate.serving.export import MARK, ExportError, compared, described, export, language_model, ready_export, write_tokenizer

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate.engine.families import FAMILIES
+from foveate.engine.model.families import FAMILIES
 from foveate.methods.base import EncoderReducer, TokenReducer
 
 from . import families, reference

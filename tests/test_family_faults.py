@@ -7,13 +7,13 @@ import threading
 
 import pytest
 import torch
+from foveate.engine.decoder.hooks.masks import taken_mask
+from foveate.engine.vision.encoding.encoding import encode
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, LlavaConfig, PixtralVisionConfig
 
 import foveate
-from foveate.engine.anatomy import anatomy
-from foveate.engine.masks import taken_mask
-from foveate.engine.vision import encode
+from foveate.engine.model.anatomy import anatomy
 
 from . import families, reference, zoo
 from .family_prompts import IMAGE, VIDEO

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from foveate.engine.families import FAMILIES
+from foveate.engine.model.families import FAMILIES
 from foveate.methods.base import TokenReducer
 from foveate.tokens import Reduction, VisualTokens
 

@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 
 import foveate
 from foveate.errors import InputError, MissingExtraError
-from foveate.evaluation.loading import load
-from foveate.pocket import ADAPTERS, WEIGHTS, finetune, tuned
-from foveate.pocket.evaluate import TestSet
+from foveate.lab.evaluate import TestSet
+from foveate.lab.studies import tuned
+from foveate.loading import load
+from foveate.pocket import ADAPTERS, WEIGHTS
 from foveate.pocket.questions import Question
 from foveate.pocket.scenes import draw_scene
+from foveate.training import lora as finetune
 
 
 @pytest.fixture(autouse=True)

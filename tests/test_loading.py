@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import foveate
-from foveate.pocket.evaluate import Evaluator, TestSet
+from foveate.lab.evaluate import Evaluator, TestSet
 
 from . import reference, zoo
 from .test_decoder import expected

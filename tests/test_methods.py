@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import foveate
 from foveate.methods.base import REGISTRY
-from foveate.methods.merging import nearest_neighbours
-from foveate.methods.scoring import cls_attention
-from foveate.methods.selection import iqr_fence, ranks, take_in_order, uniform_lattice, uniform_stride
+from foveate.methods.tools.merging import nearest_neighbours
+from foveate.methods.tools.scoring import cls_attention
+from foveate.methods.tools.selection import iqr_fence, ranks, take_in_order, uniform_lattice, uniform_stride
 from foveate.tokens import EncoderTap, Reduction, VisualTokens, resolve_budget
 
 from . import reference, zoo

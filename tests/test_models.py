@@ -10,8 +10,8 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import foveate
-from foveate.engine.anatomy import anatomy
-from foveate.engine.families import FAMILIES, REFUSED
+from foveate.engine.model.anatomy import anatomy
+from foveate.engine.model.families import FAMILIES, REFUSED
 
 from . import families
 from .test_cli import invoke

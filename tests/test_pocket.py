@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 import foveate
+from foveate.lab.evaluate import Evaluator, Scores, TestSet, majority
 from foveate.pocket import WEIGHTS, batches, questions
 from foveate.pocket.answers import answer_mask
 from foveate.pocket.assets import load_assets, text_mask
-from foveate.pocket.evaluate import Evaluator, Scores, TestSet, majority
 from foveate.pocket.questions import FAMILIES, Question
 from foveate.pocket.scenes import GRID, PATCH, SPLITS, backgrounds, draw_scene
 from foveate.pocket.vocabulary import COLORS, SHAPES, VOCABULARY, WORDS, encode
@@ -247,7 +247,7 @@ def test_answer_mask():
 
 def test_evaluate_command(tmp_path):
     numbers, curve = tmp_path / "numbers.json", tmp_path / "curve.png"
-    command = [sys.executable, "-m", "foveate.pocket.evaluate", "--scenes", "9", "--budgets", "16,64"]
+    command = [sys.executable, "-m", "foveate.lab.evaluate", "--scenes", "9", "--budgets", "16,64"]
     done = subprocess.run([*command, "--json", str(numbers), "--save", str(curve)], capture_output=True, text=True, check=True)
     assert "wrong picture" in done.stdout
     report = json.loads(numbers.read_text())

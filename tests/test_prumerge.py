@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import foveate
 from foveate.methods.prumerge import PruMerge
 from foveate.methods.prumerge_plus import PruMergePlus
-from foveate.methods.selection import uniform_lattice
+from foveate.methods.tools.selection import uniform_lattice
 from foveate.tokens import EncoderTap, VisualTokens
 
 from . import reference

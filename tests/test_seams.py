@@ -10,7 +10,7 @@ from transformers import GenerationMixin, LlavaForConditionalGeneration, LlavaMo
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import foveate
-from foveate.engine import seams
+from foveate.engine.model import seams
 
 from . import zoo
 
@@ -100,7 +100,7 @@ def test_seam_decoder_layers_are_called_with_what_cuts_replace(decoder):
 @pytest.mark.parametrize("decoder", zoo.CUT_DECODERS)
 def test_seam_attention_goes_through_the_registry(decoder):
     """An attention module whose config names another function calls it, with rotated queries and keys."""
-    from foveate.engine.attention import Tap
+    from foveate.engine.decoder.hooks.attention import Tap
 
     model, seen = zoo.load(decoder=decoder, attn="eager"), []
     before = model(**zoo.batch(rows=(0,))).logits

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import foveate
-from foveate.cli.searching import said
+from foveate.cli.search import said
 from foveate.methods.g_search import read_plan
 from foveate.methods.yopo import read_heads
-from foveate.search import _HeadRatios, g_search, head_mask, p_sigmoid_search
+from foveate.tuning.search import _HeadRatios, g_search, head_mask, p_sigmoid_search
 
 from . import zoo
 from .test_cli import invoke

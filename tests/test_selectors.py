@@ -16,7 +16,7 @@ from foveate.methods.cdpruner import CDPruner, determinant_first
 from foveate.methods.dart import DART
 from foveate.methods.divprune import DivPrune
 from foveate.methods.scope import Scope, coverage_first
-from foveate.methods.selection import cosines, farthest_first
+from foveate.methods.tools.selection import cosines, farthest_first
 from foveate.methods.visionzip import VisionZip
 from foveate.methods.vispruner import VisPruner
 from foveate.methods.vtc_cls import FasterVLM

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, CLIPVisionConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import foveate
-from foveate.methods.shrinking import even_plan, least_left, staged_plan
+from foveate.methods.tools.plans import even_plan, least_left, staged_plan
 from foveate.tokens import BlockTokens, EncoderTap
 
 from . import encoder_reference as slow

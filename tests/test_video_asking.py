@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import foveate
-from foveate.cli import answering
+from foveate import answering
 from foveate.report import ImageReport, StageReport
 from foveate.video import Video, open_video
 from foveate.viz.frames import by_frame, first_as_seen, frames_as_seen, save_strip, strips

@@ -10,12 +10,12 @@ from typing import Any
 
 from PIL import Image
 
+from ..answering import Answer, ask, load_model, make_inputs
 from ..errors import InputError
 from ..methods.base import Method, get
 from ..pocket.questions import Question, exam
 from ..pocket.scenes import LEVELS, Scene, draw_scene
 from ..viz.overlay import as_seen, picture_file, save_figure
-from .answering import Answer, ask, load_model, make_inputs
 
 SEED = 7
 BUDGET = 144  # tokens for methods that have no rule of their own

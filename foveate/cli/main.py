@@ -14,16 +14,16 @@ from rich.markup import escape
 from rich.table import Table
 from typer import Abort
 
-from .batching import EPILOG as BATCH_EPILOG
-from .batching import batch_command
-from .benching import EPILOG as BENCH_EPILOG
-from .benching import bench_command
-from .costing import EPILOG, cost_command
-from .evaluating import EPILOG as EVAL_EPILOG
-from .evaluating import eval_command
+from .batch import EPILOG as BATCH_EPILOG
+from .batch import batch_command
+from .bench import EPILOG as BENCH_EPILOG
+from .bench import bench_command
+from .cost import EPILOG, cost_command
+from .eval import EPILOG as EVAL_EPILOG
+from .eval import eval_command
 from .models import EPILOG as MODELS_EPILOG
 from .models import models_command
-from .serving import EXPORT_EPILOG, SERVE_EPILOG, export_command, serve_command
+from .serve import EXPORT_EPILOG, SERVE_EPILOG, export_command, serve_command
 
 app = typer.Typer(
     name="foveate",
@@ -126,10 +126,10 @@ def ask_command(
         from ..errors import InputError
 
         raise InputError("the question is empty")
+    from .. import answering
     from ..methods.base import get
     from ..video import Video
     from ..viz.overlay import picture_file
-    from . import answering
 
     shown, notes = answering.open_shown(file, frames)
     video = shown if isinstance(shown, Video) else None
@@ -229,7 +229,7 @@ def search(
     share: Annotated[float, typer.Option(min=0, max=1, help="yopo: share of the heads that stay.")] = 0.5,
 ) -> None:
     """Search keep rates per decoder layer, or a head mask, on a calibration set."""
-    from .searching import Calibration, check_search, run_search
+    from .search import Calibration, check_search, run_search
 
     check_search(method, plan, share)
     options = {"epsilon": epsilon, "steps": steps, "budget": budget, "share": share}
@@ -264,7 +264,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
 ) -> None:
     """Registered methods at several budgets on the pocket test set, beside baselines at equal cost."""
-    from .comparing import Options, checked, run_compare, show
+    from .compare import Options, checked, run_compare, show
 
     options = checked(Options(methods, budgets, own, scenes, each, seed, store, save, table))
     report = run_compare(options, err)

@@ -18,7 +18,7 @@ def models_command(
 ) -> None:
     """The table of models: what works on each family, and why others are refused."""
     from ..api import models
-    from ..engine.families import REFUSED
+    from ..engine.model.families import REFUSED
 
     found = models()
     if as_json:

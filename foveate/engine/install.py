@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from .generation import merged_with_callbacks
-from .seams import MERGE_CALLBACKS, REPLICATE, WRAPPED_FORWARD
+from .model.seams import MERGE_CALLBACKS, REPLICATE, WRAPPED_FORWARD
 
 if TYPE_CHECKING:
     from .session import Session

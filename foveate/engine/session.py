@@ -15,15 +15,11 @@ from ..errors import InputError
 from ..methods.base import Method
 from ..report import Clock, Report
 from ..tokens import resolve_budget
-from .anatomy import Anatomy, anatomy, innermost
-from .decoder import DecoderCuts
-from .front import check_front
+from .decoder.hooks import DecoderCuts
 from .generation import FullPrompt, Settings, on_full_prompt
-from .guards import guard_positions
 from .install import Installation, installed_on
-from .positions import Positions
-from .prompt import Layout, cached_layout, filler, layout_past
-from .seams import (
+from .model.anatomy import Anatomy, anatomy, innermost
+from .model.seams import (
     PRE_ENCODED,
     ROWS_ARE_SEQUENCES,
     cache_in,
@@ -39,8 +35,12 @@ from .seams import (
     renamed,
     restore,
 )
-from .shifts import Shifts, missing_positions
-from .shortening import acts_inside, expected_prompt, shorten_prompt
+from .prompt.guards import guard_positions
+from .prompt.layout import Layout, cached_layout, filler, layout_past
+from .prompt.positions import Positions
+from .prompt.shifts import Shifts, missing_positions
+from .prompt.shorten import acts_inside, expected_prompt, shorten_prompt
+from .vision.front import check_front
 
 
 class Session:

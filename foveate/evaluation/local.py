@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .ledger import digest
+from ..fingerprint import digest
 
 Row = dict[str, Any]
 PICTURES = frozenset((".jpg", ".jpeg", ".png"))

@@ -22,11 +22,11 @@ from ..analysis.flops import prefill_flops
 from ..api import attach
 from ..engine.session import Session
 from ..errors import InputError
+from ..fingerprint import Answer, Ledger, digest
+from ..lab.store import key_of
+from ..loading import POCKET, Loaded, load, own_device
 from ..methods.base import Method, get
 from ..methods.baselines import Sequential
-from ..pocket.store import key_of
-from .ledger import Answer, Ledger, digest
-from .loading import POCKET, Loaded, load, own_device
 from .prompts import Prompt, Reader, collate, generation, spent
 
 FULL = "full"  # all visual tokens

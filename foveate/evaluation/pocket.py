@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..pocket.claims import GROUPS
-from ..pocket.evaluate import SEED, TestSet
+from ..lab.claims import GROUPS
+from ..lab.evaluate import SEED, TestSet
 from ..pocket.scenes import SIDE, Scene
 
 FRAMES = 4  # more would be longer than the prompts that the model was made for

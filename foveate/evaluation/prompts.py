@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..cli.answering import PLAIN_PROMPT, as_sampled, media_words, quiet_loading, takes_videos
+from ..answering import PLAIN_PROMPT, as_sampled, media_words, quiet_loading, takes_videos
 from ..errors import InputError, first_line
+from ..fingerprint import digest
 from ..images import as_rgb, open_picture
+from ..loading import Loaded
 from ..video import Video, open_video
-from .ledger import digest
-from .loading import Loaded
 
 OPTIONS = ("temperature", "top_p", "top_k", "num_beams", "repetition_penalty", "length_penalty", "do_sample")  # of generate
 LONGEST = 1024  # new tokens where a task does not say, as lmms-eval has it

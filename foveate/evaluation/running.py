@@ -13,10 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import InputError, MissingExtraError, UnsupportedModelError
+from ..fingerprint import Answer
+from ..loading import Loaded
 from ..methods.base import Method, get
 from . import TASKS
-from .ledger import Answer
-from .loading import Loaded
 from .local import RELEASES, prepare
 
 with redirect_stdout(sys.stderr):  # from its import on, lmms-eval logs to what is stdout then

@@ -14,7 +14,7 @@ from ..analysis.cost import BITS, cost
 from ..analysis.flops import prefill_flops
 from ..analysis.hardware import Hardware
 from ..analysis.roofline import Cost
-from ..engine.anatomy import Anatomy
+from ..engine.model.anatomy import Anatomy
 from ..errors import FoveateError
 from ..methods.base import Method, TokenReducer
 from ..report import Report

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.anatomy import Anatomy, anatomy
 from ..engine.install import installed_on
-from ..engine.seams import find_cache, modalities
+from ..engine.model.anatomy import Anatomy, anatomy
+from ..engine.model.seams import find_cache, modalities
 from ..errors import CacheError, InputError
 from ..methods.base import Method
 from ..report import Clock, Report

@@ -8,8 +8,6 @@ import pkgutil
 
 from .base import REGISTRY, TokenReducer, get, presets, registered
 
-_SHARED = ("base", "scoring", "selection", "merging", "inflection", "schedule", "shrinking")
-
 __all__ = ["REGISTRY", "TokenReducer", "get", "presets", "registered"]
 
 
@@ -17,5 +15,5 @@ __all__ = ["REGISTRY", "TokenReducer", "get", "presets", "registered"]
 def _load_all() -> None:
     """Import every method file of this folder, so that each registers itself."""
     for module in pkgutil.iter_modules(__path__):
-        if module.name not in _SHARED:
+        if not module.ispkg:
             importlib.import_module(f"{__name__}.{module.name}")

@@ -18,8 +18,8 @@ from ..cuts import Cut, PromptTokens
 from ..errors import InputError
 from ..tokens import Budget, EncoderLayer, Reduction, VisualTokens, resolve_budget
 from .base import DecoderReducer, FrontReducer, Method, TokenReducer
-from .scoring import page_rank
-from .selection import best_of_images
+from .tools.scoring import page_rank
+from .tools.selection import best_of_images
 
 PAPER = "https://arxiv.org/abs/2412.03248"
 

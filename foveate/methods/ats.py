@@ -11,9 +11,9 @@ from torch import Tensor
 from ..errors import FoveateError
 from ..tokens import BlockTokens, Merge, resolve_budget
 from .base import EncoderReducer
-from .scoring import cls_attention, cls_attention_by_head
-from .selection import order_keys, ranks, take_in_order
-from .shrinking import quarters, staged_plan
+from .tools.plans import quarters, staged_plan
+from .tools.scoring import cls_attention, cls_attention_by_head
+from .tools.selection import order_keys, ranks, take_in_order
 
 
 @dataclass(kw_only=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..tokens import Reduction, VisualTokens, resolve_budget
 from .base import TokenReducer
-from .selection import grid_middles, lattice_blocks, uniform_lattice
+from .tools.selection import grid_middles, lattice_blocks, uniform_lattice
 
 
 def _count(method: TokenReducer, tokens: VisualTokens) -> int:

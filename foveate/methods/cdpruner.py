@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import FoveateError
 from ..tokens import Question, Reduction, VisualTokens, resolve_budget
 from .base import TokenReducer
-from .selection import cosines, rows_of
+from .tools.selection import cosines, rows_of
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from ..tokens import BlockTokens, Merge, resolve_budget
 from .base import EncoderReducer
-from .scoring import cls_attention, received_attention
-from .shrinking import even_plan, outputs_of, paired_plan
+from .tools.plans import even_plan, outputs_of, paired_plan
+from .tools.scoring import cls_attention, received_attention
 
 
 @dataclass(kw_only=True)

@@ -12,8 +12,8 @@ from ..cuts import Cut, PromptTokens
 from ..errors import FoveateError
 from ..tokens import Budget
 from .base import DecoderReducer
-from .merging import similarity
-from .selection import counts_of_images, ranks
+from .tools.merging import similarity
+from .tools.selection import counts_of_images, ranks
 
 
 @dataclass(kw_only=True)

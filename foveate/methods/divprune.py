@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..errors import FoveateError
 from ..tokens import Reduction, VisualTokens, resolve_budget
 from .base import TokenReducer
-from .selection import cosines, farthest_first
+from .tools.selection import cosines, farthest_first
 
 
 @dataclass(kw_only=True)

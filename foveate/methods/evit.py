@@ -11,9 +11,9 @@ import torch
 from ..errors import InputError
 from ..tokens import BlockTokens, Merge, resolve_budget
 from .base import EncoderReducer
-from .scoring import cls_attention
-from .selection import ranks
-from .shrinking import outputs_of, quarters, staged_plan
+from .tools.plans import outputs_of, quarters, staged_plan
+from .tools.scoring import cls_attention
+from .tools.selection import ranks
 
 
 @dataclass(kw_only=True)

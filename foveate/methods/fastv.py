@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ..cuts import Cut, PromptTokens
 from ..tokens import Budget
 from .base import DecoderReducer
-from .scoring import prompt_attention
-from .selection import best_of_images, counts_of_images
+from .tools.scoring import prompt_attention
+from .tools.selection import best_of_images, counts_of_images
 
 
 @dataclass(kw_only=True)

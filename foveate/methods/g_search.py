@@ -1,7 +1,7 @@
 """G-Search: "Accelerating Multimodal LLMs by Searching Optimal Vision Token Reduction", Zhao et al., CVPR 2025 (arXiv 2412.00556).
 
 The least keep rates per decoder layer that do not cost accuracy, found offline on a calibration set. No code was released. The
-search itself is in ``foveate.search``.
+search itself is in ``foveate.tuning.search``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
-from .schedule import FILLED, PAPER, Schedule
+from .tools.schedule import FILLED, PAPER, Schedule
 
 
 @dataclass(kw_only=True)

@@ -9,9 +9,9 @@ import torch
 
 from ..tokens import EncoderLayer, Reduction, VisualTokens, resolve_budget
 from .base import TokenReducer
-from .inflection import Detector, inflection_counts
-from .scoring import cls_attention, cls_likeness
-from .selection import order_keys, ranks, take_in_order
+from .tools.inflection import Detector, inflection_counts
+from .tools.scoring import cls_attention, cls_likeness
+from .tools.selection import order_keys, ranks, take_in_order
 
 PAPER = "https://arxiv.org/abs/2409.01162"
 FILLED = "a reconstruction from the abstract: similarity, inflection detector, layers and text relevance are ours (docs/iti.md)"

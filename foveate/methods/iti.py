@@ -15,9 +15,9 @@ from typing_extensions import Self
 from ..errors import InputError
 from ..tokens import Budget, EncoderLayer, check_budget
 from .base import DecoderReducer, FrontReducer, Method
-from .inflection import Detector
 from .inflection_cut import FILLED, PAPER, InflectionCut
 from .text_relevance import TextRelevanceCut
+from .tools.inflection import Detector
 
 
 @dataclass(kw_only=True)

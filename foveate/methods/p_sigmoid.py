@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import InputError
 from ..tokens import Budget
-from .schedule import FILLED, PAPER, Schedule
+from .tools.schedule import FILLED, PAPER, Schedule
 
 
 @dataclass(kw_only=True)

@@ -17,9 +17,9 @@ from typing_extensions import Self
 from ..errors import InputError
 from ..tokens import EncoderLayer, Reduction, VisualTokens, resolve_budget
 from .base import TokenReducer
-from .merging import Similarity, neighbour_weights, normalised, rest_token, similarity
-from .scoring import Heads, cls_attention
-from .selection import iqr_fence, order_keys, ranks, take_in_order
+from .tools.merging import Similarity, neighbour_weights, normalised, rest_token, similarity
+from .tools.scoring import Heads, cls_attention
+from .tools.selection import iqr_fence, order_keys, ranks, take_in_order
 
 
 class Choice(NamedTuple):

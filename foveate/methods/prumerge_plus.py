@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from ..errors import InputError
 from .prumerge import Choice, PruMerge
-from .selection import index_mask, ranks, uniform_lattice, uniform_stride
+from .tools.selection import index_mask, ranks, uniform_lattice, uniform_stride
 
 
 @dataclass(kw_only=True)

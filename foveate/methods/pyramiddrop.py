@@ -10,8 +10,8 @@ from torch import Tensor
 from ..cuts import Cut, PromptTokens
 from ..errors import InputError
 from .base import DecoderReducer
-from .scoring import prompt_attention
-from .selection import best_of_images, stage_ratio
+from .tools.scoring import prompt_attention
+from .tools.selection import best_of_images, stage_ratio
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..tokens import EncoderLayer, Reduction, VisualTokens, resolve_budget
 from .base import TokenReducer
-from .scoring import cls_attention
-from .selection import cosines, rows_of
+from .tools.scoring import cls_attention
+from .tools.selection import cosines, rows_of
 
 
 @dataclass(kw_only=True)

@@ -13,9 +13,9 @@ from ..cuts import Cut, PromptTokens
 from ..errors import InputError
 from ..tokens import Budget
 from .base import DecoderReducer
-from .merging import cluster_weights, normalised
-from .scoring import mean_attention, question_rows
-from .selection import best_of_images, stage_ratio
+from .tools.merging import cluster_weights, normalised
+from .tools.scoring import mean_attention, question_rows
+from .tools.selection import best_of_images, stage_ratio
 
 # what is left of 576 after each stage in the released code, by the name of the setting
 RELEASED: dict[Budget, tuple[int, ...]] = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}

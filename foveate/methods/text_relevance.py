@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ..cuts import Cut, PromptTokens
 from .base import DecoderReducer
-from .inflection import Detector, inflection_counts
 from .inflection_cut import FILLED, PAPER
-from .scoring import question_attention
-from .selection import best_of_images, counts_of_images
+from .tools.inflection import Detector, inflection_counts
+from .tools.scoring import question_attention
+from .tools.selection import best_of_images, counts_of_images
 
 
 @dataclass(kw_only=True)

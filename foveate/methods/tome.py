@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..tokens import BlockTokens, Merge, resolve_budget
 from .base import EncoderReducer
-from .shrinking import even_plan, outputs_of, paired_plan
+from .tools.plans import even_plan, outputs_of, paired_plan
 
 
 @dataclass(kw_only=True)

@@ -12,8 +12,8 @@ from typing_extensions import Self
 from ..errors import FoveateError, InputError
 from ..tokens import EncoderLayer, EncoderTap, Reduction, VisualTokens, resolve_budget
 from .base import TokenReducer
-from .merging import normalised, one_hot, similarity
-from .scoring import cls_attention
+from .tools.merging import normalised, one_hot, similarity
+from .tools.scoring import cls_attention
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,8 @@ import torch
 from ..errors import InputError
 from ..tokens import EncoderLayer, Reduction, VisualTokens, resolve_budget
 from .base import TokenReducer
-from .scoring import cls_attention
-from .selection import best_in_order
+from .tools.scoring import cls_attention
+from .tools.selection import best_in_order
 
 
 @dataclass(kw_only=True)

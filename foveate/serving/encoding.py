@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..api import encode
-from ..engine.anatomy import Anatomy, anatomy
-from ..engine.front import check_front
+from ..engine.model.anatomy import Anatomy, anatomy
+from ..engine.vision.front import check_front
 from ..errors import InputError, UnsupportedModelError, first_line
-from ..evaluation.loading import POCKET, Loaded, load
 from ..evaluation.prompts import Prompt, collate
+from ..loading import POCKET, Loaded, load
 from ..methods.base import Method, get
 from ..methods.baselines import Sequential
 from .checks import check_embeds
@@ -89,7 +89,7 @@ def load_encoder(name: str, *, dtype: str | None = None, device: str | None = No
 
     Parameters
     ----------
-    name : as for ``foveate.evaluation.loading.load``; an adapter is merged into its model.
+    name : as for ``foveate.loading.load``; an adapter is merged into its model.
     dtype : such as "bfloat16"; None = as saved, for the pocket model float32.
     device : None = the first GPU where there is one.
 
@@ -100,8 +100,8 @@ def load_encoder(name: str, *, dtype: str | None = None, device: str | None = No
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    from ..cli.answering import quiet_loading
-    from ..evaluation.loading import prepared
+    from ..answering import quiet_loading
+    from ..loading import prepared
     from ..pocket import WEIGHTS
 
     if name.startswith(f"{POCKET}+") or (Path(name) / "adapter_config.json").is_file():

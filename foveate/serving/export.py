@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..cli.answering import quiet_loading
-from ..engine.anatomy import Anatomy, anatomy
+from ..answering import quiet_loading
+from ..engine.model.anatomy import Anatomy, anatomy
 from ..errors import FoveateError, InputError, first_line
-from ..evaluation.loading import load
+from ..loading import load
 from .encoding import check_plain_positions, merged
 from .files import fingerprint
 from .template import PLACEHOLDER, chat_template, collapsed, placeholder
@@ -69,7 +69,7 @@ def export(name: str, out: Path, *, dtype: str | None = None) -> Exported:
 
     Parameters
     ----------
-    name : as for ``foveate.evaluation.loading.load``; an adapter is merged into its model.
+    name : as for ``foveate.loading.load``; an adapter is merged into its model.
     out : a folder that is new, empty, or an earlier export.
     dtype : of the weights; None = as saved.
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from ..errors import InputError, first_line
-from ..evaluation.ledger import digest
-from ..evaluation.loading import POCKET
+from ..fingerprint import digest
+from ..loading import POCKET
 from ..pocket import ADAPTERS, WEIGHTS
 
 CHUNK, CHUNKS = 4096, 256  # bytes of a file that its fingerprint reads at a time, and how often at most

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..errors import InputError
 from ..images import as_rgb, check_size, reading
-from .requests import Limits, RequestError
+from .gateway.requests import Limits, RequestError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG is also that of phones with previews
 

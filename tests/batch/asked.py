@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from foveate.serving import offline
-from foveate.serving.rows import Source, Wanted
+from foveate.serving.batch import offline
+from foveate.serving.batch.rows import Source, Wanted
 
 QUESTIONS = ("what color is the star ?", "how many objects are there ?", "is there a red circle ?")
 

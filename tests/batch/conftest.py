@@ -13,10 +13,10 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from foveate.pocket.scenes import draw_scene
-from foveate.serving import engines
-from foveate.serving.engines import TransformersEngine
+from foveate.serving.batch import engines
+from foveate.serving.batch.engines import TransformersEngine
+from foveate.serving.batch.rows import Wanted
 from foveate.serving.export import export
-from foveate.serving.rows import Wanted
 
 
 @pytest.fixture(scope="module")

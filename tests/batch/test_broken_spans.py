@@ -15,10 +15,10 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 from foveate.pocket.scenes import draw_scene
-from foveate.serving.engines import TransformersEngine
+from foveate.serving.batch.engines import TransformersEngine
+from foveate.serving.batch.rows import Source, Wanted
+from foveate.serving.batch.vllm_engine import VllmEngine
 from foveate.serving.export import described, export
-from foveate.serving.rows import Source, Wanted
-from foveate.serving.vllm_engine import VllmEngine
 from tests import families, zoo
 
 from .asked import QUESTIONS, alone, written

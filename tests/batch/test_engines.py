@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from foveate.errors import FoveateError, InputError, MissingExtraError
-from foveate.serving import files, offline, vllm_engine
+from foveate.serving import files
+from foveate.serving.batch import offline, vllm_engine
+from foveate.serving.batch.engines import EngineError
+from foveate.serving.batch.ray_batch import Cluster, EncoderActor, EngineActor, answered_by_ray, shares
+from foveate.serving.batch.rows import Source, Wanted
+from foveate.serving.batch.vllm_engine import MissingEngineError, Ready, VllmEngine
 from foveate.serving.encoding import EncodedPrompt
-from foveate.serving.engines import EngineError
-from foveate.serving.ray_batch import Cluster, EncoderActor, EngineActor, answered_by_ray, shares
-from foveate.serving.rows import Source, Wanted
-from foveate.serving.vllm_engine import MissingEngineError, Ready, VllmEngine
 from tests.test_cli import invoke
 
 from .asked import GOOD, alone, answers, broken, mixed, white_is_nan, written

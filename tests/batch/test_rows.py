@@ -16,10 +16,10 @@ from PIL import Image
 
 import foveate
 from foveate.errors import InputError
-from foveate.serving import engines, offline, rows
-from foveate.serving.engines import EngineError
-from foveate.serving.results import Output
-from foveate.serving.rows import Source, Wanted
+from foveate.serving.batch import engines, offline, rows
+from foveate.serving.batch.engines import EngineError
+from foveate.serving.batch.results import Output
+from foveate.serving.batch.rows import Source, Wanted
 from tests.test_cli import invoke
 
 from .asked import BAD, GOOD, QUESTIONS, alone, answers, broken, mixed, white_is_nan, written

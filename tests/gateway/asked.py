@@ -7,13 +7,13 @@ from typing import Any
 
 import httpx
 import torch
+from foveate.serving.gateway.gateway.app import create_app
+from foveate.serving.gateway.gateway.gateway import Settings
 from PIL import Image
 
 from foveate import encode
 from foveate.pocket import load_pocket
-from foveate.serving.app import create_app
 from foveate.serving.encoding import PictureEncoder, method_of
-from foveate.serving.gateway import Settings
 from tests.serving_fakes import FakeEngine, checksum, data_url, served, shown
 
 ASKED = "what color is the star ?"

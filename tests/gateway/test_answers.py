@@ -7,9 +7,9 @@ from typing import Any
 
 import openai
 import pytest
+from foveate.serving.gateway.gateway.memory import Memory, Picture
 
 from foveate.serving.encoding import PictureEncoder, method_of
-from foveate.serving.memory import Memory, Picture
 from tests.serving_fakes import FakeEngine, data_url, events, metric, shown
 
 from .asked import ASKED, body, expected, picture, post, said, started

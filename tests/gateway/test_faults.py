@@ -9,11 +9,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from foveate.serving.gateway.gateway.app import create_app
+from foveate.serving.gateway.gateway.gateway import Settings
 
 from foveate.errors import InputError
-from foveate.serving.app import create_app
 from foveate.serving.encoding import PictureEncoder
-from foveate.serving.gateway import Settings
 from tests.serving_fakes import FakeEngine, describe, events, metric, served, wait_for
 
 from .asked import MESSAGE, body, expected, post

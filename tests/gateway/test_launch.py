@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from foveate.serving.gateway.gateway.launch import free_port
 
 from foveate.serving.export import export
-from foveate.serving.launch import free_port
 from tests.serving_fakes import wait_for
 
 from .asked import body, post

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from foveate.serving.gateway.gateway.requests import Limits
 from PIL import Image
 
 from foveate.serving.encoding import PictureEncoder
-from foveate.serving.requests import Limits
 from tests.serving_fakes import FakeEngine, events, metric, served, shown, wait_for
 
 from .asked import ASKED, MESSAGE, expected, picture, post, started

@@ -22,12 +22,12 @@ import httpx
 import psutil
 import pytest
 import torch
+from foveate.serving.gateway.gateway.app import create_app
+from foveate.serving.gateway.gateway.gateway import Settings
 from PIL import Image
 
 from foveate.pocket.scenes import draw_scene
-from foveate.serving.app import create_app
 from foveate.serving.encoding import PictureEncoder, load_encoder
-from foveate.serving.gateway import Settings
 from tests.serving_fakes import data_url, events, served, shown
 
 from .stack import PATIENCE, Stack, running

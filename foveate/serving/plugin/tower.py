@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ...engine.anatomy import Anatomy
-from ...engine.families import FAMILIES, TOWERS
-from ...engine.vision import encode, reduce
+from ...engine.model.anatomy import Anatomy
+from ...engine.model.families import FAMILIES, TOWERS
+from ...engine.vision.encoding import encode, reduce
 from ...errors import InputError, UnsupportedModelError
 from ...methods.base import TokenReducer
 from ...report import Clock

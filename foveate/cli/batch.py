@@ -1,0 +1,129 @@
+"""``foveate batch``: many questions about pictures, offline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..serving.batch.rows import Line, Source, Wanted
+
+EPILOG = (
+    "Examples:  foveate batch questions.jsonl answers.jsonl  |  "
+    "foveate batch questions.jsonl answers.jsonl --engine vllm --model llava-hf/llava-1.5-7b-hf  |  "
+    "foveate batch questions.jsonl answers.jsonl --engine ray --encoders 4 --engines 8 --address auto --export /shared/llava-text"
+)
+ENGINES = {"transformers": 8, "vllm": 64, "ray": 64}  # and how many rows each answers at once
+
+
+def batch_command(
+    questions: Annotated[
+        Path, typer.Argument(help='JSON lines such as {"image": "a.jpg", "question": "..."}, or of OpenAI\'s batch API.')
+    ],
+    answers: Annotated[Path, typer.Argument(help="JSON lines of answers; an interrupted run goes on from there.")],
+    engine: Annotated[str, typer.Option(help="transformers; vllm; or ray, which is vLLM on many machines.")] = "transformers",
+    model: Annotated[str, typer.Option(help="Hub id or folder; the pocket model by default.")] = "pocket",
+    method: Annotated[str, typer.Option(help="As listed by 'foveate methods'; full keeps all tokens.")] = "prumerge+",
+    budget: Annotated[
+        str | None, typer.Option(help="Visual tokens to keep: a count (144) or a share (0.25). Default: the method's rule.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows answered at once. Default: 8, and 64 with vLLM, which makes its own batches.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest word each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Other answers, where they are drawn.")] = 0,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Answer rows again that failed before.")] = False,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="vllm, ray: folder of the text model, written if it is new. Default: in ~/.cache/foveate."),
+    ] = None,
+    encoders: Annotated[int | None, typer.Option(min=1, help="ray: actors that encode pictures. Default: 1.")] = None,
+    engines: Annotated[int | None, typer.Option(min=1, help="ray: actors with vLLM. Default: 1.")] = None,
+    address: Annotated[str | None, typer.Option(help="ray: a running cluster, such as auto. Default: this machine.")] = None,
+) -> None:
+    """Answer a file of questions about pictures, with fewer visual tokens. Rows that fail are written with their error."""
+    from ..serving.batch.engines import any_method
+    from ..serving.batch.offline import settings
+    from ..serving.batch.results import Output
+    from ..serving.batch.rows import Source, Wanted
+    from ..serving.encoding import method_of
+    from .main import parse_budget
+
+    if engine not in ENGINES:
+        raise InputError(f"there is no engine {engine!r}; choose {', '.join(ENGINES)}")
+    _check_for(engine, ("ray",), encoders=encoders, engines=engines, address=address)
+    _check_for(engine, ("vllm", "ray"), export=export)
+    if not math.isfinite(temperature):
+        raise InputError(f"--temperature {temperature} is no number")
+    if questions.absolute() == answers.absolute():
+        raise InputError("questions and answers are the same file")
+    wanted = Wanted(method, None if budget is None else parse_budget(budget), max_new_tokens, temperature, seed)
+    _ = any_method(wanted) if engine == "transformers" else method_of(wanted.method, wanted.budget)
+    source = Source(questions)
+    lines = source.lines()
+    err = Console(stderr=True, highlight=False)
+    with Output(answers, settings(model, wanted, engine), retry_failed=retry_failed) as output:
+        waiting = [line for line in lines if line.id not in output.answered and line.id not in output.failed]
+        if waiting:
+            size = batch_size or ENGINES[engine]
+            found = _answered(engine, source, waiting, wanted, model, size, export, (encoders or 1, engines or 1, address), err)
+            with _bar(err) as bar:
+                task = bar.add_task("rows", total=len(lines), completed=len(lines) - len(waiting), failed=len(output.failed))
+                for rows in found:
+                    output.add(rows)
+                    bar.update(task, advance=len(rows), failed=len(output.failed))
+        done = len(lines) - len(waiting)
+        failed = f"{len(output.failed)} failed" + (" (--retry-failed answers them again)" if output.failed else "")
+        earlier = f", {done} rows were there already" if done else ""
+        print(f"{answers}: {len(output.answered)} answered, {failed}{earlier}")
+
+
+def _answered(
+    engine: str,
+    source: Source,
+    waiting: list[Line],
+    wanted: Wanted,
+    model: str,
+    size: int,
+    export: Path | None,
+    cluster: tuple[int, int, str | None],
+    err: Console,
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of the output, from an engine that has started."""
+    from ..answering import quiet_loading
+    from ..serving.batch.offline import answered
+
+    with err.status("starting"), quiet_loading(bars=False):
+        if engine == "transformers":
+            from ..serving.batch.engines import TransformersEngine
+
+            return answered(source, waiting, wanted, TransformersEngine(model, wanted), size)
+        from ..serving.batch.vllm_engine import VllmEngine
+        from ..serving.export import ready_export
+
+        folder = ready_export(model, export).absolute()
+        if engine == "vllm":
+            return answered(source, waiting, wanted, VllmEngine(model, wanted, folder), size)
+    from ..serving.batch.ray_batch import Cluster, answered_by_ray
+
+    return answered_by_ray(source, waiting, wanted, model, folder, size, Cluster(*cluster))
+
+
+def _bar(err: Console) -> Progress:
+    counts = (MofNCompleteColumn(), TextColumn("{task.fields[failed]} failed"))
+    return Progress(TextColumn("rows"), BarColumn(), *counts, TimeElapsedColumn(), TimeRemainingColumn(), console=err)
+
+
+def _check_for(engine: str, only: tuple[str, ...], **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and engine not in only:
+            raise InputError(f"--{name} is for --engine {' or '.join(only)}, and this is {engine}")

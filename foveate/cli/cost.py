@@ -1,0 +1,267 @@
+"""``foveate cost``: operations, bytes and the least time of a run, by operator, on any processor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..analysis.hardware import HARDWARE, Hardware
+from ..analysis.roofline import PARTS, Cost, Part
+from ..errors import InputError
+
+CLOSE = 3.5  # percent
+WIDTH = 132  # of tables that go to a file or a pipe
+EPILOG = (
+    "Examples:  foveate cost --visual 576,144 --hardware h100  |  foveate cost llava-hf/llava-v1.6-mistral-7b-hf --pictures 5  |  "
+    "foveate cost --layers 2x576,30x288  |  foveate cost model --report report.json --text 40 --save roofline.png  |  "
+    "foveate cost --table 2"
+)
+
+
+def cost_command(
+    model: Annotated[
+        str, typer.Argument(help="Hub id, folder or config file; llava-1.5-7b and -13b need no network.")
+    ] = "llava-1.5-7b",
+    hardware: Annotated[str, typer.Option(help=f"One of {', '.join(HARDWARE)}.")] = "a100",
+    bandwidth: Annotated[float | None, typer.Option(help="GB/s of other hardware; needs --peak.")] = None,
+    peak: Annotated[float | None, typer.Option(help="TFLOPS of other hardware; needs --bandwidth.")] = None,
+    visual: Annotated[str | None, typer.Option(help="Visual tokens of a prompt: a count, or several to compare: 576,144.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Visual tokens of the decoder layers, one run more: 2x576,30x288.")] = None,
+    report: Annotated[Path | None, typer.Option(help="JSON of a session.report: prices that run; needs --text.")] = None,
+    text: Annotated[int | None, typer.Option(help="Other tokens of a prompt. Default: 40.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Prompts. Default: 1.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated for each; 1 is the prefill alone.")] = 64,
+    pictures: Annotated[int | None, typer.Option(help="Pictures, tiles or frames of a prompt. Default: 1.")] = None,
+    patches: Annotated[int | None, typer.Option(help="Patches of a picture, for encoders that take any size.")] = None,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    weight_bits: Annotated[float | None, typer.Option(help="Of the decoder's matrices. Default: those of --dtype.")] = None,
+    activation_bits: Annotated[float | None, typer.Option(help="Of the decoder's activations.")] = None,
+    kv_bits: Annotated[float | None, typer.Option(help="Of the key-value cache.")] = None,
+    flash: Annotated[bool, typer.Option("--flash/--no-flash", help="Fused attention.")] = True,
+    convention: Annotated[str, typer.Option(help="foveate, or llm-viewer for the formulas of that tool.")] = "foveate",
+    operators: Annotated[bool, typer.Option("--operators/--no-operators", help="List every operator of each run.")] = True,
+    save: Annotated[Path | None, typer.Option(help="Write the roofline as a PNG.")] = None,
+    table: Annotated[int | None, typer.Option(help="Table 2 of the LLaVA-PruMerge paper beside ours, instead.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+) -> None:
+    """What a run costs at least, from the config alone: FLOPs, bytes and time of every operator."""
+    from .main import err, out
+
+    if table is not None:
+        _paper_table(table, as_json, out)
+        return
+    from ..analysis.configs import read_architecture
+    from ..analysis.cost import cost
+    from ..answering import quiet_loading
+    from ..viz.overlay import picture_file
+
+    save = save and picture_file(save)
+    options: dict[str, Any] = {
+        "hardware": _hardware(hardware, bandwidth, peak),
+        "text": text,
+        "new_tokens": new_tokens,
+        "dtype": dtype,
+        "weight_bits": weight_bits,
+        "activation_bits": activation_bits,
+        "kv_bits": kv_bits,
+        "flash": flash,
+        "convention": convention,
+    }
+    runs = _asked(visual, layers) if report is None else _reported(report, visual, layers)
+    with err.status(escape(f"reading the config of {model}")), quiet_loading(bars=False):
+        shape = read_architecture(model)
+    costs = {}
+    for name, numbers in runs.items():
+        costs[name] = cost(shape, **{**options, "batch": batch, "pictures": pictures, "patches": patches, **numbers})
+    if save:
+        from ..viz.roofline import save_roofline
+
+        save_roofline(costs, save)
+    if as_json:
+        print(json.dumps({"runs": {name: each.to_dict() for name, each in costs.items()}, "picture": str(save) if save else None}))
+        return
+    show(costs, _wide(out), operators)
+    if save:
+        err.print(f"picture: {save}", soft_wrap=True, markup=False)
+
+
+def _hardware(name: str, bandwidth: float | None, peak: float | None) -> str | Hardware:
+    """A row of the table, or what the user describes."""
+    if bandwidth is None and peak is None:
+        return name
+    if bandwidth is None or peak is None:
+        raise InputError("other hardware needs both --bandwidth (GB/s) and --peak (TFLOPS)")
+    return Hardware("custom", 1e9 * bandwidth, 1e12 * peak, 1e12 * peak)
+
+
+def _asked(visual: str | None, layers: str | None) -> dict[str, dict[str, Any]]:
+    """Runs by the numbers of visual tokens, by name."""
+    runs: dict[str, dict[str, Any]] = {}
+    for part in visual.split(",") if visual is not None else []:
+        if not part.strip().isdecimal():
+            raise InputError(f"--visual {visual!r} is no count of tokens. Give a whole number, or several such as 576,144.")
+        runs[f"{int(part)} visual tokens"] = {"visual": int(part)}
+    if layers is not None:
+        runs[f"layers {layers}"] = {"visual": parse_layers(layers)}
+    return runs or {"all visual tokens": {}}
+
+
+def parse_layers(text: str) -> list[int]:
+    """The numbers that "2x576,30x288" stands for.
+
+    Raises
+    ------
+    InputError : the text is no such list.
+    """
+    counts: list[int] = []
+    for part in text.replace(" ", "").split(","):
+        times, cross, number = part.rpartition("x")
+        if not number.isdecimal() or (cross and not times.isdecimal()):
+            raise InputError(f"--layers {text!r} is no list of visual tokens. Write layers x tokens, such as 2x576,30x288.")
+        counts += [int(number)] * (int(times) if cross else 1)
+    return counts
+
+
+def _reported(path: Path, visual: str | None, layers: str | None) -> dict[str, dict[str, Any]]:
+    """The run of a report, and the same one with all of its visual tokens."""
+    from ..analysis.workload import unreduced
+
+    if visual is not None or layers is not None:
+        raise InputError("a report brings its own visual tokens. Leave out --visual and --layers.")
+    try:
+        document = json.loads(path.read_text())
+        runs = {
+            "all visual tokens": {"report": unreduced(document), "patches": None},
+            document["method"]["name"]: {"report": document},
+        }
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} is no report of a session ({reason}). Write one with session.report.to_json().") from error
+    return runs
+
+
+def _wide(console: Console) -> Console:
+    """Wide enough for the tables where nobody's terminal says how wide."""
+    if console.is_terminal or console.width >= WIDTH:
+        return console
+    return Console(file=console.file, width=WIDTH, highlight=False)
+
+
+def show(costs: Mapping[str, Cost], console: Console, operators: bool = True) -> None:
+    """Print the operators of each run, and what the runs cost side by side."""
+    first = next(iter(costs.values()))
+    work, hardware = first.work, first.hardware
+    about = (
+        f"{first.model} on {hardware.name} ({hardware.bandwidth / 1e9:,.5g} GB/s, {hardware.fp16 / 1e12:,.4g} TFLOPS in 16 bits)"
+    )
+    about += f": batch {work.run.batch}, {work.text} text tokens, {work.new_tokens} new"
+    console.print(about, style="bold", markup=False, soft_wrap=True)
+    for name, each in costs.items() if operators else ():
+        console.print(operator_table(name, each))
+    console.print(summary(costs))
+    below = (
+        "LLM-Viewer's formulas: decoder only."
+        if work.convention == "llm-viewer"
+        else "The least time of operators that run one by one."
+    )
+    console.print(f"{below} Launching kernels, and choosing tokens, comes on top.", style="dim", soft_wrap=True)
+
+
+def operator_table(name: str, each: Cost) -> Table:
+    """Every operator of a run, by phase and part; those of the decode summed over its steps."""
+    table = Table(title=escape(name), title_justify="left")
+    for head in ("operator", "GFLOPs", "weights MB", "activations MB", "cache MB", "FLOPs/byte", "ms", "bound by"):
+        table.add_column(head, justify="left" if head in ("operator", "bound by") else "right", no_wrap=True)
+    for phase in ("prefill", "decode"):
+        steps = f", {each.work.new_tokens - 1} steps" if phase == "decode" else ""
+        for part in ("vision tower", "projector", "decoder"):
+            lines = each.select(phase, part)
+            if not lines:
+                continue
+            table.add_section()
+            total = f"[bold]{1e3 * each.total('seconds', phase, part):.3f}[/bold]"
+            table.add_row(
+                f"[bold]{phase}{steps}: {part}[/bold]",
+                f"[bold]{each.total('flops', phase, part) / 1e9:,.2f}[/bold]",
+                *[""] * 4,
+                total,
+            )
+            for line in lines:
+                moved = (line.weights, line.loads + line.stores, line.cache_loads + line.cache_stores)
+                sizes = [f"{size / 1e6:,.1f}" if size else "" for size in moved]
+                numbers = (f"{line.flops / 1e9:,.2f}", *sizes, f"{line.intensity:.4g}", f"{1e3 * line.seconds:.3f}", line.bound)
+                table.add_row(f"  {line.name}", *numbers)
+    return table
+
+
+def summary(costs: Mapping[str, Cost]) -> Table:
+    """Runs side by side; what differs from the first one, with the factor."""
+    table = Table(title="side by side" if len(costs) > 1 else None, title_justify="left")
+    table.add_column("")
+    for name in costs:
+        table.add_column(escape(name), justify="right")
+    first = next(iter(costs.values()))
+    runs = list(costs.values())
+
+    def add(label: str, values: list[float], digits: int = 3) -> None:
+        shown = (f"{value:,.{digits}f}" if not value or value >= 0.1 else f"{value:.3g}" for value in values)
+        table.add_row(label, *(text + _factor(values[0], value) for text, value in zip(shown, values, strict=True)))
+
+    shown: list[Part] = [part for part in PARTS if any(run.select("prefill", part) for run in runs)]
+    add("visual tokens, mean over layers", [sum(run.work.run.visual) / len(run.work.run.visual) for run in runs], 1)
+    for name, label, scale in (("flops", "TFLOPs", 1e12), ("bytes", "GB moved", 1e9), ("seconds", "ms", 1e-3)):
+        table.add_section()
+        for part in shown:
+            add(f"prefill {label}: {part}", [run.total(name, "prefill", part) / scale for run in runs])
+        if len(shown) > 1:
+            add(f"prefill {label}", [run.total(name, "prefill") / scale for run in runs])
+    if first.work.new_tokens > 1:
+        add("ms per new token", [1e3 * run.token_seconds for run in runs])
+        add(f"ms for {first.work.new_tokens} new tokens", [1e3 * (run.prefill_seconds + run.decode_seconds) for run in runs], 1)
+    table.add_section()
+    add("memory GB: weights", [sum(run.weights.values()) / 1e9 for run in runs])
+    add("memory GB: KV cache", [run.kv_cache / 1e9 for run in runs])
+    add("memory GB: activations", [run.activations / 1e9 for run in runs])
+    add("memory GB", [run.footprint / 1e9 for run in runs])
+    return table
+
+
+def _factor(first: float, value: float) -> str:
+    """How much less, or more, than the first."""
+    if not first or not value or 0.995 < value / first < 1.005:
+        return ""
+    return f" ({first / value:.3g}x less)" if value < first else f" ({value / first:.3g}x more)"
+
+
+def _paper_table(number: int, as_json: bool, console: Console) -> None:
+    """Table 2 of the paper beside ours."""
+    from ..analysis.table2 import COLUMNS, ROWS, table2
+
+    if number != 2:
+        raise InputError(f"there is no cost table {number} in the paper; --table 2 is the one. foveate compare --table has others.")
+    document = table2()
+    if as_json:
+        print(json.dumps(document))
+        return
+    table = Table(title="LLaVA-PruMerge, Table 2: paper / ours", title_justify="left")
+    for head in ("method", "LLM", "bits", "tokens", *COLUMNS.values()):
+        table.add_column(head, justify="left" if head in ("method", "LLM", "bits") else "right")
+    for row, found in zip(ROWS, document["rows"], strict=True):
+        cells = []
+        for printed, name in zip(row.printed, COLUMNS, strict=True):
+            digits, off = len(printed.partition(".")[2]) + 1, abs(found["difference_percent"][name]) > CLOSE
+            cells.append(f"{printed} / {found['ours'][name]:.{digits}f}{' *' if off else ''}")
+        table.add_row(row.method, f"Vicuna-{row.backbone}", row.quantization, str(row.tokens), *cells)
+    console = _wide(console)
+    console.print(table)
+    console.print(f"* more than {CLOSE} % apart", style="dim")
+    console.print(document["explanation"])

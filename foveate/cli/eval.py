@@ -1,0 +1,169 @@
+"""``foveate eval``: methods on benchmarks through lmms-eval, with what each row costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import InputError, MissingExtraError
+from ..methods.base import get
+
+EPILOG = (
+    "Examples:  foveate eval --limit 100  |  foveate eval --model llava-hf/llava-1.5-7b-hf --tasks pope,mme --budget 144  |  "
+    "accelerate launch --num_processes 4 -m foveate eval --tasks textvqa_val --methods prumerge,prumerge+"
+)
+WIDTH = 150  # of tables that go to a file or a pipe
+HEADS = ("method", "visual tokens", "LLM prefill, GFLOPs", "s per question")
+
+
+def eval_command(
+    tasks: Annotated[str, typer.Option(help="Tasks and groups of lmms-eval, and ours (--list), separated by commas.")] = "pocket",
+    model: Annotated[str, typer.Option(help="Hub id or folder, of an adapter (PEFT) too; the pocket model by default.")] = "pocket",
+    methods: Annotated[str, typer.Option(help="Names or name:preset, separated by commas.")] = "prumerge+",
+    budget: Annotated[
+        str | None, typer.Option(help="Visual tokens to keep: a count (144) or a share (0.25). Default: the methods' own rules.")
+    ] = None,
+    baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="random, spatial and resize at equal cost.")] = True,
+    data: Annotated[Path | None, typer.Option(help="Folder with released files of benchmarks, instead of the Hub.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of a video.")] = 8,
+    cache: Annotated[Path | None, typer.Option(help="Folder of answers; an interrupted run goes on from there.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16. Default: as saved.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
+    attention: Annotated[str | None, typer.Option(help="Implementation of attention, such as sdpa.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Folder for evaluation.md and evaluation.json.")] = None,
+    show_tasks: Annotated[bool, typer.Option("--list", help="Print our tasks, and the files that --data reads.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+) -> None:
+    """Accuracy on benchmarks through lmms-eval, beside all tokens and baselines of equal cost, with tokens, FLOPs and time."""
+    if show_tasks:
+        print(known_tasks())
+        return
+    chosen = [get(name, **_budget(budget)) for name in _parts(methods, "methods")]
+    names = _parts(tasks, "tasks")
+    err = Console(stderr=True, highlight=False)
+    first = int(os.environ.get("RANK", "0")) == 0
+    if save is not None:
+        _folder(save)
+    _quiet()
+    from ..answering import quiet_loading
+    from ..evaluation.running import Run, evaluate, load_tasks
+    from ..loading import load, own_device, part
+
+    def tell(line: str) -> None:
+        if first:
+            err.print(line, style="dim", markup=False, soft_wrap=True)
+
+    with quiet_loading(bars=False):
+        loaded = load(model, dtype=dtype, device=own_device(device), attention=attention)
+    run = Run(loaded, batch_size, limit, frames, cache, save)
+    report = evaluate(run, load_tasks(names, data), chosen, baselines=baselines, tell=tell)
+    part()
+    if not first:
+        return
+    report = {"command": shlex.join(["foveate", *sys.argv[1:]]), **report}
+    if save is not None:
+        (save / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
+        (save / "evaluation.md").write_text(markdown(report))
+        err.print(f"written to {save}", soft_wrap=True, markup=False)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        show(report)
+
+
+def _budget(text: str | None) -> dict[str, Any]:
+    from .main import parse_budget
+
+    return {} if text is None else {"budget": parse_budget(text)}
+
+
+def _parts(text: str, what: str) -> tuple[str, ...]:
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise InputError(f"--{what} {text!r} has an empty entry. Give names separated by commas.")
+    return tuple(dict.fromkeys(found))
+
+
+def _folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}. Give another folder with --save.") from error
+
+
+def _quiet() -> None:
+    """Of what lmms-eval logs, warnings and errors only."""
+    try:
+        from loguru import logger
+    except ImportError as error:
+        raise MissingExtraError("lmms-eval", "eval") from error
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING")
+
+
+def known_tasks() -> str:
+    """Our tasks, where they are, and the files that ``--data`` reads."""
+    from ..evaluation import TASKS, local
+    from ..evaluation.pocket import TASKS as POCKET_TASKS
+
+    lines = ["on the pocket test set: pocket_clip; pocket, which is " + ", ".join(POCKET_TASKS), "with --data:", ""]
+    lines += [local.__doc__.partition("\n\n")[2].rstrip() if local.__doc__ else ""]
+    return "\n".join([*lines, "", f"for lmms-eval: --include_path {TASKS}"])
+
+
+def cells(line: dict[str, Any]) -> list[str]:
+    """One row, for a table of its task."""
+    budget = "" if line["budget"] is None else f" {line['budget']}"
+    costs = (f"{line['tokens']:.1f}", f"{line['flops'] / 1e9:.2f}", f"{line['seconds']:.3f}")
+    error = "" if line["stderr"] is None else f" ± {line['stderr']:.1f}"
+    return [f"{line['method']}{budget}", *costs, "-" if line["score"] is None else f"{line['score']:.1f}{error}"]
+
+
+def tables(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by task."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in report["rows"]:
+        found.setdefault(line["task"], []).append(line)
+    return found
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """A table for each task."""
+    from ..lab.tables import markdown_table
+
+    lines = ["# Accuracy through lmms-eval", "", "```bash", report["command"], "```", ""]
+    for task, rows in tables(report).items():
+        lines += [f"## {task}", "", f"{rows[0]['questions']} questions; `{rows[0]['metric']}`.", ""]
+        lines += [*markdown_table([*HEADS, "score"], [cells(line) for line in rows], 1), ""]
+    return "\n".join([*lines, *missing(report), ""])
+
+
+def missing(report: dict[str, Any]) -> list[str]:
+    """Why rows are not there."""
+    return [f"- {entry['method']}: {entry['reason']}" for entry in report["missing"]]
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print a table for each task."""
+    out = Console(highlight=False)
+    out = out if out.is_terminal or out.width >= WIDTH else Console(width=WIDTH, highlight=False)
+    for task, rows in tables(report).items():
+        table = Table(title=escape(f"{task}, {rows[0]['questions']} questions"), title_justify="left")
+        for number, head in enumerate((*HEADS, rows[0]["metric"])):
+            table.add_column(escape(str(head)), justify="left" if number == 0 else "right")
+        for line in rows:
+            table.add_row(*map(escape, cells(line)))
+        out.print(table)
+    for reason in missing(report):
+        out.print(reason, markup=False, soft_wrap=True)

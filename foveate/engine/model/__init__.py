@@ -1,0 +1,1 @@
+"""One model: which family it is, where its parts are, and what is used of transformers beyond its documented surface."""

@@ -1,0 +1,377 @@
+"""The parts of transformers that foveate relies on and that are not documented as stable, all in this file.
+
+``tests/test_seams.py`` names the seam when a new release moves it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, get_layer_types_and_kwargs
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from ...errors import CacheError, InputError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from ..decoder.stages import HeldCuts
+    from ..prompt.layout import Layout
+
+RAW_INPUTS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
+PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
+PRE_ENCODED = "mm_encoder_outputs"
+# whether rows of prefix_allowed_tokens_fn are sequences where a prompt has several (before 5.24), or prompts, as with beams
+ROWS_ARE_SEQUENCES = Version(transformers.__version__) < Version("5.24.dev0")
+OLD_CACHE = "past_key_values"
+# what transformers calls the key-value cache: from 5.24 on by a new name, and callers may use the old one
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else OLD_CACHE
+MERGE_CALLBACKS = "_merge_criteria_processor_list"  # of transformers' generate
+REPLICATE = "_replicate_for_data_parallel"  # of torch
+WRAPPED_FORWARD = "_old_forward"  # where accelerate's hooks keep the forward they wrap, and start from when they are put on anew
+_LAYOUT = "_foveate_layout"
+_CUTS = "_foveate_cuts"
+_REDUCED = "_foveate_reduced"
+
+
+def check_pre_encoded_input(model: PreTrainedModel) -> None:
+    """Raise unless ``forward`` takes already encoded pictures (transformers >= 5.18)."""
+    if PRE_ENCODED not in inspect.signature(model.base_model.forward).parameters:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes no pre-encoded pictures ({PRE_ENCODED}). foveate needs transformers >= 5.18."
+        )
+
+
+def has_pixels(kwargs: dict[str, Any]) -> bool:
+    return any(kwargs.get(name) is not None for name in RAW_INPUTS)
+
+
+def modalities(kwargs: dict[str, Any]) -> list[str]:
+    """Which of "image" and "video" a call brings."""
+    here = {"image": ("pixel_values", "pixel_values_images", "image_patches"), "video": ("pixel_values_videos",)}
+    return [modality for modality, names in here.items() if any(kwargs.get(name) is not None for name in names)]
+
+
+def renamed(kwargs: dict[str, Any]) -> None:
+    """The older name of an input is the newer one from here on."""
+    if CACHE != OLD_CACHE and OLD_CACHE in kwargs:
+        kwargs.setdefault(CACHE, kwargs.pop(OLD_CACHE))
+    if kwargs.get("pixel_values_images") is not None:
+        kwargs["pixel_values"] = kwargs.pop("pixel_values_images")
+
+
+def cache_in(kwargs: dict[str, Any]) -> Any:
+    """The key-value cache among the arguments of a call, by its older or its newer name."""
+    cache = kwargs.get(CACHE)
+    return kwargs.get(OLD_CACHE) if cache is None else cache
+
+
+def of_modality(base: Any, modality: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``kwargs`` that the model's own ``get_image_features``, or ``get_video_features``, takes."""
+    names = inspect.signature(getattr(base, f"get_{modality}_features")).parameters
+    return {name: kwargs[name] for name in names if name != "kwargs" and kwargs.get(name) is not None}
+
+
+def encode_visuals(base: Any, modality: str, kwargs: dict[str, Any]) -> Any:
+    """What the model's own ``get_image_features``, or ``get_video_features``, returns."""
+    return getattr(base, f"get_{modality}_features")(**kwargs, return_dict=True)
+
+
+class PerItem(list[Tensor]):
+    """Projected features of several pictures, one tensor [m_i, D] each, for models that expect one tensor [items, n, D] of all.
+
+    As a list it can have other counts per picture; asked for anything that a tensor has, it is [1, sum of m_i, D].
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copy and pickle look for these
+            raise AttributeError(name)
+        return getattr(torch.cat(list(self))[None], name)
+
+
+_PER_ITEM: dict[type, type] = {}  # classes made by ``_per_item_output``
+
+
+def _per_item_output(cls: type) -> type:
+    """An encoder output whose ``pooler_output`` stays ``PerItem``: beam search makes a list of it, chunked prefill a new output."""
+
+    def set_item(self: Any, name: str, value: Any) -> None:
+        if name == "pooler_output" and isinstance(value, list | tuple):
+            value = PerItem(value)
+        super(made, self).__setattr__(name, value)
+
+    if cls not in _PER_ITEM:
+        _PER_ITEM[cls] = type(f"{cls.__name__}PerItem", (cls,), {"__setattr__": set_item})
+    made: type[Any] = _PER_ITEM[cls]
+    return made
+
+
+def with_features(output: Any, features: list[Tensor], levels: list[list[Tensor]] | None = None) -> Any:
+    """The encoder output with other projected features, one tensor [m_i, D] per item, and with other ``deepstack`` levels."""
+    changed = copy.copy(output)
+    if isinstance(output.pooler_output, Tensor):
+        changed.__class__ = _per_item_output(type(output))
+    changed.pooler_output = features
+    if levels is not None:
+        changed.deepstack_features = levels
+    return marked(changed)
+
+
+def marked(output: Any) -> Any:
+    """The encoder output, known as one of ours."""
+    output.__dict__[_REDUCED] = True
+    return output
+
+
+def deepstack(output: Any) -> list[list[Tensor]] | None:
+    """[levels][items] features that the decoder adds behind its first layers, None where it does not (deepstack)."""
+    found: list[list[Tensor]] | None = getattr(output, "deepstack_features", None)
+    return found
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A model's own layout of tiles: [R, n, C] of all tiles -> a list of [n_i, C], with a newline [C] behind each row."""
+
+    call: Callable[..., Any]
+    tiles: list[int]
+    tokens: int
+
+    def __call__(self, values: Tensor, newline: Tensor) -> list[Tensor]:
+        return list(self.call(list(values.split(self.tiles)), image_newline=newline)[0])
+
+
+class _PackingRecorder:
+    """In the place of a model's ``pack_image_features``, for all threads that encode with it."""
+
+    def __init__(self, base: Any) -> None:
+        self.before, self.original = base.__dict__.get(_PACK), getattr(base, _PACK)
+        self.names = list(inspect.signature(self.original).parameters)
+        self.found: dict[int, list[Packing]] = {}  # by thread
+        self.users = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mine = self.found.get(threading.get_ident())
+        if mine is not None:
+            given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            tiles, _ = given.pop("image_features"), given.pop("image_newline", None)
+            mine.append(Packing(functools.partial(self.original, **given), [len(each) for each in tiles], tiles[0].shape[1]))
+        return self.original(*args, **kwargs)
+
+
+_PACK = "pack_image_features"
+_PACKING = threading.Lock()
+
+
+@contextmanager
+def recorded_packing(base: Any) -> Iterator[list[Packing]]:
+    """Note how ``pack_image_features`` was called by this thread, so that other values can be laid out in the same way."""
+    found: list[Packing] = []
+    if getattr(base, _PACK, None) is None:
+        yield found
+        return
+    with _PACKING:
+        recorder = base.__dict__.get(_PACK)
+        if not isinstance(recorder, _PackingRecorder):
+            recorder = base.__dict__[_PACK] = _PackingRecorder(base)
+        recorder.users += 1
+        recorder.found[threading.get_ident()] = found
+    try:
+        yield found
+    finally:
+        with _PACKING:
+            recorder.users -= 1
+            del recorder.found[threading.get_ident()]
+            if recorder.users == 0 and recorder.before is None:
+                del base.__dict__[_PACK]
+            elif recorder.users == 0:
+                base.__dict__[_PACK] = recorder.before
+
+
+def window_order(tower: Any, grid_thw: Tensor) -> Tensor:
+    """[F] in which order a tower with attention windows keeps its tokens."""
+    from transformers.vision_utils import get_vision_window_index
+
+    window, merge = tower.window_size, tower.spatial_merge_size
+    order: Tensor = get_vision_window_index(grid_thw, spatial_merge_size=merge, window_size=window, patch_size=tower.patch_size)[0]
+    return order
+
+
+def full_positions(model: Any, ids: Tensor, mask: Tensor, past: int, kwargs: dict[str, Any]) -> Tensor:
+    """[4, B, T] or [1, B, T] positions (all, t, h, w) of a prompt before anything is removed, of models with M-RoPE."""
+    given: dict[str, Any] = {
+        name: value for name, value in kwargs.items() if isinstance(value, Tensor | list) and name != "position_ids"
+    }
+    given |= {"attention_mask": mask, CACHE: _Past(past) if past else None}
+    try:
+        found: Tensor = model._prepare_position_ids_for_generation(ids, given)
+    except (IndexError, RuntimeError, StopIteration, ValueError) as error:
+        if not past:
+            raise
+        raise InputError(
+            "the pictures of a further turn cannot be numbered: give the whole prompt, with the grids (image_grid_thw) of all of "
+            "its pictures, or start a new cache."
+        ) from error
+    return found
+
+
+@contextmanager
+def unturned(base: Any) -> Iterator[None]:
+    """A model with M-RoPE remembers the offset of its last prompt for the next turn; behind this, the one it had before."""
+    before = getattr(base, "rope_deltas", None)
+    try:
+        yield
+    finally:
+        if hasattr(base, "rope_deltas"):
+            base.rope_deltas = before
+
+
+class _Past(NamedTuple):
+    """As much of a cache as positions are computed from."""
+
+    length: int
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.length
+
+
+def is_ours(pre_encoded: Any) -> bool:
+    """Whether encoded pictures come from another session of ours, as the assistant of assisted generation gets them."""
+    return bool(pre_encoded) and all(_REDUCED in getattr(output, "__dict__", {}) for output in pre_encoded.values())
+
+
+def find_cache(output: Any) -> Cache | None:
+    """The key-value cache in what ``forward`` or ``generate`` returned."""
+    cache = getattr(output, CACHE, None)
+    if cache is None and isinstance(output, tuple):
+        cache = next((part for part in output if isinstance(part, Cache)), None)
+    return cache if isinstance(cache, Cache) else None
+
+
+def layout_of(cache: Any) -> Layout | None:
+    """How the prompt in a cache was shortened, None if it was not."""
+    return getattr(cache, _LAYOUT, None)
+
+
+def mark(cache: Any, layout: Layout) -> None:
+    """Remember on a cache how its prompt was shortened."""
+    setattr(cache, _LAYOUT, layout)
+
+
+def cuts_of(cache: Any) -> HeldCuts | None:
+    """What was removed between the decoder layers that filled a cache, None if nothing."""
+    return getattr(cache, _CUTS, None)
+
+
+def mark_cuts(cache: Any, cuts: HeldCuts) -> None:
+    """Remember on a cache what its layers hold."""
+    setattr(cache, _CUTS, cuts)
+
+
+def forget_if_empty(cache: Any) -> None:
+    """A cache that was reset holds no prompt any more."""
+    for name in (_LAYOUT, _CUTS):
+        if getattr(cache, name, None) is not None and int(cache.get_seq_length()) == 0:
+            delattr(cache, name)
+
+
+def restore(cache: Any, layout: Layout | None) -> None:
+    """Mark a cache as it was marked before."""
+    if layout is not None:
+        mark(cache, layout)
+    elif layout_of(cache) is not None:
+        delattr(cache, _LAYOUT)
+
+
+def layer_windows(config: Any) -> list[int | None]:
+    """How far back each decoder layer sees, None = everything."""
+    kinds, options = get_layer_types_and_kwargs(config)
+    each = [options] * len(kinds) if isinstance(options, dict) else options  # one dict for all layers before transformers 5.23
+    return [option.get("sliding_window") if "sliding" in kind else None for kind, option in zip(kinds, each, strict=True)]
+
+
+def layer_kinds(config: Any) -> list[str]:
+    """Name of the kind of each decoder layer, such as "full_attention"."""
+    return list(get_layer_types_and_kwargs(config)[0])
+
+
+def attention_of(layer: nn.Module) -> nn.Module:
+    """The attention module of a decoder layer."""
+    attention = getattr(layer, "self_attn", None)
+    if not isinstance(attention, nn.Module) or not hasattr(attention, "config"):
+        raise UnsupportedModelError(f"{type(layer).__name__} has no attention module at 'self_attn' whose queries can be read.")
+    return attention
+
+
+def values_of(attention: Any) -> tuple[nn.Module, int, int, int]:
+    """The module that makes the values of an attention module: where they begin in its output, in how many heads of which width."""
+    groups, width = int(attention.config.num_key_value_heads), int(attention.head_dim)
+    if hasattr(attention, "v_proj"):
+        return attention.v_proj, 0, groups, width
+    if hasattr(attention, "qkv_proj"):  # queries, keys and values in one (Phi-3)
+        return attention.qkv_proj, (int(attention.config.num_attention_heads) + groups) * width, groups, width
+    raise UnsupportedModelError(f"{type(attention).__name__} has no projection of values that could be found.")
+
+
+def output_of(attention: Any) -> nn.Module:
+    """The output projection of an attention module."""
+    for name in ("o_proj", "dense"):
+        if isinstance(getattr(attention, name, None), nn.Module):
+            found: nn.Module = getattr(attention, name)
+            return found
+    raise UnsupportedModelError(f"{type(attention).__name__} has no output projection that could be found.")
+
+
+class MlpParts(NamedTuple):
+    """The MLP of a decoder layer; ``gate``, ``up`` and ``activation`` only where its weights can be cut into slices."""
+
+    module: nn.Module
+    down: Any
+    gate: Any
+    up: Any
+    activation: Any
+    sliceable: bool
+
+
+def mlp_of(layer: Any) -> MlpParts:
+    """The MLP of a decoder layer, gated or not."""
+    module = getattr(layer, "mlp", None)
+    down = next((getattr(module, name) for name in ("down_proj", "fc2") if hasattr(module, name)), None)
+    if module is None or down is None:
+        raise UnsupportedModelError(f"{type(layer).__name__} has no MLP that could be found.")
+    gate, up, act = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "act_fn"))
+    # torchao keeps nn.Linear and packs its weight; accelerate leaves a weight on meta until the part runs
+    linear = all(type(part) is nn.Linear and type(part.weight) is nn.Parameter for part in (gate, up, down))
+    plain = act is not None and linear and not any(hasattr(part, "_hf_hook") for part in (module, gate, up, down))
+    return MlpParts(module, down, gate, up, act, plain)
+
+
+def rotary(decoder: Any, hidden: Tensor, positions: Tensor, kind: str) -> Any:
+    """Rotary embeddings of a layer of this kind at ``positions`` [B, M]."""
+    takes_kind = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+    return decoder.rotary_emb(hidden, positions, kind) if takes_kind else decoder.rotary_emb(hidden, positions)
+
+
+def cached_keys(cache: Any, layer: int) -> Tensor | None:
+    """[B, G, n, d] keys that a cache holds of a layer, None if none.
+
+    Raises
+    ------
+    CacheError : they are stored in another form, as in quantised caches.
+    """
+    if cache is None or layer >= len(cache.layers) or int(cache.get_seq_length(layer)) == 0:
+        return None
+    keys = cache.layers[layer].keys
+    if not isinstance(keys, torch.Tensor) or keys.shape[-2] != cache.get_mask_sizes(0, layer)[0]:
+        raise CacheError("this cache does not show its keys, which the method reads for a further picture. Use a dynamic cache.")
+    return keys

@@ -1,0 +1,1 @@
+"""From a prompt to a shorter one: its layout, and the positions of its tokens."""

@@ -1,0 +1,1 @@
+"""From pixels to fewer visual tokens."""

@@ -1,0 +1,1 @@
+"""Studies on the pocket model, each a module that runs by itself."""

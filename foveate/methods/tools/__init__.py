@@ -1,0 +1,1 @@
+"""What methods share: scoring, selection, merging, inflection points, schedules, plans."""

@@ -1,0 +1,1 @@
+"""Offline batches: files of questions, answered by an engine."""

@@ -1,0 +1,215 @@
+"""What answers the rows of an offline batch, and transformers with a method attached as the first of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from ...answering import media_words
+from ...engine.model.anatomy import anatomy
+from ...engine.session import Session
+from ...errors import FoveateError, InputError, first_line
+from ...evaluation.prompts import Prompt, collate
+from ...loading import load
+from ...methods.base import Method, get
+from ..encoding import FULL, method_of
+from .rows import Row, Wanted, opened
+
+# the likeliest word each time, whatever the generation config of a model says
+PLAIN = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "temperature": None, "top_p": None, "top_k": None}
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class EngineError(FoveateError):
+    """An engine does not start, or has stopped: no row can be answered any more."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The answer to a row.
+
+    Attributes
+    ----------
+    text : the answer.
+    ended : whether the model ended it; otherwise it was cut off.
+    prompt, written : tokens of the shortened prompt, and of the answer with its end.
+    before, after : visual tokens per picture.
+    """
+
+    text: str
+    ended: bool
+    prompt: int
+    written: int
+    before: list[int]
+    after: list[int]
+
+
+class Engine(Protocol):
+    """Answers rows."""
+
+    def answer(self, rows: Sequence[Row]) -> list[Answered | Exception]:
+        """Answer rows of one ``Row.batch``; of a row that cannot be answered, what was raised.
+
+        Raises
+        ------
+        EngineError : no row can be answered any more.
+        """
+
+
+def through(items: Sequence[T | Exception], stage: Callable[[list[T]], Sequence[U | Exception]]) -> list[U | Exception]:
+    """Send items through a stage as one batch, and one by one where that fails; errors are passed on.
+
+    Raises
+    ------
+    EngineError : the stage raised it.
+    """
+    done = iter(_done([item for item in items if not isinstance(item, Exception)], stage))
+    return [item if isinstance(item, Exception) else next(done) for item in items]
+
+
+def _done(items: list[T], stage: Callable[[list[T]], Sequence[U | Exception]]) -> list[U | Exception]:
+    if not items:
+        return []
+    try:
+        return [*stage(items)]
+    except EngineError:
+        raise
+    except Exception as error:
+        if "CUDA error" in str(error):  # of which no later call on this device recovers; lack of memory reads otherwise
+            raise EngineError(f"the device has stopped: {first_line(error)}") from error
+        if len(items) == 1:
+            return [error]
+    return [outcome for item in items for outcome in _done([item], stage)]  # behind the block, which holds memory of what failed
+
+
+def read(rows: Sequence[Row], reserved: Sequence[str]) -> list[tuple[Row, Prompt] | Exception]:
+    """Rows with their pictures; of a row that cannot be read, what was raised."""
+    return [_done([row], lambda one: [(one[0], opened(one[0], reserved))])[0] for row in rows]
+
+
+def document(number: str | int, outcome: Answered | Exception) -> dict[str, Any]:
+    """A row of the output."""
+    if isinstance(outcome, Exception):
+        return {"id": number, "error": {"type": type(outcome).__name__, "message": first_line(outcome)}}
+    pairs = zip(outcome.after, outcome.before, strict=True)
+    pictures = [{"visual_tokens": after, "visual_tokens_before": before} for after, before in pairs]
+    usage = {"prompt_tokens": outcome.prompt, "completion_tokens": outcome.written, "pictures": pictures}
+    return {"id": number, "answer": outcome.text, "finish_reason": "stop" if outcome.ended else "length", "usage": usage}
+
+
+def any_method(wanted: Wanted) -> Method:
+    """The method of a row for transformers, where it may also act inside the decoder.
+
+    Raises
+    ------
+    InputError : there is none, or it needs a budget.
+    """
+    if wanted.method == FULL:
+        return method_of(FULL, wanted.budget)
+    return get(wanted.method, **({} if wanted.budget is None else {"budget": wanted.budget}))
+
+
+def too_long(prompt: int, longest: float) -> InputError | None:
+    """An error where a prompt of so many tokens leaves no room for an answer."""
+    if prompt < longest:
+        return None
+    return InputError(
+        f"the prompt has {prompt} tokens, and the model takes {longest} with the answer. Ask less, or keep fewer visual tokens."
+    )
+
+
+class Drawing(LogitsProcessor):
+    """Draws each answer of a batch with numbers of its own, and takes note of scores that are no numbers.
+
+    The likeliest word after adding Gumbel noise is one drawn by its probability.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.heat = [row.wanted.temperature for row in rows]
+        self.numbers = [torch.Generator().manual_seed(row.seed) for row in rows]
+        self.odd = [False] * len(rows)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.odd = [odd or bad for odd, bad in zip(self.odd, scores.isnan().any(-1).tolist(), strict=True)]
+        for row, (heat, numbers) in enumerate(zip(self.heat, self.numbers, strict=True)):
+            if heat > 0:
+                noise = -torch.empty(scores.shape[1], dtype=torch.float64).exponential_(generator=numbers).log()
+                scores[row] = scores[row] / heat + noise.to(scores)
+        return scores
+
+
+class TransformersEngine:
+    """A model on this machine with a method attached.
+
+    Parameters
+    ----------
+    name : Hub id or folder; "pocket" is the shipped model.
+    wanted : how rows are answered that do not say.
+
+    Raises
+    ------
+    InputError : the model cannot be loaded, or there is no such method.
+    UnsupportedModelError : the method does not work on the model.
+    """
+
+    def __init__(self, name: str, wanted: Wanted) -> None:
+        method = any_method(wanted)
+        self.loaded = load(name)
+        with method(self.loaded.model):
+            pass
+        self.reserved, self.parts = media_words(self.loaded.processor), anatomy(self.loaded.model)
+        self.longest = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+    def answer(self, rows: Sequence[Row]) -> list[Answered | Exception]:
+        """Answer rows of one ``Row.batch``; of a row that cannot be answered, what was raised."""
+        return through(read(rows, self.reserved), self._generate)
+
+    def _generate(self, pairs: list[tuple[Row, Prompt]]) -> list[Answered | Exception]:
+        rows, prompts = [row for row, _ in pairs], [prompt for _, prompt in pairs]
+        model, inputs, drawing = self.loaded.model, collate(self.loaded, prompts), Drawing(rows)
+        mask = inputs["attention_mask"]
+        words = (mask.bool() & ~self.parts.visual(inputs["input_ids"])).sum(1)
+        hopeless = too_long(int(words.max()), self.longest)  # the report of the call tells the other ones
+        if hopeless:
+            raise hopeless
+        with any_method(rows[0].wanted)(model) as session:
+            out = model.generate(
+                **inputs,
+                **PLAIN,
+                max_new_tokens=max(row.wanted.max_new_tokens for row in rows),
+                logits_processor=LogitsProcessorList([drawing]),
+            )
+            counts = visual_tokens(session, len(rows)) if prompts[0].images else [([], [])] * len(rows)
+        written, lengths = out[:, mask.shape[1] :].tolist(), mask.sum(1).tolist()
+        return [
+            InputError("the model gave no numbers (NaN) for this row. Give another picture, or load the model with another dtype.")
+            if odd
+            else self._answered(row, tokens, length - sum(before) + sum(after), before, after)
+            for row, tokens, length, (before, after), odd in zip(rows, written, lengths, counts, drawing.odd, strict=True)
+        ]
+
+    def _answered(self, row: Row, tokens: list[int], prompt: int, before: list[int], after: list[int]) -> Answered | Exception:
+        """The answer without what came behind its end, or was generated for longer answers of the batch."""
+        ends = self.loaded.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+        length = int(min(stop + 1, row.wanted.max_new_tokens, self.longest - prompt, len(tokens)))
+        text = self.loaded.processor.decode(tokens[:length], skip_special_tokens=True).strip()
+        return too_long(prompt, self.longest) or Answered(text, stop < length, prompt, length, before, after)
+
+
+def visual_tokens(session: Session, rows: int) -> list[tuple[list[int], list[int]]]:
+    """Of each prompt of the last call, visual tokens per picture before and after."""
+    found: list[tuple[list[int], list[int]]] = [([], []) for _ in range(rows)]
+    for row, before, after in zip(session.report.rows, session.report.before, session.report.after, strict=True):
+        found[row][0].append(before)
+        found[row][1].append(after)
+    return found

@@ -1,0 +1,56 @@
+"""An offline batch on one machine: rows in batches through an engine; and what its answers depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from ...errors import InputError
+from ..files import fingerprint
+from .engines import Engine, document
+from .rows import Line, Row, Source, Wanted
+
+
+def batches(
+    source: Source, lines: Iterable[Line], wanted: Wanted, size: int
+) -> Iterator[tuple[list[Row], list[tuple[Line, InputError]]]]:
+    """Rows that can be answered together, ``size`` at most, and lines that hold none."""
+    waiting: dict[tuple[Any, ...], list[Row]] = {}
+    for line in lines:
+        try:
+            row = source.read(line, wanted)
+        except InputError as error:
+            yield [], [(line, error)]
+            continue
+        group = waiting.setdefault(row.batch, [])
+        group.append(row)
+        if len(group) == size:
+            yield waiting.pop(row.batch), []
+    for group in waiting.values():
+        yield group, []
+
+
+def answered(source: Source, lines: Iterable[Line], wanted: Wanted, engine: Engine, size: int) -> Iterator[list[dict[str, Any]]]:
+    """Rows of the output, batch by batch.
+
+    Raises
+    ------
+    EngineError : the engine has stopped.
+    """
+    for rows, broken in batches(source, lines, wanted, size):
+        found = [document(line.id, error) for line, error in broken]
+        yield found + [document(row.id, outcome) for row, outcome in zip(rows, engine.answer(rows) if rows else [], strict=True)]
+
+
+def settings(model: str, wanted: Wanted, engine: str) -> dict[str, Any]:
+    """What the answers of a run depend on, but for the rows.
+
+    Raises
+    ------
+    InputError : there is no such model.
+    """
+    from ... import __version__
+
+    answers_by = "transformers" if engine == "transformers" else "vllm"
+    return {"foveate": __version__, "engine": answers_by, "model": model, "weights": fingerprint(model), **asdict(wanted)}

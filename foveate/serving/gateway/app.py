@@ -1,0 +1,168 @@
+"""The endpoints of the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import ClientDisconnect
+
+from ..encoding import PictureEncoder
+from .gateway import ClientGoneError, Gateway, Settings, as_request_error, unless_gone
+from .requests import Limits, RequestError
+from .upstream import Events
+
+RETRY = {"Retry-After": "5"}
+
+
+def create_app(settings: Settings, encoders: Sequence[PictureEncoder], engine: Any = None) -> FastAPI:
+    """The gateway as an application of FastAPI.
+
+    Parameters
+    ----------
+    settings : how it serves.
+    encoders : each works in a thread of its own; with weights of its own.
+    engine : an async context manager that runs as long as the application does, such as a vLLM that was started for it.
+
+    Raises
+    ------
+    UnsupportedModelError : the method of the settings does not work on the model.
+    """
+    gateway = Gateway(settings, encoders)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with engine or contextlib.nullcontext(), gateway.serving():
+            yield
+
+    app = FastAPI(title="foveate", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.gateway = gateway
+
+    @app.get("/health")
+    async def health() -> Response:
+        alive = await gateway.upstream.alive()
+        gateway.metrics.engine.set(alive)
+        told = {"status": "ok" if alive else "the engine is not there", "model": settings.name}
+        return JSONResponse(told, 200 if alive else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        gateway.metrics.engine.set(await gateway.upstream.alive())
+        return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        if not gateway.authorised(request.headers.get("authorization")):
+            return _refusal(gateway, _unauthorised())
+        told = {"method": settings.method, "budget": settings.budget}
+        card = {"id": settings.name, "object": "model", "created": gateway.created, "owned_by": "foveate", "foveate": told}
+        return JSONResponse({"object": "list", "data": [card]})
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        began = time.perf_counter()
+        try:
+            if not gateway.authorised(request.headers.get("authorization")):
+                raise _unauthorised()
+            return await _answer(gateway, request, began)
+        except ClientGoneError:
+            gateway.metrics.requests.labels("499").inc()
+            return Response(status_code=499)
+        except Exception as error:  # every request is answered, and disturbs no other
+            return _refusal(gateway, as_request_error(error))
+
+    return app
+
+
+async def _answer(gateway: Gateway, request: Request, began: float) -> Response:
+    """The answer to one request.
+
+    Raises
+    ------
+    RequestError : there is none.
+    ClientGoneError : nobody waits for it any more.
+    """
+    counted = contextlib.ExitStack()
+    with counted:
+        counted.enter_context(gateway.counted())
+        body = await read_body(request, gateway.limits)
+        left = gateway.limits.seconds
+
+        async def work() -> Any:
+            asked, prepared = await gateway.prepare(body)
+            if asked.stream:
+                return asked, prepared, await gateway.upstream.stream(prepared.body)
+            return asked, prepared, gateway.finished(await gateway.upstream.answer(prepared.body), prepared)
+
+        asked, prepared, answer = await asyncio.wait_for(unless_gone(work(), request.receive), left)
+        headers = {"X-Foveate-Visual-Tokens": str(prepared.usage["visual_tokens"])}
+        if not asked.stream:
+            gateway.metrics.whole.observe(time.perf_counter() - began)
+            gateway.metrics.requests.labels("200").inc()
+            return JSONResponse(answer, headers=headers)
+        stays = counted.pop_all()  # until the stream ends
+
+    return _Stream(gateway.pieces(answer, asked.usage, prepared, began), headers, answer, stays)
+
+
+class _Stream(StreamingResponse):
+    """An answer, piece by piece; what it holds is let go also where the client leaves before the first piece."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, pieces: AsyncIterator[str], headers: dict[str, str], events: Events, held: contextlib.ExitStack) -> None:
+        super().__init__(pieces, headers={**headers, "Cache-Control": "no-cache"})
+        self.events, self.held = events, held
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            with self.held:
+                await super().__call__(scope, receive, send)
+        finally:
+            await asyncio.shield(self.events.aclose())
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """The body of a request.
+
+    Raises
+    ------
+    RequestError : it is too large, or takes too long to come.
+    ClientGoneError : the rest of it will not come.
+    """
+    told = request.headers.get("content-length", "0")
+    too_large = RequestError(f"the body is larger than {limits.body_bytes} bytes. Scale the pictures down.", 413)
+    if told.isdecimal() and int(told) > limits.body_bytes:
+        raise too_large
+    body = bytearray()
+
+    async def read() -> None:
+        async for chunk in request.stream():
+            if len(body) + len(chunk) > limits.body_bytes:
+                raise too_large
+            body.extend(chunk)
+
+    try:
+        await asyncio.wait_for(read(), limits.body_seconds)
+    except (TimeoutError, asyncio.TimeoutError) as error:
+        raise RequestError(f"the body did not come within {limits.body_seconds:g} s", 408, "timeout") from error
+    except ClientDisconnect as error:
+        raise ClientGoneError from error
+    return bytes(body)
+
+
+def _unauthorised() -> RequestError:
+    return RequestError("the API key is missing or wrong: send it as 'Authorization: Bearer KEY'", 401, "authentication_error")
+
+
+def _refusal(gateway: Gateway, error: RequestError) -> Response:
+    gateway.metrics.requests.labels(str(error.status)).inc()
+    headers = RETRY if error.status in (429, 503) else None
+    return Response(json.dumps(error.body()), error.status, headers, "application/json")

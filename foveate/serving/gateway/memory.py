@@ -1,0 +1,59 @@
+"""Remembers encoded pictures: every turn of a conversation brings those of the turns before it again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...methods.base import Method
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded picture: the part of a message that vLLM gets, and its visual tokens before and after reduction."""
+
+    part: dict[str, Any]
+    before: int
+    after: int
+
+
+class Memory:
+    """Pictures that were encoded lately, by their contents and the method; the one that was not asked for longest goes first.
+
+    Parameters
+    ----------
+    size : bytes that they may take; 0 remembers none.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.held = size, 0
+        self._found: OrderedDict[str, Picture] = OrderedDict()
+
+    def keys(self, pictures: Sequence[bytes], method: Method) -> list[str]:
+        """By what pictures are known; none where their tokens also depend on the question."""
+        if not self.size or method.before_decoder().reads_question:
+            return []
+        # by what it is: two methods of one name have other settings
+        told = repr(sorted(method.settings().items())).encode()
+        return [hashlib.sha256(told + b"\0" + data).hexdigest() for data in pictures]
+
+    def get(self, keys: Sequence[str]) -> list[Picture] | None:
+        """The pictures, if all of them are known."""
+        if not keys or any(key not in self._found for key in keys):
+            return None
+        for key in keys:
+            self._found.move_to_end(key)
+        return [self._found[key] for key in keys]
+
+    def add(self, keys: Sequence[str], pictures: Sequence[Picture]) -> None:
+        """Remember pictures, in place of older ones."""
+        for key, picture in zip(keys, pictures, strict=True):
+            if key in self._found:
+                self.held -= len(self._found.pop(key).part["data"])
+            self._found[key] = picture
+            self.held += len(picture.part["data"])
+        while self.held > self.size:
+            self.held -= len(self._found.popitem(last=False)[1].part["data"])

@@ -1,0 +1,1 @@
+"""Searching for settings of methods on a calibration set."""
