@@ -162,7 +162,7 @@ def main(
     for shown, (name, fields) in METHODS.items():
         try:
             method = foveate.get(name, **fields)
-            if visual < 576 and type(method.before_decoder()) is not foveate.TokenReducer:
+            if visual < 576 and type(method.before_decoder()) is not foveate.ProjectorReducer:
                 continue
             method = method if visual == 576 else foveate.Compose(foveate.Spatial(budget=visual), method)
             bench.method(shown, method)

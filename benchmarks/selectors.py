@@ -27,7 +27,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 import foveate
 from benchmarks.common import save, summary, timed
 from foveate.cuts import DecoderTap, PromptTokens
-from foveate.methods.base import DecoderReducer, EncoderReducer, TokenReducer
+from foveate.methods.base import DecoderReducer, EncoderReducer, ProjectorReducer
 from foveate.tokens import BlockTokens, EncoderTap, Question, VisualTokens
 
 TEXT = 64  # tokens of text behind the picture
@@ -53,7 +53,7 @@ class Shapes:
         first = self.random(self.batch, self.width) if queries is None else queries[:, 0]
         return EncoderTap(first, keys, max(1, self.width // 64), states, queries=queries, values=values)
 
-    def visual(self, method: TokenReducer) -> VisualTokens:
+    def visual(self, method: ProjectorReducer) -> VisualTokens:
         projected = self.random(self.batch, self.number, self.decoder_width) if method.reads_projected else None
         question = None
         if method.reads_question and projected is not None:
@@ -95,7 +95,7 @@ def calls(shapes: Shapes, budget: int) -> Iterator[tuple[str, Callable[[], Any]]
             jobs: list[Callable[[], Any]] = []
             if isinstance(front, EncoderReducer):
                 jobs += [functools.partial(front.shrink, block) for block in shapes.blocks(front)]
-            elif type(front) is not TokenReducer and front.picture(shapes.grid) is None:
+            elif type(front) is not ProjectorReducer and front.picture(shapes.grid) is None:
                 seen = shapes.visual(front)
                 jobs.append(lambda f=front, s=seen: f.reduce(s).apply(s.features))  # type: ignore[misc]
             for inside in method.inside_decoder():

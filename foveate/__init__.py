@@ -1,45 +1,137 @@
-"""foveate: fewer visual tokens for vision-language models, on stock Hugging Face classes."""
+"""foveate: fewer visual tokens for vision-language models, on stock Hugging Face classes.
 
-from importlib.metadata import PackageNotFoundError, version
+Public names are looked up when they are first used, so that ``import foveate`` and the command line start quickly.
+"""
 
-from .analysis.cost import cost
-from .api import Encoded, MethodInfo, ModelInfo, attach, encode, methods, models
-from .cuts import Cut, DecoderTap, Pattern, PromptTokens
-from .engine.session import Session, detach
-from .errors import CacheError, FoveateError, InputError, MissingExtraError, UnsupportedModelError
-from .methods.aim import AIM
-from .methods.ats import ATS
-from .methods.base import Compose, DecoderReducer, EncoderReducer, FrontReducer, Method, TokenReducer, get
-from .methods.baselines import Pool, Random, Resize, Sequential, Spatial
-from .methods.cdpruner import CDPruner
-from .methods.crossget import CrossGET
-from .methods.dart import DART
-from .methods.divprune import DivPrune
-from .methods.evit import EViT
-from .methods.fastv import FastV
-from .methods.g_search import GSearch
-from .methods.inflection_cut import InflectionCut
-from .methods.iti import ITI
-from .methods.p_sigmoid import PSigmoid
-from .methods.prumerge import PruMerge
-from .methods.prumerge_plus import PruMergePlus
-from .methods.pyramiddrop import PyramidDrop
-from .methods.scope import Scope
-from .methods.sparsevlm import SparseVLM
-from .methods.text_relevance import TextRelevanceCut
-from .methods.tome import ToMe
-from .methods.visionzip import VisionZip
-from .methods.vispruner import VisPruner
-from .methods.vtc_cls import FasterVLM, VTCCls
-from .methods.yopo import YOPO
-from .pocket import load_pocket
-from .report import ImageReport, Report
-from .tokens import BlockTokens, EncoderTap, Merge, Question, Reduction, VisualTokens
+from __future__ import annotations
 
-try:
-    __version__ = version("foveate")
-except PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0+unknown"
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import _moved
+
+if TYPE_CHECKING:
+    from .analysis.cost import cost as cost
+    from .api import Encoded as Encoded
+    from .api import ModelInfo as ModelInfo
+    from .api import attach as attach
+    from .api import encode as encode
+    from .api import models as models
+    from .cuts import Cut as Cut
+    from .cuts import DecoderTap as DecoderTap
+    from .cuts import Pattern as Pattern
+    from .cuts import PromptTokens as PromptTokens
+    from .engine.session import Session as Session
+    from .engine.session import detach as detach
+    from .errors import CacheError as CacheError
+    from .errors import FoveateError as FoveateError
+    from .errors import InputError as InputError
+    from .errors import MissingExtraError as MissingExtraError
+    from .errors import UnsupportedModelError as UnsupportedModelError
+    from .methods.aim import AIM as AIM
+    from .methods.ats import ATS as ATS
+    from .methods.base import DecoderReducer as DecoderReducer
+    from .methods.base import EncoderReducer as EncoderReducer
+    from .methods.base import FrontReducer as FrontReducer
+    from .methods.base import KeepAll as KeepAll
+    from .methods.base import Method as Method
+    from .methods.base import ProjectorReducer as ProjectorReducer
+    from .methods.base import TokenReducer as TokenReducer
+    from .methods.baselines import Pool as Pool
+    from .methods.baselines import Random as Random
+    from .methods.baselines import Resize as Resize
+    from .methods.baselines import Sequential as Sequential
+    from .methods.baselines import Spatial as Spatial
+    from .methods.cdpruner import CDPruner as CDPruner
+    from .methods.compose import Compose as Compose
+    from .methods.crossget import CrossGET as CrossGET
+    from .methods.dart import DART as DART
+    from .methods.divprune import DivPrune as DivPrune
+    from .methods.evit import EViT as EViT
+    from .methods.fastv import FastV as FastV
+    from .methods.g_search import GSearch as GSearch
+    from .methods.inflection_cut import InflectionCut as InflectionCut
+    from .methods.iti import ITI as ITI
+    from .methods.p_sigmoid import PSigmoid as PSigmoid
+    from .methods.prumerge import PruMerge as PruMerge
+    from .methods.prumerge_plus import PruMergePlus as PruMergePlus
+    from .methods.pyramiddrop import PyramidDrop as PyramidDrop
+    from .methods.registry import MethodInfo as MethodInfo
+    from .methods.registry import get as get
+    from .methods.registry import methods as methods
+    from .methods.scope import Scope as Scope
+    from .methods.sparsevlm import SparseVLM as SparseVLM
+    from .methods.text_relevance import TextRelevanceCut as TextRelevanceCut
+    from .methods.tome import ToMe as ToMe
+    from .methods.visionzip import VisionZip as VisionZip
+    from .methods.vispruner import VisPruner as VisPruner
+    from .methods.vtc_cls import FasterVLM as FasterVLM
+    from .methods.vtc_cls import VTCCls as VTCCls
+    from .methods.yopo import YOPO as YOPO
+    from .pocket import load_pocket as load_pocket
+    from .report import ImageReport as ImageReport
+    from .report import Report as Report
+    from .tokens import BlockTokens as BlockTokens
+    from .tokens import EncoderTap as EncoderTap
+    from .tokens import Merge as Merge
+    from .tokens import Question as Question
+    from .tokens import Reduction as Reduction
+    from .tokens import Regroup as Regroup
+    from .tokens import VisualTokens as VisualTokens
+
+_HOMES = {
+    "api": "Encoded ModelInfo attach encode models",
+    "analysis.cost": "cost",
+    "cuts": "Cut DecoderTap Pattern PromptTokens",
+    "engine.session": "Session detach",
+    "errors": "CacheError FoveateError InputError MissingExtraError UnsupportedModelError",
+    "methods.aim": "AIM",
+    "methods.ats": "ATS",
+    "methods.base": "DecoderReducer EncoderReducer FrontReducer KeepAll Method ProjectorReducer TokenReducer",
+    "methods.baselines": "Pool Random Resize Sequential Spatial",
+    "methods.cdpruner": "CDPruner",
+    "methods.compose": "Compose",
+    "methods.crossget": "CrossGET",
+    "methods.dart": "DART",
+    "methods.divprune": "DivPrune",
+    "methods.evit": "EViT",
+    "methods.fastv": "FastV",
+    "methods.g_search": "GSearch",
+    "methods.inflection_cut": "InflectionCut",
+    "methods.iti": "ITI",
+    "methods.p_sigmoid": "PSigmoid",
+    "methods.prumerge": "PruMerge",
+    "methods.prumerge_plus": "PruMergePlus",
+    "methods.pyramiddrop": "PyramidDrop",
+    "methods.registry": "MethodInfo get methods",
+    "methods.scope": "Scope",
+    "methods.sparsevlm": "SparseVLM",
+    "methods.text_relevance": "TextRelevanceCut",
+    "methods.tome": "ToMe",
+    "methods.visionzip": "VisionZip",
+    "methods.vispruner": "VisPruner",
+    "methods.vtc_cls": "FasterVLM VTCCls",
+    "methods.yopo": "YOPO",
+    "pocket": "load_pocket",
+    "report": "ImageReport Report",
+    "tokens": "BlockTokens EncoderTap Merge Question Reduction Regroup VisualTokens",
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
+_ROOMS = (
+    "analysis",
+    "answering",
+    "api",
+    "chat",
+    "cuts",
+    "engine",
+    "errors",
+    "evaluation",
+    "fingerprint",
+    "images",
+    "lab",
+    "loading",
+)
+_ROOMS += ("measuring", "methods", "pocket", "report", "serving", "tokens", "training", "tuning", "video", "viz")
 
 __all__ = [
     "AIM",
@@ -68,6 +160,7 @@ __all__ = [
     "ImageReport",
     "InflectionCut",
     "InputError",
+    "KeepAll",
     "Merge",
     "Method",
     "MethodInfo",
@@ -76,6 +169,7 @@ __all__ = [
     "PSigmoid",
     "Pattern",
     "Pool",
+    "ProjectorReducer",
     "PromptTokens",
     "PruMerge",
     "PruMergePlus",
@@ -83,6 +177,7 @@ __all__ = [
     "Question",
     "Random",
     "Reduction",
+    "Regroup",
     "Report",
     "Resize",
     "Scope",
@@ -107,3 +202,31 @@ __all__ = [
     "methods",
     "models",
 ]
+
+_moved.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _HOME and name != "methods":  # which is the package of that name, and can be called
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    elif name in _ROOMS:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("foveate")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "0+unknown"

@@ -18,7 +18,8 @@ from .engine.prompt.positions import Positions
 from .engine.prompt.shorten import shorten_prompt
 from .engine.session import Session
 from .errors import InputError
-from .methods.base import Method, get, presets, registered
+from .methods.base import Method
+from .methods.registry import get
 from .report import Report
 from .tokens import Reduction
 
@@ -164,30 +165,4 @@ def models() -> list[ModelInfo]:
                 test=f"tests/test_families.py -k {kind}-",
             )
         )
-    return found
-
-
-@dataclass(frozen=True)
-class MethodInfo:
-    """One row of the table of methods."""
-
-    name: str
-    summary: str
-    stage: str
-    reads_cls: bool
-    reads_question: bool
-    adaptive: bool
-    presets: tuple[str, ...]
-    paper: str
-
-
-def methods() -> list[MethodInfo]:
-    """All methods, by name: what each does, where it acts, what it reads, its paper."""
-    found = []
-    for name, cls in registered().items():
-        example = cls() if cls.adaptive else cls(budget=0.5)
-        summary = (cls.__doc__ or "").strip().splitlines()[0]
-        front = example.before_decoder()
-        question = front.reads_question or any(reducer.reads != "nothing" for reducer in example.inside_decoder())
-        found.append(MethodInfo(name, summary, cls.stage, front.reads_cls, question, cls.adaptive, presets(cls), cls.reference))
     return found

@@ -1,37 +1,236 @@
-"""A model and its processor, ready for batches."""
+"""The one loader of models: a Hub id, a folder, ``pocket`` or ``pocket+ADAPTER``; whole, or without the layers of the decoder."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from .errors import InputError, MissingExtraError, first_line
+from .engine.model.anatomy import Anatomy, anatomy
+from .errors import FoveateError, InputError, MissingExtraError, UnsupportedModelError, first_line
 from .fingerprint import digest, fingerprint
-from .pocket import ADAPTERS, NAME, load_pocket
+from .pocket import ADAPTERS, NAME, WEIGHTS, load_pocket
 
 POCKET = NAME
+SPREAD = "auto"  # the device that stands for all of them
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that several methods are run on, one after the other.
+    """A model and its processor, as every command uses them.
 
     Attributes
     ----------
     name : Hub id or folder; "pocket" is the shipped model, "pocket+prumerge" the same fine-tuned with that method.
     model, processor : stock Hugging Face classes; the processor pads on the left.
-    weights : a fingerprint of the model, its processor and how it generates.
     """
 
     name: str
     model: Any
     processor: Any
-    weights: str
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """A fingerprint of the model, its processor and how it generates, taken when first asked for."""
+        processor = self.processor
+        written = (processor.to_json_string(), str(getattr(processor, "chat_template", None)), str(len(processor.tokenizer)))
+        return digest(fingerprint(self.model), self.model.generation_config.to_json_string(), *written)
+
+
+def load(
+    name: str = POCKET, *, dtype: str | None = None, device: str | torch.device | None = None, attention: str | None = None
+) -> Loaded:
+    """Load a model and its processor.
+
+    Parameters
+    ----------
+    name : Hub id or folder, also one with an adapter of PEFT; "pocket" is the shipped model, "pocket+prumerge" the same with its
+        adapter for that method.
+    dtype : such as "bfloat16"; None = as saved, for the pocket model float32.
+    device : None = the first GPU where there is one; "auto" = spread over all of them, by accelerate.
+    attention : implementation, such as "sdpa"; None = transformers' choice.
+
+    Raises
+    ------
+    InputError : the model cannot be loaded; the message gives the reason.
+    MissingExtraError : the model is an adapter, and PEFT is not installed.
+    """
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    try:
+        with quiet_loading(bars=not name.startswith(POCKET)):
+            model, processor = _read(name, dtype, options | _spread(device))
+            # what is quantised or spread over devices is where it belongs already
+            if not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False):
+                model = model.to(_place(device))
+    except (FoveateError, KeyboardInterrupt):
+        raise
+    except ImportError as error:
+        raise InputError(f"the model {name!r} needs another library: {first_line(error).partition('. ')[0]}") from error
+    except Exception as error:  # whatever a broken config, processor, weight file or device leads to
+        raise InputError(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
+    return prepared(name, model.eval(), processor)
+
+
+def load_encoder(name: str = POCKET, *, dtype: str | None = None, device: str | None = None) -> Loaded:
+    """Load a model without the layers of its decoder: pictures need its vision encoder, projector and word embeddings.
+
+    Parameters
+    ----------
+    name, dtype, device : as for ``load``; an adapter is merged into its model.
+
+    Raises
+    ------
+    InputError : the model cannot be loaded.
+    UnsupportedModelError : its language model cannot run elsewhere with embeddings in plain order.
+    """
+    if is_adapter(name):
+        return _without_layers(merged(load(name, dtype=dtype, device=device)))
+    from transformers import AutoConfig
+
+    try:
+        with quiet_loading(bars=False):
+            config = AutoConfig.from_pretrained(source_of(name))
+            text = config.get_text_config()
+            text.num_hidden_layers = 0
+            if getattr(text, "layer_types", None):
+                text.layer_types = []
+            model, processor = _read_whole(name, dtype, {"config": config})
+            model = model.to(_place(device))
+    except FoveateError:
+        raise
+    except Exception as error:  # whatever a broken config, processor, weight file or device leads to
+        raise InputError(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
+    check_plain_positions(anatomy(model))
+    return prepared(name, model.eval(), processor)
+
+
+def prepared(name: str, model: Any, processor: Any) -> Loaded:
+    """A model and a processor that are in memory; the processor is changed to pad on the left.
+
+    Raises
+    ------
+    InputError : what is called a processor has no tokenizer.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None:
+        raise InputError(f"the processor of {name!r} has no tokenizer. Give a folder or Hub id that holds the whole processor.")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Loaded(name, model, processor)
+
+
+def source_of(name: str) -> str:
+    """The folder or Hub id that a name stands for.
+
+    Raises
+    ------
+    InputError : there is no such shipped model, or no such folder.
+    """
+    if name == POCKET:
+        return str(WEIGHTS)
+    if name.startswith(f"{POCKET}+"):
+        folder = ADAPTERS / name.removeprefix(f"{POCKET}+")
+        if folder.parent != ADAPTERS or not folder.is_dir():
+            known = ", ".join(f"{POCKET}+{path.name}" for path in sorted(ADAPTERS.iterdir()))
+            raise InputError(f"there is no model {name!r}. Shipped are {POCKET}, {known}.")
+        return str(folder)
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+        raise InputError(f"there is no folder {name}")
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a name is that of an adapter of PEFT."""
+    return (Path(source_of(name)) / "adapter_config.json").is_file()
+
+
+def _place(device: str | torch.device | None) -> torch.device:
+    device = None if device == SPREAD else device
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _spread(device: str | torch.device | None) -> dict[str, Any]:
+    """Options that spread a model over all GPUs, where that is asked for and can be had."""
+    from transformers.utils.import_utils import is_accelerate_available
+
+    there = device == SPREAD and torch.cuda.is_available() and is_accelerate_available()
+    return {"device_map": "auto"} if there else {}
+
+
+def _read(name: str, dtype: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    """A model and its processor; those of an adapter are its base inside PEFT, and the processor of the base."""
+    if not is_adapter(name):
+        return _read_whole(name, dtype, options)
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingExtraError("peft", "peft") from error
+    folder = Path(source_of(name))
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise InputError(f"{folder / 'adapter_config.json'} does not name its model. Write it there, as base_model_name_or_path.")
+    model, processor = _read(base, dtype, options)
+    return PeftModel.from_pretrained(model, folder), processor
+
+
+def _read_whole(name: str, dtype: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    """A model that is no adapter, with all of its weights, and its processor."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if name == POCKET and "config" not in options:
+        return load_pocket(**options, **({} if dtype is None else {"dtype": dtype}))
+    source, dtype = source_of(name), dtype or ("float32" if name == POCKET else "auto")
+    found: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    model, told = found
+    missing = sorted(told["missing_keys"])
+    if missing:
+        raise InputError(f"the model {name!r} is incomplete: {len(missing)} weights are missing, {missing[0]} for one")
+    return model, AutoProcessor.from_pretrained(source)
+
+
+def merged(loaded: Loaded) -> Loaded:
+    """A model with the adapter, if it has one, merged into its weights."""
+    if not hasattr(loaded.model, "merge_and_unload"):
+        return loaded
+    return replace(loaded, model=loaded.model.merge_and_unload().eval())
+
+
+def _without_layers(loaded: Loaded) -> Loaded:
+    """A model without the layers of its decoder."""
+    parts = anatomy(loaded.model)
+    check_plain_positions(parts)
+    parts.decoder.layers = nn.ModuleList()
+    loaded.model.config.get_text_config().num_hidden_layers = 0
+    return loaded
+
+
+def check_plain_positions(parts: Anatomy) -> None:
+    """Refuse models whose decoder needs more than embeddings in their order.
+
+    Raises
+    ------
+    UnsupportedModelError : positions are (t, h, w), tokens of a picture see each other, or features enter several layers.
+    """
+    family, why = parts.family, None
+    if family.mrope:
+        why = (
+            "its visual tokens have (t, h, w) positions, which embeddings in a prompt do not carry; see the plugin, docs/plugin.md"
+        )
+    elif family.two_way:
+        why = "its visual tokens see each other in both directions, and a plain language model reads from left to right"
+    elif parts.deepstack_levels:
+        why = "its visual features enter several layers"
+    if why:
+        raise UnsupportedModelError(f"{family.name} cannot be served from embeddings: {why}.")
 
 
 def own_device(device: str | None) -> str | None:
@@ -51,74 +250,24 @@ def part() -> None:
         torch.distributed.destroy_process_group()
 
 
-def load(
-    name: str = POCKET, *, dtype: str | None = None, device: str | torch.device | None = None, attention: str | None = None
-) -> Loaded:
-    """Load a model for evaluation.
+@contextmanager
+def quiet_loading(bars: bool = True) -> Iterator[None]:
+    """Without the tables and retries that libraries report while they load, and without their progress ``bars`` if so wished.
 
-    Parameters
-    ----------
-    name : Hub id or folder, also one with an adapter of PEFT; "pocket" is the shipped model, "pocket+prumerge" the same with its
-        adapter for that method.
-    dtype : such as "bfloat16"; None = as saved, for the pocket model float32.
-    device : None = the first GPU where there is one.
-    attention : implementation, such as "sdpa"; None = transformers' choice.
-
-    Raises
-    ------
-    InputError : the model cannot be loaded; the message gives the reason.
-    MissingExtraError : the model is an adapter, and PEFT is not installed.
+    Errors still come.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    levels, shown = (logging.get_verbosity(), hub_logging.get_verbosity()), logging.is_progress_bar_enabled()
+    if not bars:
+        logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     try:
-        model, processor = _read(name, dtype, options)
-        # what is quantised or spread over devices is where it belongs already
-        if not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False):
-            model = model.to(place)
-    except (InputError, MissingExtraError):
-        raise
-    except Exception as error:  # whatever a broken config, processor, weight file or device leads to
-        raise InputError(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
-    return prepared(name, model.eval(), processor)
-
-
-def _read(name: str, dtype: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
-    """A model and its processor; those of an adapter are its base inside PEFT, and the processor of the base."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    if name == POCKET:
-        return load_pocket(**options, **({} if dtype is None else {"dtype": dtype}))
-    folder = ADAPTERS / name.removeprefix(f"{POCKET}+") if name.startswith(f"{POCKET}+") else Path(name)
-    if folder.parent == ADAPTERS and not folder.is_dir():
-        known = ", ".join(f"{POCKET}+{path.name}" for path in sorted(ADAPTERS.iterdir()))
-        raise InputError(f"there is no model {name!r}. Shipped are {POCKET}, {known}.")
-    if not (folder / "adapter_config.json").is_file():
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype or "auto", **options)
-        return model, AutoProcessor.from_pretrained(name)
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise MissingExtraError("peft", "peft") from error
-    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise InputError(f"{folder / 'adapter_config.json'} does not name its model. Write it there, as base_model_name_or_path.")
-    model, processor = _read(base, dtype, options)
-    return PeftModel.from_pretrained(model, folder), processor
-
-
-def prepared(name: str, model: Any, processor: Any) -> Loaded:
-    """A model and a processor that are in memory; the processor is changed to pad on the left.
-
-    Raises
-    ------
-    InputError : what is called a processor has no tokenizer.
-    """
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None:
-        raise InputError(f"the processor of {name!r} has no tokenizer. Give a folder or Hub id that holds the whole processor.")
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    written = (processor.to_json_string(), str(getattr(processor, "chat_template", None)), str(len(tokenizer)))
-    return Loaded(name, model, processor, digest(fingerprint(model), model.generation_config.to_json_string(), *written))
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        logging.set_verbosity(levels[0])
+        hub_logging.set_verbosity(levels[1])

@@ -141,7 +141,7 @@ class BlockTokens:
 
 
 @dataclass(frozen=True)
-class Merge:
+class Regroup:
     """What becomes of the patches in a block: patch n enters output ``owner[b, n]`` with weight ``share[b, n]``.
 
     Attributes
@@ -156,6 +156,9 @@ class Merge:
     owner: Tensor
     share: Tensor | None = None
     valid: Tensor | None = None
+
+
+Merge = Regroup  # its name before version 1
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def slow_model(clock):
 
 
 def test_parts_of_a_run(slow_model, clock, monkeypatch):
-    run = runs.Runner(slow_model, families.batch("llava", rows=[0]), new_tokens=5)
+    run = runs.TimedRunner(slow_model, families.batch("llava", rows=[0]), new_tokens=5)
     expected = {"vision": 6, "prefill": 8.5, "decode": 1.75, "first token": 14.75, "end to end": 14.75 + 4 * 1.75}
     assert run(None).seconds == pytest.approx(expected)
     assert run(None).peak is None
@@ -141,7 +141,7 @@ def test_choosing_inside_the_decoder_is_part_of_its_prefill(slow_model, clock, m
     monkeypatch.setattr(type(method), "cut", slow)
     hook = slow_model.get_decoder().register_forward_pre_hook(clock(1))  # as a method's own, which was there first
     try:
-        found = runs.Runner(slow_model, families.batch("llava", rows=[0]), new_tokens=3)(method).seconds
+        found = runs.TimedRunner(slow_model, families.batch("llava", rows=[0]), new_tokens=3)(method).seconds
     finally:
         hook.remove()
     own = {part: found[part] for part in ("vision", "selection", "prefill", "decode")}
@@ -155,7 +155,7 @@ def test_a_run_leaves_the_model_as_it_was():
         hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
         return {*model.__dict__}, {*model.model.__dict__}, hooks
 
-    before, run = state(), runs.Runner(model, families.batch("llava", rows=[0]), new_tokens=2)
+    before, run = state(), runs.TimedRunner(model, families.batch("llava", rows=[0]), new_tokens=2)
     for method in (None, foveate.get("prumerge+")):
         run(method)
         run.inspect(method)
@@ -184,7 +184,7 @@ class FakeGpu:
 
 
 def test_on_a_gpu_events_take_the_time_and_each_run_has_its_own_peak(slow_model, monkeypatch):
-    run = runs.Runner(slow_model, families.batch("llava", rows=[0]), new_tokens=3)
+    run = runs.TimedRunner(slow_model, families.batch("llava", rows=[0]), new_tokens=3)
     gpu, run.device = FakeGpu(monkeypatch), torch.device("cuda")
     handle = slow_model.register_forward_hook(lambda *_: setattr(gpu, "peak", gpu.peak + 1000))
     try:
@@ -222,7 +222,7 @@ def test_cache_bytes_count_what_each_layer_holds():
     model, rows, new = families.load("llava"), 3, 4
     inputs = runs.repeated(families.batch("llava", rows=[0]), rows)
     length, token = inputs["input_ids"].shape[1], per_token(model)
-    text, run = length - 64, runs.Runner(model, inputs, new)
+    text, run = length - 64, runs.TimedRunner(model, inputs, new)
     assert run.inspect(None).cache == [rows * (length + new - 1) * token] * 4  # the last token is never read
     short = run.inspect(foveate.get("prumerge+", budget=16))
     assert short.cache == [rows * (text + 16 + new - 1) * token] * 4
@@ -235,7 +235,7 @@ def test_cache_bytes_count_what_each_layer_holds():
 def test_cache_bytes_of_sliding_layers_and_of_views():
     model, inputs = families.load("gemma3"), families.batch("gemma3", rows=[0])
     assert inputs["input_ids"].shape[1] > 2 * families.WINDOW
-    found = runs.Runner(model, inputs, 3).inspect(None).cache
+    found = runs.TimedRunner(model, inputs, 3).inspect(None).cache
     held = inputs["input_ids"].shape[1] + 2
     kinds = model.config.get_text_config().layer_types
     expected = {"full_attention": held, "sliding_attention": families.WINDOW}  # one less is seen, but that is a view
@@ -264,7 +264,7 @@ def stubbed(monkeypatch):
         factor = (1 + 0.01 * len(seen)) * (1 + noise.expovariate(40)) * (1.0 if method is None else method.speed)
         return runs.Sample({"vision": 0.5, "prefill": 2 * factor, "decode": factor, "end to end": 4 * factor}, None)
 
-    monkeypatch.setattr(runs.Runner, "__call__", call)
+    monkeypatch.setattr(runs.TimedRunner, "__call__", call)
     return seen
 
 

@@ -34,7 +34,7 @@ RUNS_AT_ONCE = Hardware("no memory wall", 1e30, 1e12, 1e12)
 
 def ideal_of(family, method, rows, new_tokens=5, hardware=MACHINE):
     model, inputs = families.load(family), families.batch(family, rows=rows)
-    run = runs.Runner(model, inputs, new_tokens)
+    run = runs.TimedRunner(model, inputs, new_tokens)
     parts, report = anatomy(model), run.inspect(method).report
     text = inputs["input_ids"].shape[1] - int(parts.visual(inputs["input_ids"]).sum()) // len(rows)
     pictures = run.inspect(None).pictures // len(rows) or None
@@ -79,7 +79,7 @@ def test_where_there_is_no_roofline(monkeypatch):
     found, text = ideal_of("internvl", foveate.get("spatial", budget=0.5), [0])
     assert found.by == "FLOPs"
     assert "qwen2" in found.reason
-    report = runs.Runner(families.load("internvl"), families.batch("internvl", rows=[0]), 2)
+    report = runs.TimedRunner(families.load("internvl"), families.batch("internvl", rows=[0]), 2)
     few = report.inspect(foveate.get("spatial", budget=0.5)).report
     config = families.load("internvl").config
     expected = prefill_flops(config, text + few.after[0]) / prefill_flops(config, text + few.before[0])
@@ -94,7 +94,7 @@ def test_tiles_and_newlines_are_counted():
     found, text = ideal_of("llava_onevision", foveate.get("spatial", budget=0.5), [0], hardware=RUNS_AT_ONCE)
     inputs, model = families.batch("llava_onevision", rows=[0]), families.load("llava_onevision")
     before = int(anatomy(model).visual(inputs["input_ids"]).sum())
-    after = runs.Runner(model, inputs, 2).inspect(foveate.get("spatial", budget=0.5)).report.after[0]
+    after = runs.TimedRunner(model, inputs, 2).inspect(foveate.get("spatial", budget=0.5)).report.after[0]
     flops = [prefill_flops(model.config, text + visual) for visual in (after, before)]
     assert found.by == "roofline"
     assert found.ratios["prefill"] == pytest.approx(flops[0] / flops[1], rel=0.02)
@@ -166,11 +166,11 @@ def test_refusals():
     model, inputs = families.load("llava"), families.batch("llava", rows=[0])
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     with pytest.raises(foveate.InputError, match="no picture"):
-        runs.Runner(model, text, 2)
+        runs.TimedRunner(model, text, 2)
     with pytest.raises(foveate.InputError, match="decode step"):
-        runs.Runner(model, inputs, 1)
+        runs.TimedRunner(model, inputs, 1)
     with foveate.get("prumerge+")(model), pytest.raises(foveate.InputError, match="Detach it first"):
-        runs.Runner(model, inputs, 2)
+        runs.TimedRunner(model, inputs, 2)
     for methods, rounds in (({}, 1), ({"unreduced": foveate.get("prumerge+")}, 1), (stub_methods(), 0)):
         with pytest.raises(foveate.InputError, match=r"expected 1 or more|at least one method"):
             bench.measure(model, inputs, methods, hardware=MACHINE, rounds=rounds)
@@ -185,7 +185,7 @@ def test_a_run_that_stops_early_is_no_measurement():
     model = zoo.load()
     model.generation_config.max_time = 1e-9
     with pytest.raises(foveate.InputError, match=r"ran 1 times for 4 new tokens.*max_time"):
-        runs.Runner(model, zoo.batch(rows=[0]), 4)(None)
+        runs.TimedRunner(model, zoo.batch(rows=[0]), 4)(None)
 
 
 def test_the_commit_is_that_of_the_checkout_the_package_lies_in(tmp_path):
@@ -325,7 +325,7 @@ def test_a_batch_that_does_not_fit(capsys, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(runs.Runner, "inspect", full)
+    monkeypatch.setattr(runs.TimedRunner, "inspect", full)
     code, _, err = invoke(capsys, monkeypatch, "bench", "--batch", "64")
     assert code == 2
     assert "a batch of 64 does not fit into the memory of cpu" in err

@@ -238,7 +238,7 @@ def test_a_template_that_writes_the_first_token(scene, tmp_path):
     """The tokenizer must not add another one."""
     from tokenizers.processors import TemplateProcessing
 
-    from foveate.answering import make_inputs
+    from foveate.chat import make_inputs
 
     model, processor = foveate.load_pocket()
     processor.tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])

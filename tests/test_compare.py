@@ -15,16 +15,16 @@ from foveate.engine.vision.encoding.front import encode_and_reduce
 from PIL import Image
 
 import foveate
-from foveate.cli.compare import Options, checked, files, parse_counts
-from foveate.lab.claims import Claim, Judge, Line, claims_of, tally
+from foveate.cli.compare import CompareOptions, checked, files, parse_counts
+from foveate.lab.claims import Claim, Judge, TableLine, claims_of, tally
 from foveate.lab.compare import BESIDE, KINDS, Runner, at_count, at_own_rule, check_methods, compare, kind_of
 from foveate.lab.evaluate import Evaluator, Scores
 from foveate.lab.paper_tables import BUILD, NOTES, TABLE5, TABLE7, cells, paper_table, shapes_near
 from foveate.lab.store import Store, key_of
 from foveate.lab.studies.inside import Asker
 from foveate.lab.tables import csv_text, points, rank_rows, ranks, reasons
-from foveate.methods.base import registered
 from foveate.methods.baselines import Random
+from foveate.methods.registry import registered
 from foveate.viz.curves import save_comparison
 
 from .test_cli import invoke
@@ -350,8 +350,8 @@ def test_claims_are_judged_by_paired_intervals():
     judge, questions = _judge(), 200
     good, bad = np.ones(questions), np.zeros(questions)
     noisy = np.random.default_rng(1).random(questions) < 0.5
-    a = Line("A", {"": "40"}, {"VQAT": 60.0, "MME": 1200.0, "POPE": 80.0}, right=good)
-    b = Line("B", {"": "40"}, {"VQAT": 50.0, "MME": 1300.0, "POPE": 80.0}, right=bad)
+    a = TableLine("A", {"": "40"}, {"VQAT": 60.0, "MME": 1200.0, "POPE": 80.0}, right=good)
+    b = TableLine("B", {"": "40"}, {"VQAT": 50.0, "MME": 1300.0, "POPE": 80.0}, right=bad)
     claims = claims_of(judge, ("VQAT", "MME", "POPE", "SQA"), lambda _: [{"": (a, b)}])
     assert [(claim.task, claim.above, claim.below) for claim in claims] == [("VQAT", "A", "B"), ("MME", "B", "A")], (
         "ties say nothing"
@@ -379,7 +379,7 @@ def test_claims_are_judged_by_paired_intervals():
 def test_groups_of_a_task():
     judge = _judge()
     right = np.array([family == "word" for family in judge.scores.families], float)
-    line = Line("A", {}, {}, right=right)
+    line = TableLine("A", {}, {}, right=right)
     assert judge.accuracy(line, "VQAT") == (1.0, 1.0, 1.0)
     assert judge.accuracy(line, "POPE") == (0.0, 0.0, 0.0)
     assert judge.accuracy(line, "SQA")[0] == pytest.approx(0.2)
@@ -434,7 +434,7 @@ def test_tables_of_the_paper(runner, number):
 
 def _options(tmp_path, **changes):
     options = dict(methods=None, budgets=None, own=True, scenes=3, each=2, seed=1, store=tmp_path / "s.json", save=None, table=None)
-    return Options(**{**options, **changes})
+    return CompareOptions(**{**options, **changes})
 
 
 def test_defaults_are_everything(tmp_path):

@@ -33,12 +33,13 @@ pytest.importorskip("lmms_eval", reason=REASON)
 from lmms_eval.api.instance import Instance
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
+from foveate.chat import generation
 from foveate.evaluation import pocket
+from foveate.evaluation.answers import Ledger
 from foveate.evaluation.model import FoveateModel
 from foveate.evaluation.plugin import manifest
-from foveate.evaluation.prompts import generation
-from foveate.evaluation.running import Run, evaluate, level, load_tasks
-from foveate.fingerprint import Ledger, fingerprint
+from foveate.evaluation.running import TaskRun, evaluate, level, load_tasks
+from foveate.fingerprint import fingerprint
 from foveate.loading import load
 
 LIMIT = 6
@@ -76,7 +77,7 @@ def right_by_evaluator(loaded, task: str, method) -> tuple[float, float]:
 
 @pytest.mark.parametrize("method", [None, foveate.get("prumerge+"), foveate.get("spatial", budget=16)], ids=str)
 def test_scores_are_those_of_our_own_evaluator(loaded, tasks, method):
-    rows = Run(loaded, batch_size=4, limit=LIMIT).answers(method, {name: tasks[name] for name in OURS})
+    rows = TaskRun(loaded, batch_size=4, limit=LIMIT).answers(method, {name: tasks[name] for name in OURS})
     for row in rows:
         share, tokens = right_by_evaluator(loaded, row["task"], method)
         assert row["score"] == pytest.approx(100 * share)
@@ -89,7 +90,7 @@ def test_scores_are_those_of_our_own_evaluator(loaded, tasks, method):
 
 def test_the_fine_tuned_model_by_its_name(tasks):
     tuned, method = load("pocket+prumerge"), foveate.get("prumerge")
-    (row,) = Run(tuned, batch_size=4, limit=LIMIT).answers(method, {"pocket_textvqa": tasks["pocket_textvqa"]})
+    (row,) = TaskRun(tuned, batch_size=4, limit=LIMIT).answers(method, {"pocket_textvqa": tasks["pocket_textvqa"]})
     share, tokens = right_by_evaluator(tuned, "pocket_textvqa", method)
     assert row["score"] == pytest.approx(100 * share)
     assert row["tokens"] == pytest.approx(tokens)
@@ -131,7 +132,7 @@ def test_the_camera_of_a_clip_moves_and_keeps_all_things():
 def test_rows_of_baselines_and_their_cost(loaded, tasks):
     names = ("pocket_pope", "pocket_mme")
     method = foveate.get("fastv", budget=0.25)  # reads the question, inside the decoder
-    report = evaluate(Run(loaded, batch_size=4, limit=4), {name: tasks[name] for name in names}, [method])
+    report = evaluate(TaskRun(loaded, batch_size=4, limit=4), {name: tasks[name] for name in names}, [method])
     for name in names:
         rows = {row["method"]: row for row in report["rows"] if row["task"] == name}
         assert list(rows) == ["full", "fastv", "random", "spatial", "resize"]
@@ -375,7 +376,7 @@ def test_two_processes_give_the_same(loaded, tasks, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     several = json.loads(done.stdout)["rows"]
     names = ("pocket_pope", "pocket_vqav2")
-    single = evaluate(Run(loaded, 2, 5), {name: tasks[name] for name in names}, [foveate.get("prumerge+")], baselines=False)
+    single = evaluate(TaskRun(loaded, 2, 5), {name: tasks[name] for name in names}, [foveate.get("prumerge+")], baselines=False)
     same = ("task", "method", "metric", "score", "scores", "questions", "tokens", "tokens_before", "flops")
     assert [[row[name] for name in same] for row in several] == [[row[name] for name in same] for row in single["rows"]]
     assert {path.name for path in tmp_path.rglob("answers-*.jsonl")} == {"answers-0.jsonl", "answers-1.jsonl"}

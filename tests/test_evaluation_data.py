@@ -19,10 +19,10 @@ from lmms_eval.api.model import lmms
 
 from foveate.analysis.flops import prefill_flops
 from foveate.evaluation.local import RELEASES, prepare
-from foveate.evaluation.running import Run, load_tasks, scored
+from foveate.evaluation.running import TaskRun, load_tasks, scored
 from foveate.evaluation.scoring import normalised, score
 from foveate.loading import load
-from foveate.methods.base import get
+from foveate.methods.registry import get
 
 
 class Scripted(lmms):
@@ -240,7 +240,7 @@ def test_frames_as_pictures_of_one_prompt(tmp_path):
     (task,) = load_tasks(["msrvtt_qa"], tmp_path).values()
     assert task.test_docs()[0]["video"] == str(file)
     loaded = load()
-    (row,) = Run(loaded, frames=3).answers(get("spatial", budget=16), {"msrvtt_qa": task})
+    (row,) = TaskRun(loaded, frames=3).answers(get("spatial", budget=16), {"msrvtt_qa": task})
     assert (row["tokens"], row["tokens_before"], row["questions"]) == (16, 576, 1)
     words = loaded.processor.tokenizer(task.doc_to_text(task.test_docs()[0]))["input_ids"]
     assert row["flops"] == prefill_flops(loaded.model.config, 3 * 16 + len(words) + 3)  # <s> user: ... assistant:

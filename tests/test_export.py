@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaNextProcessor
 from typer.testing import CliRunner
 
 from foveate import UnsupportedModelError
+from foveate.chat import Prompt, collate
 from foveate.cli.main import app
 from foveate.engine.model.anatomy import anatomy, innermost
 from foveate.engine.model.families import FAMILIES
 from foveate.errors import InputError
-from foveate.evaluation.prompts import Prompt, collate
-from foveate.loading import load
+from foveate.loading import check_plain_positions, load, load_encoder
 from foveate.pocket import WEIGHTS, load_pocket
-from foveate.serving.encoding import PictureEncoder, check_plain_positions, load_encoder, method_of
+from foveate.serving.encoding import PictureEncoder, method_of
 from foveate.serving.export import MARK, ExportError, compared, described, export, language_model, ready_export, write_tokenizer
 from foveate.serving.template import PLACEHOLDER, chat_template, collapsed
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import foveate
 from foveate.engine.model.families import FAMILIES
-from foveate.methods.base import EncoderReducer, TokenReducer
+from foveate.methods.base import EncoderReducer, ProjectorReducer
 
 from . import families, reference
 from . import family_reference as by_hand
@@ -198,7 +198,7 @@ def overheard_reductions(monkeypatch: pytest.MonkeyPatch, method: foveate.Method
     """What the token reducer of a method is asked and what it answers, from now on."""
     heard: list = []
     kind = type(method.before_decoder())
-    if issubclass(kind, TokenReducer):
+    if issubclass(kind, ProjectorReducer):
         reduce = kind.reduce
 
         def overhear(self, tokens):

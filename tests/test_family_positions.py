@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from foveate.engine.model.families import FAMILIES
-from foveate.methods.base import TokenReducer
+from foveate.methods.base import ProjectorReducer
 from foveate.tokens import Reduction, VisualTokens
 
 from . import families
@@ -22,7 +22,7 @@ from .family_prompts import IMAGE, VIDEO, Medium
 
 
 @dataclass(kw_only=True)
-class Ends(TokenReducer):
+class Ends(ProjectorReducer):
     """The first and the last token of each grid."""
 
     def reduce(self, tokens: VisualTokens) -> Reduction:

@@ -18,7 +18,7 @@ from foveate.lab.evaluate import TestSet
 from foveate.lab.studies import tuned
 from foveate.loading import load
 from foveate.pocket import ADAPTERS, WEIGHTS
-from foveate.pocket.questions import Question
+from foveate.pocket.questions import PocketQuestion
 from foveate.pocket.scenes import draw_scene
 from foveate.training import lora as finetune
 
@@ -43,7 +43,10 @@ def adapter(folder) -> dict[str, torch.Tensor]:
 
 def test_conversations_are_what_the_chat_template_writes():
     processor = foveate.load_pocket()[1]
-    asked = [Question("count", "how many red objects are there ?", "3"), Question("where", "where is the red star ?", "top left")]
+    asked = [
+        PocketQuestion("count", "how many red objects are there ?", "3"),
+        PocketQuestion("where", "where is the red star ?", "top left"),
+    ]
     messages = []
     for number, question in enumerate(asked):
         shown = [] if number else [{"type": "image"}]

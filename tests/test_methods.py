@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import foveate
-from foveate.methods.base import REGISTRY
+from foveate.methods.registry import REGISTRY
 from foveate.methods.tools.merging import nearest_neighbours
 from foveate.methods.tools.scoring import cls_attention
 from foveate.methods.tools.selection import iqr_fence, ranks, take_in_order, uniform_lattice, uniform_stride
@@ -168,7 +168,7 @@ def test_registry_errors_name_what_exists():
 
 
 def test_a_method_registers_itself_by_being_defined():
-    class Corner(foveate.TokenReducer, name="test-corner", paper="here"):
+    class Corner(foveate.ProjectorReducer, name="test-corner", paper="here"):
         def reduce(self, tokens):
             return Reduction(torch.zeros(len(tokens.features), 1, dtype=torch.long))
 
@@ -180,19 +180,19 @@ def test_a_method_registers_itself_by_being_defined():
             assert session.report.after == [1] * 4
         with pytest.raises(foveate.InputError, match="already registered"):
 
-            class Another(foveate.TokenReducer, name="test-corner"):
+            class Another(foveate.ProjectorReducer, name="test-corner"):
                 pass
     finally:
         REGISTRY.pop("test-corner")
 
 
 def test_a_method_that_breaks_the_contract_is_caught():
-    class Nothing(foveate.TokenReducer):
+    class Nothing(foveate.ProjectorReducer):
         def reduce(self, tokens):
             index = torch.zeros(len(tokens.features), 1, dtype=torch.long)
             return Reduction(index, torch.zeros_like(index, dtype=torch.bool))
 
-    class Outside(foveate.TokenReducer):
+    class Outside(foveate.ProjectorReducer):
         def reduce(self, tokens):
             return Reduction(torch.full((len(tokens.features), 1), tokens.number - 1), scores=None, weights=None)
 
@@ -201,7 +201,7 @@ def test_a_method_that_breaks_the_contract_is_caught():
         foveate.encode(model, Nothing(), **zoo.batch())
     assert foveate.encode(model, Outside(), **zoo.batch()).embeds[0].shape == (1, 64)
     with pytest.raises(TypeError, match="does not implement"):
-        foveate.encode(model, foveate.TokenReducer(), **zoo.batch())
+        foveate.encode(model, foveate.ProjectorReducer(), **zoo.batch())
 
 
 def test_methods_lists_every_method_with_its_paper():

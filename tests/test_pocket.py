@@ -17,7 +17,7 @@ from foveate.lab.evaluate import Evaluator, Scores, TestSet, majority
 from foveate.pocket import WEIGHTS, batches, questions
 from foveate.pocket.answers import answer_mask
 from foveate.pocket.assets import load_assets, text_mask
-from foveate.pocket.questions import FAMILIES, Question
+from foveate.pocket.questions import QUESTION_KINDS, PocketQuestion
 from foveate.pocket.scenes import GRID, PATCH, SPLITS, backgrounds, draw_scene
 from foveate.pocket.vocabulary import COLORS, SHAPES, VOCABULARY, WORDS, encode
 
@@ -65,7 +65,7 @@ def test_every_word_has_a_neighbour_that_shares_most_letters():
     assert alone == ["news"]
 
 
-def _check(question: Question, scene) -> str:
+def _check(question: PocketQuestion, scene) -> str:
     """The answer, worked out from the text of the question alone."""
     words, shapes = question.text.split(), scene.of("shape")
     if question.family in ("word", "number", "digit"):
@@ -74,7 +74,9 @@ def _check(question: Question, scene) -> str:
     if question.family == "choice":
         cut = words.index("(a)")
         options = dict(zip(words[cut::2], words[cut + 1 :: 2], strict=True))
-        base = Question({"what color": "color", "what shape": "shape"}.get(" ".join(words[:2]), "word"), " ".join(words[:cut]), "")
+        base = PocketQuestion(
+            {"what color": "color", "what shape": "shape"}.get(" ".join(words[:2]), "word"), " ".join(words[:cut]), ""
+        )
         return next(letter for letter, option in options.items() if option == _check(base, scene))
     if question.family == "color":
         return next(i.color for i in shapes if i.name == words[4])
@@ -101,7 +103,7 @@ def _check(question: Question, scene) -> str:
 
 
 def test_answers_are_true_unambiguous_and_in_the_vocabulary():
-    seen = dict.fromkeys(FAMILIES, 0)
+    seen = dict.fromkeys(QUESTION_KINDS, 0)
     for seed in range(150):
         random = Random(seed)
         scene = draw_scene(random, split="test")
@@ -207,7 +209,7 @@ def test_answers_need_the_picture(pocket):
     full = scores.per_family(evaluator.run(None).right)
     blind = scores.per_family(evaluator.run(None, wrong_picture=True).right)
     guess = majority(data)
-    for family in FAMILIES:
+    for family in QUESTION_KINDS:
         assert full[family] > 0.6, family
         assert full[family] > guess[family] + 0.2, family
         assert blind[family] < guess[family] + 0.2, family
@@ -252,7 +254,7 @@ def test_evaluate_command(tmp_path):
     assert "wrong picture" in done.stdout
     report = json.loads(numbers.read_text())
     assert {"full", "blind", "majority", "methods", "attention", "merging"} <= set(report)
-    assert set(report["full"]) <= set(FAMILIES)
+    assert set(report["full"]) <= set(QUESTION_KINDS)
     for row in report["methods"]:
         assert {"name", "mean_tokens", "accuracy", "low", "high", "families"} <= set(row)
         assert row["low"] <= row["accuracy"] <= row["high"]

@@ -43,7 +43,7 @@ def alone(visual: VisualTokens, b: int) -> VisualTokens:
     return VisualTokens(visual.features[b : b + 1], visual.grid, taps)
 
 
-def outputs(method: foveate.TokenReducer, visual: VisualTokens) -> list[tuple[list[int], torch.Tensor]]:
+def outputs(method: foveate.ProjectorReducer, visual: VisualTokens) -> list[tuple[list[int], torch.Tensor]]:
     """Per image: grid cells in output order, and output tokens."""
     reduction = method.reduce(visual)
     out, valid = reduction.apply(visual.features), reduction.mask()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import foveate
 from foveate.cuts import DecoderTap, PromptTokens
-from foveate.methods.base import TokenReducer
+from foveate.methods.base import ProjectorReducer
 from foveate.methods.cdpruner import CDPruner, determinant_first
 from foveate.methods.dart import DART
 from foveate.methods.divprune import DivPrune
@@ -72,7 +72,7 @@ def scores_of(visual: VisualTokens, b: int) -> list[float]:
     return attention_row(tap.query[b], tap.keys[b], tap.heads, fused=False)
 
 
-def chosen(method: TokenReducer, visual: VisualTokens) -> list[list[int]]:
+def chosen(method: ProjectorReducer, visual: VisualTokens) -> list[list[int]]:
     reduction = method.reduce(visual)
     assert reduction.valid is None
     return reduction.index.tolist()

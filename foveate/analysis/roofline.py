@@ -33,7 +33,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True)
-class Line:
+class CostLine:
     """One operator, summed over layers and steps.
 
     Attributes
@@ -91,12 +91,12 @@ class Cost:
     model: str
     hardware: Hardware
     work: Workload
-    lines: tuple[Line, ...]
+    lines: tuple[CostLine, ...]
     weights: dict[str, float]
     kv_cache: float
     activations: float
 
-    def select(self, phase: Phase | None = None, part: Part | None = None) -> list[Line]:
+    def select(self, phase: Phase | None = None, part: Part | None = None) -> list[CostLine]:
         """Lines of a phase, a part, or both."""
         return [each for each in self.lines if phase in (None, each.phase) and part in (None, each.part)]
 
@@ -228,7 +228,7 @@ def _viewer(shape: Architecture, work: Workload) -> Iterator[Step]:
             yield phase, "decoder", viewer_head(decoder, work.run.batch, precision), steps
 
 
-def _priced(steps: Iterable[Step], hardware: Hardware) -> tuple[Line, ...]:
+def _priced(steps: Iterable[Step], hardware: Hardware) -> tuple[CostLine, ...]:
     """Operators with their times, those of one name added up."""
     moved = ("flops", "weights", "loads", "stores", "cache_loads", "cache_stores")
     sums: dict[tuple[Phase, Part, str, float | None], list[float]] = {}
@@ -239,7 +239,7 @@ def _priced(steps: Iterable[Step], hardware: Hardware) -> tuple[Line, ...]:
         found = sums.setdefault((phase, part, operator.name, operator.bits), [0.0] * len(numbers))
         for place, number in enumerate(numbers):
             found[place] += times * number
-    return tuple(Line(*key, *numbers) for key, numbers in sums.items())
+    return tuple(CostLine(*key, *numbers) for key, numbers in sums.items())
 
 
 def _memory(shape: Architecture, work: Workload, steps: Sequence[Step]) -> tuple[dict[str, float], float, float]:

@@ -24,7 +24,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow:
     """A line of the paper's table; ``printed`` digit by digit, in the order of ``COLUMNS``."""
 
     backbone: str
@@ -46,14 +46,14 @@ class Row:
 
 
 ROWS = (
-    Row("7B", 16, False, ("9.3", "88.6", "23.3", "4.60")),
-    Row("7B", 16, True, ("0.91", "15.3", "13.7", "0.28")),
-    Row("7B", 4, False, ("2.3", "151.6", "5.9", "1.20")),
-    Row("7B", 4, True, ("0.28", "14.9", "3.5", "0.07")),
-    Row("13B", 16, False, ("18.2", "170.5", "41.6", "7.30")),
-    Row("13B", 16, True, ("1.80", "29.5", "26.6", "0.44")),
-    Row("13B", 4, False, ("4.6", "294.9", "10.5", "1.80")),
-    Row("13B", 4, True, ("0.45", "29.0", "6.8", "0.11")),
+    PaperRow("7B", 16, False, ("9.3", "88.6", "23.3", "4.60")),
+    PaperRow("7B", 16, True, ("0.91", "15.3", "13.7", "0.28")),
+    PaperRow("7B", 4, False, ("2.3", "151.6", "5.9", "1.20")),
+    PaperRow("7B", 4, True, ("0.28", "14.9", "3.5", "0.07")),
+    PaperRow("13B", 16, False, ("18.2", "170.5", "41.6", "7.30")),
+    PaperRow("13B", 16, True, ("1.80", "29.5", "26.6", "0.44")),
+    PaperRow("13B", 4, False, ("4.6", "294.9", "10.5", "1.80")),
+    PaperRow("13B", 4, True, ("0.45", "29.0", "6.8", "0.11")),
 )
 
 
@@ -66,7 +66,7 @@ def viewed(backbone: str, bits: int, tokens: int) -> Cost:
     return price(shape, work, get_hardware("v100-llm-viewer"))
 
 
-def recomputed(row: Row) -> tuple[float, float, float, float]:
+def recomputed(row: PaperRow) -> tuple[float, float, float, float]:
     """The cells of a row; the paper divides the operations of INT4 by 4, LLM-Viewer does not."""
     found = viewed(row.backbone, row.bits, row.tokens)
     flops = found.total("flops") / 1e12 * row.bits / 16

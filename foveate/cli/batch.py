@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    from ..serving.batch.rows import Line, Source, Wanted
+    from ..serving.batch.rows import AnswerSettings, RowPlace, Source
 
 EPILOG = (
     "Examples:  foveate batch questions.jsonl answers.jsonl  |  "
@@ -54,7 +54,7 @@ def batch_command(
     from ..serving.batch.engines import any_method
     from ..serving.batch.offline import settings
     from ..serving.batch.results import Output
-    from ..serving.batch.rows import Source, Wanted
+    from ..serving.batch.rows import AnswerSettings, Source
     from ..serving.encoding import method_of
     from .main import parse_budget
 
@@ -66,7 +66,7 @@ def batch_command(
         raise InputError(f"--temperature {temperature} is no number")
     if questions.absolute() == answers.absolute():
         raise InputError("questions and answers are the same file")
-    wanted = Wanted(method, None if budget is None else parse_budget(budget), max_new_tokens, temperature, seed)
+    wanted = AnswerSettings(method, None if budget is None else parse_budget(budget), max_new_tokens, temperature, seed)
     _ = any_method(wanted) if engine == "transformers" else method_of(wanted.method, wanted.budget)
     source = Source(questions)
     lines = source.lines()
@@ -90,8 +90,8 @@ def batch_command(
 def _answered(
     engine: str,
     source: Source,
-    waiting: list[Line],
-    wanted: Wanted,
+    waiting: list[RowPlace],
+    wanted: AnswerSettings,
     model: str,
     size: int,
     export: Path | None,
@@ -99,7 +99,7 @@ def _answered(
     err: Console,
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows of the output, from an engine that has started."""
-    from ..answering import quiet_loading
+    from ..loading import quiet_loading
     from ..serving.batch.offline import answered
 
     with err.status("starting"), quiet_loading(bars=False):

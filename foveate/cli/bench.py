@@ -31,7 +31,7 @@ EPILOG = (
 
 
 @dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """What was asked for."""
 
     model: str | None
@@ -75,10 +75,10 @@ def bench_command(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     _check_file(json_file)
-    from ..methods.base import get
+    from ..methods.registry import get
 
     methods = {name: get(name, **({} if budget is None else {"budget": parse_budget(budget)})) for name in names}
-    options = Options(model, methods, sizes, image, prompt, new_tokens, rounds, dtype, device, attn, seed)
+    options = BenchOptions(model, methods, sizes, image, prompt, new_tokens, rounds, dtype, device, attn, seed)
     with err.status("starting") as status:
         document, measured = run_bench(options, lambda what: status.update(escape(what)))
     if json_file is not None:
@@ -117,7 +117,7 @@ def _check_file(path: Path | None) -> None:
         raise InputError(f"--json {path}: give the name of a file in a folder that exists")
 
 
-def load(options: Options) -> tuple[Any, Any]:
+def load(options: BenchOptions) -> tuple[Any, Any]:
     """The model as asked for, and its processor.
 
     Raises
@@ -163,11 +163,12 @@ def shown_picture(image: Path | None, prompt: str | None) -> tuple[Any, str, str
     return Image.fromarray(scene.image), prompt or question.text, f"scene of level {LEVEL}, seed {SEED}", []
 
 
-def run_bench(options: Options, tell: Callable[[str], None]) -> tuple[dict[str, Any], list[Measured]]:
+def run_bench(options: BenchOptions, tell: Callable[[str], None]) -> tuple[dict[str, Any], list[Measured]]:
     """The ledger, and what was measured of each batch size."""
     import torch
 
-    from ..answering import make_inputs, quiet_loading
+    from ..chat import make_inputs
+    from ..loading import quiet_loading
     from ..measuring import ledger
     from ..measuring.bench import WARM_UP, measure
     from ..measuring.ideal import this_machine

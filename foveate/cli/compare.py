@@ -16,19 +16,19 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..answering import quiet_loading
 from ..errors import InputError
 from ..lab.compare import COUNTS, TOTAL, Runner, Tell, check_methods, compare
 from ..lab.paper_tables import BUILD, cells, paper_table
 from ..lab.tables import RANKED, about, csv_text, markdown, markdown_table, rank_table, reasons
-from ..methods.base import registered
+from ..loading import quiet_loading
+from ..methods.registry import registered
 from ..viz.overlay import make_folder, picture_file
 
 WIDTH = 150  # of tables that go to a file or a pipe
 
 
 @dataclass(frozen=True)
-class Options:
+class CompareOptions:
     """What was asked for."""
 
     methods: str | None
@@ -86,7 +86,7 @@ def parse_counts(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(counts)))
 
 
-def checked(options: Options) -> Options:
+def checked(options: CompareOptions) -> CompareOptions:
     """The options, where a run can begin and its files can be written.
 
     Raises
@@ -122,7 +122,7 @@ def progress(console: Console) -> Iterator[Tell]:
         yield lambda what, done, total: bar.update(task, description=escape(what), completed=done, total=total)
 
 
-def run_compare(options: Options, console: Console) -> dict[str, Any]:
+def run_compare(options: CompareOptions, console: Console) -> dict[str, Any]:
     """Run what the store does not hold, write the files, and return the report."""
     with console.status("loading the pocket model"), quiet_loading(bars=False):
         runner = Runner(options.scenes, options.each, options.seed, options.store)

@@ -59,7 +59,7 @@ def cost_command(
         return
     from ..analysis.configs import read_architecture
     from ..analysis.cost import cost
-    from ..answering import quiet_loading
+    from ..loading import quiet_loading
     from ..viz.overlay import picture_file
 
     save = save and picture_file(save)

@@ -10,10 +10,13 @@ from typing import Any
 
 from PIL import Image
 
-from ..answering import Answer, ask, load_model, make_inputs
+from ..answering import Answer, ask
+from ..chat import make_inputs
 from ..errors import InputError
-from ..methods.base import Method, get
-from ..pocket.questions import Question, exam
+from ..loading import load_model
+from ..methods.base import Method
+from ..methods.registry import get
+from ..pocket.questions import PocketQuestion, exam
 from ..pocket.scenes import LEVELS, Scene, draw_scene
 from ..viz.overlay import as_seen, picture_file, save_figure
 
@@ -55,7 +58,7 @@ def with_a_budget(name: str) -> Method:
         return get(name, budget=BUDGET)
 
 
-def pick_scene(level: int, seed: int) -> tuple[Scene, Question]:
+def pick_scene(level: int, seed: int) -> tuple[Scene, PocketQuestion]:
     """A scene of the test split of a level, and one question about it."""
     random = Random(f"demo/{seed}/{level}")
     wanted = ("color", "where", "word")[level % 3]

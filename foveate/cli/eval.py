@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import InputError, MissingExtraError
-from ..methods.base import get
+from ..methods.registry import get
 
 EPILOG = (
     "Examples:  foveate eval --limit 100  |  foveate eval --model llava-hf/llava-1.5-7b-hf --tasks pope,mme --budget 144  |  "
@@ -56,9 +56,8 @@ def eval_command(
     if save is not None:
         _folder(save)
     _quiet()
-    from ..answering import quiet_loading
-    from ..evaluation.running import Run, evaluate, load_tasks
-    from ..loading import load, own_device, part
+    from ..evaluation.running import TaskRun, evaluate, load_tasks
+    from ..loading import load, own_device, part, quiet_loading
 
     def tell(line: str) -> None:
         if first:
@@ -66,7 +65,7 @@ def eval_command(
 
     with quiet_loading(bars=False):
         loaded = load(model, dtype=dtype, device=own_device(device), attention=attention)
-    run = Run(loaded, batch_size, limit, frames, cache, save)
+    run = TaskRun(loaded, batch_size, limit, frames, cache, save)
     report = evaluate(run, load_tasks(names, data), chosen, baselines=baselines, tell=tell)
     part()
     if not first:

@@ -127,7 +127,7 @@ def ask_command(
 
         raise InputError("the question is empty")
     from .. import answering
-    from ..methods.base import get
+    from ..methods.registry import get
     from ..video import Video
     from ..viz.overlay import picture_file
 
@@ -192,7 +192,7 @@ def methods_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
 ) -> None:
     """The table of methods."""
-    from ..api import methods
+    from ..methods.registry import methods
 
     found = methods()
     if as_json:
@@ -264,9 +264,9 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
 ) -> None:
     """Registered methods at several budgets on the pocket test set, beside baselines at equal cost."""
-    from .compare import Options, checked, run_compare, show
+    from .compare import CompareOptions, checked, run_compare, show
 
-    options = checked(Options(methods, budgets, own, scenes, each, seed, store, save, table))
+    options = checked(CompareOptions(methods, budgets, own, scenes, each, seed, store, save, table))
     report = run_compare(options, err)
     if as_json:
         print(json.dumps(report))

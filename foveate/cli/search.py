@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..answering import load_model, make_inputs
+from ..chat import make_inputs
 from ..errors import InputError
 from ..images import open_picture
+from ..loading import load_model
 from ..methods.base import Method
 from ..tuning.search import Plan, g_search, head_mask, p_sigmoid_search
 from ..viz.overlay import make_folder

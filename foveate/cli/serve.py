@@ -94,8 +94,8 @@ def serve_command(
     except ImportError as error:
         raise MissingExtraError(error.name or "fastapi", "serve") from error
     from ..serving.export import ready_export
-    from ..serving.gateway.gateway import Settings
-    from ..serving.gateway.launch import Engine, LaunchError
+    from ..serving.gateway.gateway import GatewaySettings
+    from ..serving.gateway.launch import LaunchError, VllmServer
     from ..serving.gateway.requests import Limits
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -108,8 +108,8 @@ def serve_command(
         if launch:
             status.update("exporting the language model")
             folder = ready_export(model, export, dtype=dtype)
-            engine = Engine(folder, python=vllm_python, arguments=shlex.split(vllm_args))
-    settings = Settings(
+            engine = VllmServer(folder, python=vllm_python, arguments=shlex.split(vllm_args))
+    settings = GatewaySettings(
         name=name or model,
         vllm_url=engine.url if engine else str(vllm_url),
         method=method,
@@ -143,7 +143,8 @@ def serve_command(
 
 def _encoders(model: str, dtype: str | None, devices: str | None) -> list[PictureEncoder]:
     """An encoder for each device."""
-    from ..serving.encoding import PictureEncoder, load_encoder
+    from ..loading import load_encoder
+    from ..serving.encoding import PictureEncoder
 
     places = [place.strip() for place in devices.split(",")] if devices else [None]
     first = PictureEncoder(load_encoder(model, dtype=dtype, device=places[0]))

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 
-class Settings:
+class GenerateSettings:
     """Settings of one ``generate`` call: its arguments, then its generation config, then the model's."""
 
     def __init__(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from ..methods.base import Method
 from ..report import Clock, Report
 from ..tokens import resolve_budget
 from .decoder.hooks import DecoderCuts
-from .generation import FullPrompt, Settings, on_full_prompt
+from .generation import FullPrompt, GenerateSettings, on_full_prompt
 from .install import Installation, installed_on
 from .model.anatomy import Anatomy, anatomy, innermost
 from .model.seams import (
@@ -35,10 +35,8 @@ from .model.seams import (
     renamed,
     restore,
 )
-from .prompt.guards import guard_positions
 from .prompt.layout import Layout, cached_layout, filler, layout_past
-from .prompt.positions import Positions
-from .prompt.shifts import Shifts, missing_positions
+from .prompt.positions import Positions, Shifts, guard_positions, missing_positions
 from .prompt.shorten import acts_inside, expected_prompt, shorten_prompt
 from .vision.front import check_front
 
@@ -161,7 +159,7 @@ class Session:
         if ids is None or not (has_pixels(kwargs) or layout_of(cache) is not None):
             self._refuse_missing_pictures(ids, cache)
             return self._run(original, ids, kwargs, report)
-        settings = Settings(self.model, kwargs)
+        settings = GenerateSettings(self.model, kwargs)
         self._cuts.refuse_pieces(settings["prefill_chunk_size"])
         mask = kwargs.get("attention_mask")
         mask = settings.infer_mask(ids) if mask is None else mask
@@ -219,7 +217,7 @@ class Session:
         try:
             result = original(inputs=ids, **kwargs)
             if self._cuts.active:
-                self._cuts.finish(find_cache(result) or cache, ids, result, Settings(self.model, kwargs)["num_beams"])
+                self._cuts.finish(find_cache(result) or cache, ids, result, GenerateSettings(self.model, kwargs)["num_beams"])
             return result
         except BaseException:
             self._cuts.fail(cache, before)

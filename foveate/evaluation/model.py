@@ -20,16 +20,18 @@ from tqdm import tqdm
 
 from ..analysis.flops import prefill_flops
 from ..api import attach
+from ..chat import Prompt, collate, generation
 from ..engine.session import Session
 from ..errors import InputError
-from ..fingerprint import Answer, Ledger, digest
+from ..fingerprint import digest
 from ..lab.store import key_of
 from ..loading import POCKET, Loaded, load, own_device
-from ..methods.base import Method, get
-from ..methods.baselines import Sequential
-from .prompts import Prompt, Reader, collate, generation, spent
+from ..methods.base import KeepAll, Method
+from ..methods.registry import get
+from .answers import CostedAnswer, Ledger
+from .prompts import MessageReader, spent
 
-FULL = "full"  # all visual tokens
+FULL = KeepAll.name
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,10 @@ class FoveateModel(lmms):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self.accelerator = Accelerator(cpu=self.device.type == "cpu")
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.session: Session = attach(self.loaded.model, self.method or Sequential(budget=1.0))
-        self.reader = Reader(self.loaded, self.frames)
+        self.session: Session = attach(self.loaded.model, self.method or KeepAll())
+        self.reader = MessageReader(self.loaded, self.frames)
         self.ledger = Ledger(None if cache is None else Path(cache), self.setting(), self._rank)
-        self.answers: dict[str, dict[int, Answer]] = {}
+        self.answers: dict[str, dict[int, CostedAnswer]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -189,7 +191,7 @@ class FoveateModel(lmms):
             raise InputError(f"the task {task} draws answers at random (temperature {options['temperature']}); give temperature=0")
         return _Asked(prompt, options, until, digest(task, str(document), prompt.contents, repr(sorted(options.items())), *until))
 
-    def _answer(self, group: Mapping[str, _Asked]) -> dict[str, Answer]:
+    def _answer(self, group: Mapping[str, _Asked]) -> dict[str, CostedAnswer]:
         """Answer a batch; all of it has the same options."""
         asked, first = [*group.values()], next(iter(group.values()))
         model, processor = self.loaded.model, self.loaded.processor
@@ -212,14 +214,14 @@ class FoveateModel(lmms):
             items, before, visual, words = cost
             flops = prefill_flops(model.config, [count + words for count in visual])
             mean = statistics.fmean(visual)
-            found[key] = Answer(_until(text, each.until), items, before, mean, flops, seconds, visual[0] + words, new)
+            found[key] = CostedAnswer(_until(text, each.until), items, before, mean, flops, seconds, visual[0] + words, new)
         return found
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _log(self, answers: Sequence[Answer]) -> None:
+    def _log(self, answers: Sequence[CostedAnswer]) -> None:
         """Tell lmms-eval what this process has spent, for the summary of a run."""
         if not answers:
             return

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import InputError, MissingExtraError, UnsupportedModelError
-from ..fingerprint import Answer
 from ..loading import Loaded
-from ..methods.base import Method, get
+from ..methods.base import Method
+from ..methods.registry import get
 from . import TASKS
+from .answers import CostedAnswer
 from .local import RELEASES, prepare
 
 with redirect_stdout(sys.stderr):  # from its import on, lmms-eval logs to what is stdout then
@@ -44,7 +45,7 @@ Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Run:
+class TaskRun:
     """How tasks are run.
 
     Parameters
@@ -100,20 +101,20 @@ def scored(
     return {} if found is None else dict(found["results"])
 
 
-def _merged(mine: dict[str, dict[int, Answer]]) -> dict[str, dict[int, Answer]]:
+def _merged(mine: dict[str, dict[int, CostedAnswer]]) -> dict[str, dict[int, CostedAnswer]]:
     """Answers of all processes, by task and document."""
     parts = [mine]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         parts = [{}] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(parts, mine)
-    found: dict[str, dict[int, Answer]] = {}
+    found: dict[str, dict[int, CostedAnswer]] = {}
     for part in parts:
         for task, answers in part.items():
             found.setdefault(task, {}).update(answers)
     return found
 
 
-def row(task: str, method: Method | None, answers: Mapping[int, Answer], results: Mapping[str, Any]) -> dict[str, Any]:
+def row(task: str, method: Method | None, answers: Mapping[int, CostedAnswer], results: Mapping[str, Any]) -> dict[str, Any]:
     """One line: scores and costs of a method on a task.
 
     Parameters
@@ -201,7 +202,7 @@ def _flat(loaded: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def evaluate(
-    run: Run, tasks: Mapping[str, Any], methods: Sequence[Method], *, baselines: bool = True, tell: Tell = lambda _: None
+    run: TaskRun, tasks: Mapping[str, Any], methods: Sequence[Method], *, baselines: bool = True, tell: Tell = lambda _: None
 ) -> dict[str, Any]:
     """All methods on all tasks, all visual tokens first, and baselines at the cost of each; a JSON-able report.
 

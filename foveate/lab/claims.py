@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..pocket.questions import FAMILIES, READING
+from ..pocket.questions import QUESTION_KINDS, READING
 from .evaluate import Scores
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -17,7 +17,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "objects": ("color", "shape", "count", "where", "relation"),
     "choice": ("choice",),
     "pair": ("pair",),
-    "all": FAMILIES,
+    "all": QUESTION_KINDS,
 }
 MIRRORS = {"VQAv2": "objects", "SQA": "all", "VQAT": "reading", "POPE": "existence", "MME": "pair", "MMB": "choice"}
 MIRRORED = (
@@ -30,7 +30,7 @@ Difference = tuple[float, float, float]
 
 
 @dataclass
-class Line:
+class TableLine:
     """One line of a table: the paper's numbers by task, and how ours did.
 
     Attributes
@@ -129,11 +129,11 @@ class Judge:
         part = Scores(self.scores.families[mask], self.scores.scene[mask], self.scores.resamples)
         return part.interval(np.asarray(values, float)[mask])
 
-    def accuracy(self, line: Line, task: str) -> Difference | None:
+    def accuracy(self, line: TableLine, task: str) -> Difference | None:
         """Ours on the group of a task, with its interval."""
         return None if line.right is None else self._in(task, line.right)
 
-    def claim(self, task: str, pairs: dict[str, tuple[Line, Line]]) -> Claim | None:
+    def claim(self, task: str, pairs: dict[str, tuple[TableLine, TableLine]]) -> Claim | None:
         """The paper's ordering of two lines on a task, for each setting of ours; None where it has none."""
         a, b = next(iter(pairs.values()))
         if task not in a.paper or task not in b.paper or a.paper[task] == b.paper[task]:
@@ -150,7 +150,9 @@ class Judge:
         return Claim(task, above.label, below.label, (above.paper[task], below.paper[task]), ours)
 
 
-def claims_of(judge: Judge, tasks: Sequence[str], pairs: Callable[[str], Sequence[dict[str, tuple[Line, Line]]]]) -> list[Claim]:
+def claims_of(
+    judge: Judge, tasks: Sequence[str], pairs: Callable[[str], Sequence[dict[str, tuple[TableLine, TableLine]]]]
+) -> list[Claim]:
     """All claims of a table: for each task the pairs that the paper compares on it."""
     found = (judge.claim(task, pair) for task in tasks for pair in pairs(task))
     return [claim for claim in found if claim is not None]

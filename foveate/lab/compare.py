@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError, UnsupportedModelError
-from ..methods.base import EncoderReducer, Method, get, presets, registered
+from ..methods.base import EncoderReducer, Method
 from ..methods.baselines import Random
+from ..methods.registry import get, presets, registered
 from ..pocket import WEIGHTS, load_pocket
 from ..pocket.questions import READING
 from .evaluate import SEED, Evaluator, Scores, TestSet

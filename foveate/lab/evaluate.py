@@ -25,16 +25,17 @@ from rich.table import Table
 from torch import Tensor
 
 from ..engine.model.anatomy import Anatomy, anatomy
-from ..engine.vision.encoding import Encoded, encode, reduce, unchanged
+from ..engine.vision.encoding import EncodedPictures, encode, reduce, unchanged
 from ..engine.vision.front import check_front, encode_and_reduce
 from ..errors import InputError
-from ..methods.base import FrontReducer, TokenReducer, get
+from ..methods.base import FrontReducer, ProjectorReducer
 from ..methods.prumerge import PruMerge
+from ..methods.registry import get
 from ..methods.tools.scoring import cls_attention
 from ..pocket import load_pocket
 from ..pocket.answers import text_states
 from ..pocket.batches import IGNORE, collate_text, normalise, text_rows
-from ..pocket.questions import FAMILIES, Question, exam
+from ..pocket.questions import QUESTION_KINDS, PocketQuestion, exam
 from ..pocket.scenes import LEVELS, Scene, draw_scene
 from ..report import Clock
 from ..tokens import resolve_budget
@@ -67,7 +68,7 @@ class TestSet:
     __test__ = False  # for pytest
 
     scenes: list[Scene]
-    questions: list[list[Question]]
+    questions: list[list[PocketQuestion]]
 
     @classmethod
     def draw(cls, number: int, seed: int = SEED, split: str = "test") -> TestSet:
@@ -83,7 +84,7 @@ class TestSet:
         for start in range(0, len(self.scenes), size):
             yield slice(start, min(start + size, len(self.scenes)))
 
-    def column(self, pick: Callable[[int, Question], Any]) -> NDArray[Any]:
+    def column(self, pick: Callable[[int, PocketQuestion], Any]) -> NDArray[Any]:
         """One value per question, scene by scene."""
         return np.array([pick(i, q) for i, asked in enumerate(self.questions) for q in asked])
 
@@ -104,7 +105,7 @@ class Evaluator:
         self.parts: Anatomy = anatomy(model)
         self.depth = len(self.parts.layers)
         self.clock = Clock(model.device)
-        self.encoded: list[Encoded] = []  # with the taps of all layers, by index
+        self.encoded: list[EncodedPictures] = []  # with the taps of all layers, by index
         self.text: list[dict[str, Tensor]] = []
         with torch.no_grad():
             for part in data.chunks(chunk):
@@ -145,12 +146,12 @@ class Evaluator:
             right += self.answers(embeds, text)
         return Result(np.array(right, bool), tokens)
 
-    def reduced(self, method: FrontReducer | None, encoded: Encoded, part: slice) -> list[Tensor]:
+    def reduced(self, method: FrontReducer | None, encoded: EncodedPictures, part: slice) -> list[Tensor]:
         """Per picture of a chunk the tokens that a method leaves; pictures are encoded anew only where it acts before their end."""
         number = encoded.grid[0] * encoded.grid[1]
         if method is None or resolve_budget(method.budget, number) == number:
             return unchanged(self.parts, encoded).embeds
-        if not isinstance(method, TokenReducer) or method.picture(encoded.grid) is not None:
+        if not isinstance(method, ProjectorReducer) or method.picture(encoded.grid) is not None:
             return encode_and_reduce(self.parts, method, {"pixel_values": self.pixels(part)}, self.clock).embeds
         named = {"last": self.depth - 1, "aligned": self.parts.feature_layer()}
         asked = {name: named[name] if isinstance(name, str) else name % self.depth for name in method.encoder_layers(self.depth)}
@@ -189,7 +190,7 @@ class Scores:
         return cls(data.column(lambda _, q: q.family), data.column(lambda i, _: i), drawn)
 
     def per_family(self, right: NDArray[Any]) -> dict[str, float]:
-        return {f: float(right[self.families == f].mean()) for f in FAMILIES if (self.families == f).any()}
+        return {f: float(right[self.families == f].mean()) for f in QUESTION_KINDS if (self.families == f).any()}
 
     def interval(self, values: NDArray[Any]) -> tuple[float, float, float]:
         """Mean over questions, and its 95 % interval."""
@@ -210,7 +211,7 @@ def majority(data: TestSet) -> dict[str, float]:
     """Accuracy of always giving the most frequent answer of a family."""
     families, answers = data.column(lambda _, q: q.family), data.column(lambda _, q: q.answer)
     found = {}
-    for family in FAMILIES:
+    for family in QUESTION_KINDS:
         mine = Counter(answers[families == family].tolist())
         if mine:
             found[family] = max(mine.values()) / sum(mine.values())

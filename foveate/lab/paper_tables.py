@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import FoveateError, InputError, UnsupportedModelError
-from ..methods.base import Method, get
-from .claims import MIRRORED, MIRRORS, Claim, Judge, Line, claims_of, tally
+from ..methods.base import Method
+from ..methods.registry import get
+from .claims import MIRRORED, MIRRORS, Claim, Judge, TableLine, claims_of, tally
 from .compare import TOTAL, Runner, Tell, each_alone
 
 TITLES = {
@@ -66,7 +67,7 @@ class Filler:
     def __init__(self, runner: Runner, tell: Tell, total: int) -> None:
         self.runner, self.tell, self.total, self.done = runner, tell, total, 0
 
-    def fill(self, line: Line, make: Callable[[], Method | None]) -> Line:
+    def fill(self, line: TableLine, make: Callable[[], Method | None]) -> TableLine:
         """The line with what a method answers; None = all tokens."""
         self.tell(" ".join(filter(None, (line.label, line.setting))), self.done, self.total)
         self.done += 1
@@ -90,29 +91,29 @@ def shapes_near(count: float, rows: int = 24, columns: int = 24) -> dict[str, tu
     return {"wide": wide, "tall": (wide[1], wide[0]), "square": nearest(lambda r, c: r == c)}
 
 
-def table4(runner: Runner, tell: Tell) -> tuple[list[Line], list[Claim]]:
+def table4(runner: Runner, tell: Tell) -> tuple[list[TableLine], list[Claim]]:
     filler = Filler(runner, tell, 5)
-    pru = Line("PruMerge", COUNTS, {"VQAT": 54.0, "MME": 1250.07, "POPE": 76.2, "SQA": 68.07})
+    pru = TableLine("PruMerge", COUNTS, {"VQAT": 54.0, "MME": 1250.07, "POPE": 76.2, "SQA": 68.07})
     filler.fill(pru, lambda: get("prumerge"))
     if pru.tokens is None:
         raise FoveateError(f"PruMerge cannot be run at its own count: {pru.reason}")
     mean, lines = pru.tokens, [pru]
-    sequential = Line("sequential", COUNTS, {"VQAT": 42.72, "MME": 703.6, "POPE": 11.7, "SQA": 64.2})
+    sequential = TableLine("sequential", COUNTS, {"VQAT": 42.72, "MME": 703.6, "POPE": 11.7, "SQA": 64.2})
     lines.append(filler.fill(sequential, lambda: get("sequential", budget=max(1, round(mean)))))
     for kind, shape in shapes_near(mean).items():
         told, paper = SPATIAL[f"spatial, {kind}"]
-        line = Line(f"spatial, {kind}", told, paper, shape=shape)
+        line = TableLine(f"spatial, {kind}", told, paper, shape=shape)
         lines.append(filler.fill(line, lambda shape=shape: get("spatial", shape=shape)))  # type: ignore[misc]
     judge = Judge(runner.scores)
     return lines, claims_of(judge, TASKS[4], lambda _: [{"": (pru, line)} for line in lines[1:]])
 
 
-def table5(runner: Runner, tell: Tell) -> tuple[list[Line], list[Claim]]:
+def table5(runner: Runner, tell: Tell) -> tuple[list[TableLine], list[Claim]]:
     filler, numbers = Filler(runner, tell, 13), {label: dict(zip(TASKS[5], row, strict=True)) for label, row in TABLE5.items()}
-    whole = filler.fill(Line("all tokens", {"": str(TOTAL)}, numbers["all tokens"]), lambda: None)
+    whole = filler.fill(TableLine("all tokens", {"": str(TOTAL)}, numbers["all tokens"]), lambda: None)
     lines = [whole]
-    without: dict[str, Line] = {}
-    both: dict[str, Line] = {}
+    without: dict[str, TableLine] = {}
+    both: dict[str, TableLine] = {}
     for name in ("prumerge", "prumerge:paper", "prumerge:released"):
         for budget in (40, None):
             setting = f"{name}, {budget or 'own count'}"
@@ -121,7 +122,7 @@ def table5(runner: Runner, tell: Tell) -> tuple[list[Line], list[Claim]]:
                 def make(name: str = name, budget: int | None = budget, merge: bool = label != "AITS") -> Method:
                     return each_alone(get(name, budget=budget, merge=merge))
 
-                found[setting] = filler.fill(Line(label, {"": "40"}, numbers[label], setting), make)
+                found[setting] = filler.fill(TableLine(label, {"": "40"}, numbers[label], setting), make)
                 lines.append(found[setting])
     pairs = [
         {setting: (both[setting], without[setting]) for setting in both},
@@ -131,13 +132,13 @@ def table5(runner: Runner, tell: Tell) -> tuple[list[Line], list[Claim]]:
     return lines, claims_of(Judge(runner.scores), TASKS[5], lambda _: pairs)
 
 
-def table7(runner: Runner, tell: Tell) -> tuple[list[Line], list[Claim]]:
+def table7(runner: Runner, tell: Tell) -> tuple[list[TableLine], list[Claim]]:
     filler = Filler(runner, tell, 1 + len(TABLE7))
-    whole = Line("all tokens", {"": "100 %"}, dict(zip(TASKS[7], (78.5, 66.8, 58.2, 85.9, 1510.7, 64.3), strict=True)))
+    whole = TableLine("all tokens", {"": "100 %"}, dict(zip(TASKS[7], (78.5, 66.8, 58.2, 85.9, 1510.7, 64.3), strict=True)))
     lines = {"all tokens": filler.fill(whole, lambda: None)}
     for label, (share, name, numbers) in TABLE7.items():
         budget = round(TOTAL * float(share.split()[0]) / 100)
-        line = Line(label, {"": share}, dict(zip(TASKS[7], numbers, strict=True)))
+        line = TableLine(label, {"": share}, dict(zip(TASKS[7], numbers, strict=True)))
         lines[label] = filler.fill(line, lambda name=name, budget=budget: get(name, budget=budget))  # type: ignore[misc]
     pairs = [{"": (lines["PruMerge+ 25 %"], lines[other])} for other in ("ToMe", "ATS", "EViT")]
     pairs.append({"": (lines["PruMerge+ 50 %"], lines["CrossGET"])})

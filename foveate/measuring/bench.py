@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..methods.base import Method
 from .ideal import Ideal, ideal_ratios
 from .noise import Ratio, paired, quartiles
-from .runs import PARTS, Inspected, Runner, Sample
+from .runs import PARTS, Inspected, Sample, TimedRunner
 
 UNREDUCED = "unreduced"
 WARM_UP = 2  # runs of each that are not timed; the first of them is inspected
@@ -165,7 +165,7 @@ def measure(
         raise InputError(f"rounds={rounds}; expected 1 or more, and 6 for an interval")
     if not methods or UNREDUCED in methods:
         raise InputError(f"methods must hold at least one method, none of them called {UNREDUCED!r}")
-    run, random = Runner(model, inputs, new_tokens), Random(seed)
+    run, random = TimedRunner(model, inputs, new_tokens), Random(seed)
     ways: dict[str, Method | None] = {UNREDUCED: None, **methods}
     done, total = 0, len(ways) * (WARM_UP + rounds)
 

@@ -16,7 +16,7 @@ from ..analysis.hardware import Hardware
 from ..analysis.roofline import Cost
 from ..engine.model.anatomy import Anatomy
 from ..errors import FoveateError
-from ..methods.base import Method, TokenReducer
+from ..methods.base import Method, ProjectorReducer
 from ..report import Report
 
 LEAST = 0.2  # seconds that a micro-benchmark is repeated for
@@ -134,7 +134,7 @@ def _by_part(each: Cost) -> dict[str, float]:
 def _fewer_patches(parts: Anatomy, method: Method, report: Report) -> int | None:
     """Patches of a picture that was shrunk before the encoder, None where none was."""
     front = method.before_decoder()
-    if not isinstance(front, TokenReducer) or front.keeps_all or not report.images:
+    if not isinstance(front, ProjectorReducer) or front.keeps_all or not report.images:
         return None
     smaller = front.picture(report.images[0].grid)
     shrinks = parts.arrangement == "grid" and parts.projector is not None and parts.takes_any_size

@@ -85,7 +85,7 @@ class Inspected:
     report: Report | None
 
 
-class Runner:
+class TimedRunner:
     """One model and one batch of prompts, generated from greedily: always as many new tokens, whatever the model says.
 
     Raises

@@ -1,19 +1,26 @@
-"""One file per paper. Importing a file registers its method; nothing else needs to know of it."""
+"""One file per paper. Importing a file registers its method; nothing else needs to know of it.
+
+Called as a function, ``foveate.methods()``, it is the table of methods.
+"""
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pkgutil
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from .base import REGISTRY, TokenReducer, get, presets, registered
+if TYPE_CHECKING:
+    from .registry import MethodInfo
 
-__all__ = ["REGISTRY", "TokenReducer", "get", "presets", "registered"]
+
+class _Table(ModuleType):
+    """A package that is a function of the same name, too."""
+
+    def __call__(self) -> list[MethodInfo]:
+        """All methods, by name: what each does, where it acts, what it reads, its paper."""
+        from .registry import methods
+
+        return methods()
 
 
-@functools.cache
-def _load_all() -> None:
-    """Import every method file of this folder, so that each registers itself."""
-    for module in pkgutil.iter_modules(__path__):
-        if not module.ispkg:
-            importlib.import_module(f"{__name__}.{module.name}")
+sys.modules[__name__].__class__ = _Table

@@ -17,7 +17,8 @@ from typing_extensions import Self
 from ..cuts import Cut, PromptTokens
 from ..errors import InputError
 from ..tokens import Budget, EncoderLayer, Reduction, VisualTokens, resolve_budget
-from .base import DecoderReducer, FrontReducer, Method, TokenReducer
+from .base import DecoderReducer, FrontReducer, Method, ProjectorReducer
+from .tools.schedule import steps
 from .tools.scoring import page_rank
 from .tools.selection import best_of_images
 
@@ -25,7 +26,7 @@ PAPER = "https://arxiv.org/abs/2412.03248"
 
 
 @dataclass(kw_only=True)
-class AIMMerge(TokenReducer, name="aim-merge", paper=PAPER, adaptive=False):
+class AIMMerge(ProjectorReducer, name="aim-merge", paper=PAPER, adaptive=False):
     """Bipartite merging: tokens at even places merge into the most similar token at an odd place, at most half at a time.
 
     Merged tokens are plain means, whatever they were made of (the code keeps no sizes, unlike ToMe). Similarity is that of the keys
@@ -105,6 +106,10 @@ class AIMPrune(DecoderReducer, name="aim-prune", paper=PAPER):
             raise InputError(f"{self.name}: begin={begin}, end={end}; expected 0 <= begin < end < {layers}, the number of layers")
         return begin, end
 
+    def left(self, total: int, layers: int) -> list[float] | None:
+        begin, end = self._schedule(layers)
+        return steps(total, layers, {layer: total * (end - layer) // (end - begin) for layer in self.cuts(layers)})
+
     def cut(self, tokens: PromptTokens) -> Cut:
         begin, end = self._schedule(tokens.layers)
         scores = page_rank(tokens, self.temperature, self.steps)
@@ -134,6 +139,10 @@ class AIM(Method, name="aim", paper=PAPER, adaptive=False):
     def released(cls, **fields: Any) -> Self:
         """With the order of tokens that the released code leaves."""
         return cls(**{**dict(order="released"), **fields})
+
+    def at_budget(self, tokens: float, total: int, layers: int, at: Literal["mean", "last"] = "mean") -> Self:
+        """As of any method; no visual token is left in the last layer, so that what enters the decoder is meant there."""
+        return self.with_budget(round(tokens)) if at == "last" else super().at_budget(tokens, total, layers)
 
     def before_decoder(self) -> FrontReducer:
         return AIMMerge(budget=self.budget, order=self.order, positions=self.positions)

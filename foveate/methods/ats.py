@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FoveateError
-from ..tokens import BlockTokens, Merge, resolve_budget
+from ..tokens import BlockTokens, Regroup, resolve_budget
 from .base import EncoderReducer
 from .tools.plans import quarters, staged_plan
 from .tools.scoring import cls_attention, cls_attention_by_head
@@ -41,6 +41,8 @@ class ATS(EncoderReducer, name="ats", paper="https://arxiv.org/abs/2111.15667"):
 
     reads_cls = True
 
+    instead_of_budget = ("points",)
+
     points: int | tuple[int, ...] = ()
     variant: Literal["official", "haurum"] = "official"
     layers: tuple[int, ...] | None = None
@@ -60,7 +62,7 @@ class ATS(EncoderReducer, name="ats", paper="https://arxiv.org/abs/2111.15667"):
             return staged_plan(patches, goal, blocks)
         return dict(zip(blocks, self.for_each_block("points", self.drawing or (patches,), blocks), strict=True))
 
-    def shrink(self, tokens: BlockTokens) -> Merge:
+    def shrink(self, tokens: BlockTokens) -> Regroup:
         scores = self.significance(tokens)
         number, raster = scores.shape[1], self.variant == "haurum"
         rising = scores.masked_fill(~tokens.valid, float("inf")).argsort(dim=-1, stable=True)  # padding last, as in raster order
@@ -80,7 +82,7 @@ class ATS(EncoderReducer, name="ats", paper="https://arxiv.org/abs/2111.15667"):
         index, valid = take_in_order(keys, tokens.goal if self.budget is not None else int(chosen.sum(1).max()))
         place = torch.arange(index.shape[1], device=index.device).expand_as(index)
         owner = torch.full_like(order, -1).scatter(1, index, torch.where(valid, place, -1))
-        return Merge(index, owner, valid=None if self.budget is not None else valid)
+        return Regroup(index, owner, valid=None if self.budget is not None else valid)
 
     def significance(self, tokens: BlockTokens) -> Tensor:
         """[B, n] float32, 0 for padding."""

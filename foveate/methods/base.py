@@ -1,47 +1,36 @@
-"""The contract of a method, and the registry that methods enter by being defined."""
+"""The contract of a method: what the engine asks of it, and what it may ask of the engine."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import inspect
-import math
-import types
+import importlib
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from typing_extensions import Self
 
 from ..cuts import Cut, Pattern, PromptTokens
 from ..errors import InputError
-from ..tokens import BlockTokens, Budget, EncoderLayer, Merge, Reduction, VisualTokens, check_budget
+from ..tokens import BlockTokens, Budget, EncoderLayer, Reduction, Regroup, VisualTokens, check_budget, resolve_budget
+from .budgets import budgeted
+from .fields import check_fields, check_tuple
+from .registry import REGISTRY, UNLISTED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..engine.session import Session
 
-_KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
-    int: ("a whole number", (Integral,)),
-    float: ("a number", (Real,)),
-    bool: ("True or False", (bool,)),
-}
-REGISTRY: dict[str, type[Method]] = {}
-
-
-def _unwrapped(hint: Any, value: Any) -> Any:
-    """``X`` where a field is ``X | None`` and has a value; anything for None."""
-    if get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint):
-        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-        return Any if value is None or len(kinds) > 1 else kinds[0]
-    return hint
-
 
 @dataclass(kw_only=True)
 class Method:
     """What every method is: a dataclass whose fields are its hyper-parameters.
 
-    A subclass registers itself by naming itself in its class statement: ``class Mine(TokenReducer, name="mine", paper="...")``.
-    Most derive from ``EncoderReducer``, ``TokenReducer`` or ``DecoderReducer``, by the place where they act; one that acts in two
-    places derives from this class and says what it is made of.
+    A subclass registers itself by the name in its class statement: ``class Mine(ProjectorReducer, name="mine", paper="...")``.
+    Most derive from ``EncoderReducer``, ``ProjectorReducer`` or ``DecoderReducer``, by the place where they act. One that acts in
+    two places derives from this class and says what it is made of.
 
     Parameters
     ----------
@@ -55,20 +44,29 @@ class Method:
     reference: ClassVar[str] = ""
     adaptive: ClassVar[bool] = True
     reconstruction: ClassVar[str] = ""  # what of it no paper or code told; goes into every report
+    instead_of_budget: ClassVar[tuple[str, ...]] = ()  # fields that also say how many tokens stay, where they have a value
 
     budget: Budget = None
     positions: Literal["compact", "original"] = "compact"
 
     def __init_subclass__(
-        cls, *, name: str = "", paper: str = "", adaptive: bool = True, reconstruction: str = "", **kwargs: Any
+        cls,
+        *,
+        name: str = "",
+        paper: str = "",
+        adaptive: bool = True,
+        reconstruction: str = "",
+        listed: bool = True,
+        **kwargs: Any,
     ) -> None:
         super().__init_subclass__(**kwargs)
         if not name:
             return
-        if name in REGISTRY and REGISTRY[name].__qualname__ != cls.__qualname__:
-            raise InputError(f"a method named {name!r} is already registered ({REGISTRY[name].__module__}); choose another name")
+        known = {**REGISTRY, **UNLISTED}
+        if name in known and known[name].__qualname__ != cls.__qualname__:
+            raise InputError(f"a method named {name!r} is already registered ({known[name].__module__}); choose another name")
         cls.name, cls.reference, cls.adaptive, cls.reconstruction = name, paper, adaptive, reconstruction
-        REGISTRY[name] = cls
+        (REGISTRY if listed else UNLISTED)[name] = cls
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
@@ -76,24 +74,7 @@ class Method:
             self.budget = int(self.budget) if isinstance(self.budget, Integral) else float(self.budget)
         if self.budget is None and self.needs_budget():
             raise InputError(f"{self.name!r} has no rule of its own for how many tokens to keep. Give budget=, an int or a float.")
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            hint, value = _unwrapped(hints[field.name], getattr(self, field.name)), getattr(self, field.name)
-            if get_origin(hint) is tuple and get_args(hint)[-1:] == (...,):
-                self._check_tuple(field.name, value, get_args(hint)[0])
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                raise InputError(f"{self.name}: {field.name}={value!r}; choose one of {', '.join(map(repr, get_args(hint)))}")
-            kind, allowed = _KINDS.get(hint, ("", ()))
-            if hint in _KINDS and (not isinstance(value, allowed) or isinstance(value, bool) != (hint is bool)):
-                raise InputError(f"{self.name}: {field.name}={value!r}; expected {kind}")
-            if hint is float and not math.isfinite(value):
-                raise InputError(f"{self.name}: {field.name}={value!r}; expected a finite number")
-
-    def _check_tuple(self, field: str, value: Any, element: Any) -> None:
-        kind, allowed = _KINDS.get(element, ("", (object,)))
-        if not isinstance(value, list | tuple) or any(not isinstance(each, allowed) or isinstance(each, bool) for each in value):
-            raise InputError(f"{self.name}: {field}={value!r}; expected several of {kind or element}, such as (2, 8)")
-        setattr(self, field, tuple(value))
+        check_fields(self)
 
     def needs_budget(self) -> bool:
         """Whether there is no rule for how many tokens to keep."""
@@ -136,9 +117,93 @@ class Method:
 
     def __call__(self, model: PreTrainedModel) -> Session:
         """``with method(model) as session:`` applies the method inside the block and restores the model afterwards."""
-        from ..engine.session import Session
+        import foveate  # whose front door knows the engine; methods do not
 
-        return Session(model, self)
+        return foveate.Session(model, self)
+
+    # -- the same method with other numbers
+
+    def with_fields(self, **fields: Any) -> Self:
+        """The same method with other values of some fields, checked as those of a new one. Trained parts are shared.
+
+        Raises
+        ------
+        InputError : a value is out of range.
+        """
+        changed = copy.copy(self)
+        for name, value in fields.items():
+            setattr(changed, name, value)
+        changed.__post_init__()
+        return changed
+
+    def with_budget(self, budget: Budget) -> Self:
+        """The same method with another budget, which replaces what other fields say of the number of tokens.
+
+        Raises
+        ------
+        InputError : the method cannot have this budget.
+        """
+        others = {field.name: field.default for field in dataclasses.fields(self) if field.name in self.instead_of_budget}
+        return self.with_fields(budget=budget, **others)
+
+    def with_share(self, share: float) -> Self:
+        """A setting between nothing (0) and everything (1), for ``at_budget``: with more of it, no layer runs fewer tokens."""
+        return self.with_budget(share)
+
+    def layer_tokens(self, total: int, layers: int) -> list[float] | None:
+        """Visual tokens that each decoder layer runs of a picture.
+
+        Parameters
+        ----------
+        total : visual tokens of the picture before reduction.
+        layers : of the decoder.
+
+        Returns
+        -------
+        One number for each layer; None where a rule looks at the picture.
+
+        Raises
+        ------
+        InputError : the method cannot act on such a decoder.
+        """
+        front = self.before_decoder()
+        entering = resolve_budget(front.budget, total)
+        if entering is None:
+            return None
+        each: list[float] = [entering] * layers
+        for reducer, acts in zip(self.inside_decoder(), self.acting(total), strict=True):
+            left = reducer.layer_tokens(entering, layers) if acts else each
+            if left is None:
+                return None
+            each = [min(pair) for pair in zip(each, left, strict=True)]
+        return each
+
+    def at_budget(self, tokens: float, total: int, layers: int, at: Literal["mean", "last"] = "mean") -> Self:
+        """The method with the budget that makes decoder layers run ``tokens`` visual tokens of a picture.
+
+        Methods count their budgets in different places: what enters the decoder, what is left after a cut, the mean over layers.
+        This makes them comparable.
+
+        Parameters
+        ----------
+        tokens : visual tokens on average over decoder layers, which is what the decoder pays for; or in its last layer.
+        total : visual tokens of a picture before reduction.
+        layers : of the decoder.
+        at : "mean" over layers, or the "last" layer.
+
+        Raises
+        ------
+        InputError : the method cannot do that. The message says what it can do.
+        """
+        return budgeted(self, tokens, total, layers, at)
+
+    def repeats(self) -> tuple[Self, ...]:
+        """The settings to average over where the method is measured: itself. A random choice gives several seeds."""
+        return (self,)
+
+    def per_image(self) -> Self:
+        """The method as it is on one picture at a time, where it would let a picture depend on its batch."""
+        return self
 
     def settings(self) -> dict[str, Any]:
         """Name and fields, JSON-able."""
@@ -187,18 +252,33 @@ class FrontReducer(Method):
 
 
 @dataclass(kw_only=True)
-class TokenReducer(FrontReducer):
+class ProjectorReducer(FrontReducer):
     """A method that reduces visual tokens between the vision encoder and the projector; it implements ``reduce``."""
 
     stage: ClassVar[str] = "before the projector"
 
     def picture(self, grid: tuple[int, int]) -> tuple[int, int] | None:
-        """The grid of a smaller picture to encode instead of one of ``grid``; None = the picture stays, and ``reduce`` is asked."""
+        """The grid of a smaller picture to encode instead of one of ``grid``. None: the picture stays, and ``reduce`` is asked."""
         return None
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Choose and merge. Row b of a batch must equal the same image alone."""
         raise TypeError(f"{type(self).__name__} does not implement reduce(tokens)")
+
+
+TokenReducer = ProjectorReducer  # its name before version 1
+
+
+@dataclass(kw_only=True)
+class KeepAll(ProjectorReducer, name="full", listed=False):
+    """Keeps every visual token: the model stays as it is, and the report says what that costs."""
+
+    budget: Budget = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.keeps_all:
+            raise InputError(f"method {self.name!r} keeps all visual tokens and takes no budget")
 
 
 @dataclass(kw_only=True)
@@ -221,7 +301,7 @@ class EncoderReducer(FrontReducer):
     def check_per_block(self, field: str, least: int) -> tuple[int, ...]:
         """The numbers of a field that holds one for all blocks, or one for each; raise ``InputError`` if they are none."""
         value = getattr(self, field)
-        self._check_tuple(field, (value,) if isinstance(value, Integral) else value, int)
+        check_tuple(self, field, (value,) if isinstance(value, Integral) else value, int)
         found: tuple[int, ...] = getattr(self, field)
         if any(number < least for number in found):
             raise InputError(f"{self.name}: {field}={found}; each must be at least {least}")
@@ -239,7 +319,7 @@ class EncoderReducer(FrontReducer):
         """Whether later blocks attend to a token as often as it has patches (proportional attention of ToMe)."""
         return False
 
-    def shrink(self, tokens: BlockTokens) -> Merge:
+    def shrink(self, tokens: BlockTokens) -> Regroup:
         """Choose and merge, to ``tokens.goal`` patches at most. Row b of a batch must equal the same image alone."""
         raise TypeError(f"{type(self).__name__} does not implement shrink(tokens)")
 
@@ -258,10 +338,17 @@ class DecoderReducer(Method):
     positions: Literal["compact", "original"] = "original"
 
     def before_decoder(self) -> FrontReducer:
-        return TokenReducer(budget=1.0)
+        return KeepAll()
 
     def inside_decoder(self) -> tuple[DecoderReducer, ...]:
         return (self,)
+
+    def layer_tokens(self, total: int, layers: int) -> list[float] | None:
+        return [total] * layers if self.covers(total) else self.left(total, layers)
+
+    def left(self, total: int, layers: int) -> list[float] | None:
+        """As ``layer_tokens``, where the budget does not cover everything."""
+        return None
 
     def cuts(self, layers: int) -> tuple[int, ...]:
         """The decoder layers, of ``layers``, before which the method acts; from 1 on."""
@@ -276,81 +363,10 @@ class DecoderReducer(Method):
         raise TypeError(f"{type(self).__name__} does not implement cut(tokens)")
 
 
-@dataclass(kw_only=True)
-class Compose(Method):
-    """Several methods together: at most one token reducer, and decoder reducers at different layers.
+def __getattr__(name: str) -> Any:
+    """What was in this file before version 1."""
+    if name in ("Compose", "get", "presets", "registered", "REGISTRY"):
+        import foveate
 
-    ``Compose(PruMergePlus(), FastV(budget=0.5))``: budgets of decoder reducers count what the token reducer left.
-    """
-
-    name: ClassVar[str] = "compose"
-    stage: ClassVar[str] = "before the projector and inside the decoder"
-
-    methods: tuple[Method, ...] = ()
-
-    def __init__(self, *methods: Method) -> None:
-        wrong = [method for method in methods if not isinstance(method, Method)]
-        if not methods or wrong:
-            raise InputError(f"Compose takes methods, such as foveate.PruMergePlus(), and got {wrong or 'none'}")
-        fronts = [method.before_decoder() for method in methods]
-        fronts = [front for front in fronts if type(front) is not TokenReducer]
-        if len(fronts) > 1:
-            names = " and ".join(front.name for front in fronts)
-            raise InputError(f"{names} both act before the decoder; Compose takes one method there")
-        self.methods, self._front = methods, fronts[0] if fronts else TokenReducer(budget=1.0)
-        self.budget, self.positions = None, self._front.positions
-
-    def before_decoder(self) -> FrontReducer:
-        return self._front
-
-    def inside_decoder(self) -> tuple[DecoderReducer, ...]:
-        return tuple(reducer for method in self.methods for reducer in method.inside_decoder())
-
-    def acting(self, tokens: int) -> list[bool]:
-        return [acts for method in self.methods for acts in method.acting(tokens)]
-
-    def settings(self) -> dict[str, Any]:
-        return {"name": self.name, "methods": [method.settings() for method in self.methods]}
-
-    def notes(self) -> list[str]:
-        return [note for method in self.methods for note in method.notes()]
-
-
-def registered() -> dict[str, type[Method]]:
-    """All methods by name."""
-    from . import _load_all
-
-    _load_all()
-    return dict(sorted(REGISTRY.items()))
-
-
-def get(name: str, **fields: Any) -> Method:
-    """Build a method by name.
-
-    Parameters
-    ----------
-    name : as listed by ``foveate.methods()``; ``name:preset`` uses a preset, e.g. ``"prumerge:released"``.
-    **fields : hyper-parameters of the method.
-
-    Raises
-    ------
-    InputError : unknown method, preset or field, or a value out of range.
-    """
-    known = registered()
-    base, _, preset = name.partition(":")
-    if base not in known:
-        raise InputError(f"unknown method {base!r}; available: {', '.join(known)}")
-    cls = known[base]
-    if preset and preset not in presets(cls):
-        raise InputError(f"{base!r} has no preset {preset!r}; available: {', '.join(presets(cls)) or 'none'}")
-    allowed = [field.name for field in dataclasses.fields(cls)]
-    unknown = [field for field in fields if field not in allowed]
-    if unknown:
-        raise InputError(f"{base!r} has no field {unknown[0]!r}; its fields: {', '.join(allowed)}")
-    method: Method = (getattr(cls, preset) if preset else cls)(**fields)
-    return method
-
-
-def presets(cls: type[Method]) -> tuple[str, ...]:
-    """Names of the presets of a method: its class methods ``paper`` and ``released``, where it has them."""
-    return tuple(preset for preset in ("paper", "released") if inspect.ismethod(getattr(cls, preset, None)))
+        return getattr(foveate if name == "Compose" else importlib.import_module("foveate.methods.registry"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

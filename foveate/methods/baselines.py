@@ -12,14 +12,19 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Self
 
 from ..errors import InputError
 from ..tokens import Reduction, VisualTokens, resolve_budget
-from .base import TokenReducer
+from .base import ProjectorReducer
 from .tools.selection import grid_middles, lattice_blocks, uniform_lattice
 
+BASELINES = ("random", "spatial", "resize", "sequential", "pool")
+BESIDE = BASELINES[:3]  # run beside every method at the same cost
+SEEDS = (0, 1, 2)  # of a random choice that stands in a table, which is their mean
 
-def _count(method: TokenReducer, tokens: VisualTokens) -> int:
+
+def _count(method: ProjectorReducer, tokens: VisualTokens) -> int:
     """The number of tokens to keep; baselines always have one."""
     return resolve_budget(method.budget, tokens.number) or tokens.number
 
@@ -30,7 +35,7 @@ def _same_for_all(index: Tensor, tokens: VisualTokens) -> Reduction:
 
 
 @dataclass(kw_only=True)
-class Random(TokenReducer, name="random", paper="https://arxiv.org/abs/2511.02650", adaptive=False):
+class Random(ProjectorReducer, name="random", paper="https://arxiv.org/abs/2511.02650", adaptive=False):
     """A random choice in raster order.
 
     Parameters
@@ -41,6 +46,9 @@ class Random(TokenReducer, name="random", paper="https://arxiv.org/abs/2511.0265
 
     seed: int = 0
 
+    def repeats(self) -> tuple[Self, ...]:
+        return tuple(self.with_fields(seed=seed) for seed in SEEDS)
+
     def reduce(self, tokens: VisualTokens) -> Reduction:
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(tokens.number, generator=generator)
@@ -48,13 +56,15 @@ class Random(TokenReducer, name="random", paper="https://arxiv.org/abs/2511.0265
 
 
 @dataclass(kw_only=True)
-class Spatial(TokenReducer, name="spatial", paper="https://arxiv.org/abs/2403.15388", adaptive=False):
+class Spatial(ProjectorReducer, name="spatial", paper="https://arxiv.org/abs/2403.15388", adaptive=False):
     """Tokens spread evenly over the grid (Table 4, "spatial"), any count on any grid.
 
     Parameters
     ----------
     shape : (rows, columns) of the pattern, for example (5, 8) as in the paper; it replaces the budget.
     """
+
+    instead_of_budget = ("shape",)
 
     shape: tuple[int, int] | None = None
 
@@ -76,7 +86,7 @@ class Spatial(TokenReducer, name="spatial", paper="https://arxiv.org/abs/2403.15
 
 
 @dataclass(kw_only=True)
-class Sequential(TokenReducer, name="sequential", paper="https://arxiv.org/abs/2403.15388", adaptive=False):
+class Sequential(ProjectorReducer, name="sequential", paper="https://arxiv.org/abs/2403.15388", adaptive=False):
     """The first tokens of the flattened grid (Table 4, "sequential")."""
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
@@ -84,7 +94,7 @@ class Sequential(TokenReducer, name="sequential", paper="https://arxiv.org/abs/2
 
 
 @dataclass(kw_only=True)
-class Pool(TokenReducer, name="pool", paper="https://arxiv.org/abs/2405.20985", adaptive=False):
+class Pool(ProjectorReducer, name="pool", paper="https://arxiv.org/abs/2405.20985", adaptive=False):
     """Average pooling: the grid is cut into even blocks, and each becomes its mean."""
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
@@ -99,7 +109,7 @@ class Pool(TokenReducer, name="pool", paper="https://arxiv.org/abs/2405.20985", 
 
 
 @dataclass(kw_only=True)
-class Resize(TokenReducer, name="resize", paper="https://arxiv.org/abs/2510.07143", adaptive=False):
+class Resize(ProjectorReducer, name="resize", paper="https://arxiv.org/abs/2510.07143", adaptive=False):
     """A smaller picture: as many rows and columns of patches as the budget allows, in about the proportions of the grid.
 
     The encoder then is cheaper, too. It interpolates its position embeddings; where it cannot, its features are shrunk instead. The

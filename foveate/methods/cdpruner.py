@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..errors import FoveateError
 from ..tokens import Question, Reduction, VisualTokens, resolve_budget
-from .base import TokenReducer
+from .base import ProjectorReducer
 from .tools.selection import cosines, rows_of
 
 
 @dataclass(kw_only=True)
-class CDPruner(TokenReducer, name="cdpruner", paper="https://arxiv.org/abs/2506.10967", adaptive=False):
+class CDPruner(ProjectorReducer, name="cdpruner", paper="https://arxiv.org/abs/2506.10967", adaptive=False):
     """Tokens that are diverse and matter to the question: greedy MAP inference of a determinantal point process.
 
     Its kernel is the cosine of two tokens behind the projector, times the relevance of both. Relevance is the mean cosine of a

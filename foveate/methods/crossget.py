@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..tokens import BlockTokens, Merge, resolve_budget
+from ..tokens import BlockTokens, Regroup, resolve_budget
 from .base import EncoderReducer
 from .tools.plans import even_plan, outputs_of, paired_plan
 from .tools.scoring import cls_attention, received_attention
@@ -54,7 +54,7 @@ class CrossGET(EncoderReducer, name="crossget", paper="https://arxiv.org/abs/230
             return even_plan(self.name, patches, goal, blocks, at_most_half=True)
         return paired_plan(patches, [self.r] * len(blocks), blocks)
 
-    def shrink(self, tokens: BlockTokens) -> Merge:
+    def shrink(self, tokens: BlockTokens) -> Regroup:
         tap, number = tokens.tap, tokens.valid.shape[1]
         unit = F.normalize(tap.patch_keys.float().unflatten(-1, (tap.heads, -1)).mean(2), dim=-1)
         itself = torch.eye(number, dtype=torch.bool, device=unit.device)
@@ -74,4 +74,4 @@ class CrossGET(EncoderReducer, name="crossget", paper="https://arxiv.org/abs/230
         owner = outputs_of(index, number, 0)
         owner = owner.scatter(1, merged, owner.gather(1, into))
         total = torch.zeros_like(index, dtype=torch.float32).scatter_add(1, owner, tokens.sizes)
-        return Merge(index, owner, share * tokens.sizes / total.gather(1, owner))
+        return Regroup(index, owner, share * tokens.sizes / total.gather(1, owner))

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..cuts import Cut, PromptTokens
 from ..errors import FoveateError
-from ..tokens import Budget
+from ..tokens import Budget, resolve_budget
 from .base import DecoderReducer
 from .tools.merging import similarity
+from .tools.schedule import steps
 from .tools.selection import counts_of_images, ranks
 
 
@@ -52,6 +53,9 @@ class DART(DecoderReducer, name="dart", paper="https://arxiv.org/abs/2502.11494"
 
     def cuts(self, layers: int) -> tuple[int, ...]:
         return (self.layer,)
+
+    def left(self, total: int, layers: int) -> list[float] | None:
+        return steps(total, layers, {self.layer: resolve_budget(self.budget, total) or total})
 
     @torch.no_grad()
     def cut(self, tokens: PromptTokens) -> Cut:

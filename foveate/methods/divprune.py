@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from ..errors import FoveateError
 from ..tokens import Reduction, VisualTokens, resolve_budget
-from .base import TokenReducer
+from .base import ProjectorReducer
 from .tools.selection import cosines, farthest_first
 
 
 @dataclass(kw_only=True)
-class DivPrune(TokenReducer, name="divprune", paper="https://arxiv.org/abs/2503.02175", adaptive=False):
+class DivPrune(ProjectorReducer, name="divprune", paper="https://arxiv.org/abs/2503.02175", adaptive=False):
     """The most diverse tokens: the smallest cosine distance between any two of them is to be as large as possible.
 
     Greedy, on the features behind the projector: first the token whose nearest other one is farthest, then always the token that is

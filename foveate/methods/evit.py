@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from ..errors import InputError
-from ..tokens import BlockTokens, Merge, resolve_budget
+from ..tokens import BlockTokens, Regroup, resolve_budget
 from .base import EncoderReducer
 from .tools.plans import outputs_of, quarters, staged_plan
 from .tools.scoring import cls_attention
@@ -60,7 +60,7 @@ class EViT(EncoderReducer, name="evit", paper="https://arxiv.org/abs/2202.07800"
             counts.append(min(counts[-1], max(1, kept) + self.fuse))
         return dict(zip(blocks, counts[1:], strict=True))
 
-    def shrink(self, tokens: BlockTokens) -> Merge:
+    def shrink(self, tokens: BlockTokens) -> Regroup:
         scores, goal = cls_attention(tokens.tap), tokens.goal
         number = scores.shape[1]
         fused = self.fuse and 1 < goal < number
@@ -71,6 +71,6 @@ class EViT(EncoderReducer, name="evit", paper="https://arxiv.org/abs/2202.07800"
         index = best[:, :kept] if self.order == "encoder" else best[:, :kept].sort(dim=-1).values
         owner = outputs_of(index, number, -1)
         if not fused:
-            return Merge(index, owner)
+            return Regroup(index, owner)
         index = torch.cat([index, best[:, kept : kept + 1]], 1)
-        return Merge(index, torch.where(stays, owner, kept), torch.where(stays, 1.0, scores))
+        return Regroup(index, torch.where(stays, owner, kept), torch.where(stays, 1.0, scores))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..cuts import Cut, PromptTokens
-from ..tokens import Budget
+from ..tokens import Budget, resolve_budget
 from .base import DecoderReducer
+from .tools.schedule import steps
 from .tools.scoring import prompt_attention
 from .tools.selection import best_of_images, counts_of_images
 
@@ -33,6 +34,9 @@ class FastV(DecoderReducer, name="fastv", paper="https://arxiv.org/abs/2403.0676
 
     def cuts(self, layers: int) -> tuple[int, ...]:
         return (self.layer,)
+
+    def left(self, total: int, layers: int) -> list[float] | None:
+        return steps(total, layers, {self.layer: resolve_budget(self.budget, total) or total})
 
     def cut(self, tokens: PromptTokens) -> Cut:
         scores = prompt_attention(tokens, tokens.last[:, None]).mean(1)[:, 0]

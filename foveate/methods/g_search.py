@@ -27,6 +27,8 @@ class GSearch(Schedule, name="g-search", paper=PAPER, adaptive=False, reconstruc
     rates : the keep rates themselves, one for each decoder layer, not increasing.
     """
 
+    instead_of_budget = ("plan", "rates")
+
     plan: str | None = None
     rates: tuple[float, ...] | None = None
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from ..tokens import EncoderLayer, Reduction, VisualTokens, resolve_budget
-from .base import TokenReducer
+from .base import ProjectorReducer
 from .tools.inflection import Detector, inflection_counts
 from .tools.scoring import cls_attention, cls_likeness
 from .tools.selection import order_keys, ranks, take_in_order
@@ -18,7 +18,7 @@ FILLED = "a reconstruction from the abstract: similarity, inflection detector, l
 
 
 @dataclass(kw_only=True)
-class InflectionCut(TokenReducer, name="inflection", paper=PAPER, reconstruction=FILLED):
+class InflectionCut(ProjectorReducer, name="inflection", paper=PAPER, reconstruction=FILLED):
     """First stage: of each image the head of the sorted [CLS]-similarity curve stays, up to its inflection point, in raster order.
 
     Parameters

@@ -63,6 +63,9 @@ class ITI(Method, name="iti", paper=PAPER, reconstruction=FILLED):
             raise InputError(f"{self.name}: budget=1.0 leaves the model as it is, and second={self.second}; use 'text-relevance'")
         self.before_decoder(), self.inside_decoder()  # raise what they have to say of the fields now
 
+    def with_share(self, share: float) -> Self:
+        return self.with_fields(budget=share, second=share if share < 1 else None)
+
     def before_decoder(self) -> FrontReducer:
         return InflectionCut(
             budget=self.budget,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Literal
+
+from typing_extensions import Self
 
 from ..errors import InputError
 from ..tokens import Budget
@@ -35,6 +38,10 @@ class PSigmoid(Schedule, name="p-sigmoid", paper=PAPER, adaptive=False, reconstr
             raise InputError(f"{self.name}: low={self.low}, high={self.high}; expected 0 <= low < high <= 1")
         if self.steepness is not None and not self.steepness > 0:
             raise InputError(f"{self.name}: steepness={self.steepness}; it must be above 0")
+
+    def at_budget(self, tokens: float, total: int, layers: int, at: Literal["mean", "last"] = "mean") -> Self:
+        """As of any method; the last layer follows from the sigmoid, so that the mean is meant in any case."""
+        return super().at_budget(tokens, total, layers)
 
     def cuts(self, layers: int) -> tuple[int, ...]:
         if isinstance(self.budget, int):  # the rates depend on the size of the image

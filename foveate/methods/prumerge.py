@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from ..errors import InputError
 from ..tokens import EncoderLayer, Reduction, VisualTokens, resolve_budget
-from .base import TokenReducer
+from .base import ProjectorReducer
 from .tools.merging import Similarity, neighbour_weights, normalised, rest_token, similarity
 from .tools.scoring import Heads, cls_attention
 from .tools.selection import iqr_fence, order_keys, ranks, take_in_order
@@ -32,7 +32,7 @@ class Choice(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.15388"):
+class PruMerge(ProjectorReducer, name="prumerge", paper="https://arxiv.org/abs/2403.15388"):
     """Adaptive selection by [CLS] attention outliers; their nearest neighbours are merged into them.
 
     The plain constructor keeps the outliers of each image on its own, in raster order, merges only dropped tokens into them (a
@@ -91,6 +91,9 @@ class PruMerge(TokenReducer, name="prumerge", paper="https://arxiv.org/abs/2403.
         for name, least in (("k", 1), ("min_tokens", 1), ("iqr_factor", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{self.name}: {name}={getattr(self, name)}; it must be at least {least}")
+
+    def per_image(self) -> Self:
+        return self.with_fields(iqr_scope="image")
 
     def encoder_layers(self, depth: int) -> tuple[EncoderLayer, ...]:
         return tuple(dict.fromkeys((self.score_layer, self.key_layer)))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ..cuts import Cut, PromptTokens
 from ..errors import InputError
 from .base import DecoderReducer
+from .tools.schedule import steps
 from .tools.scoring import prompt_attention
 from .tools.selection import best_of_images, stage_ratio
 
@@ -44,6 +46,12 @@ class PyramidDrop(DecoderReducer, name="pyramiddrop", paper="https://arxiv.org/a
         if self.layers is not None:
             return self.layers
         return tuple(sorted({-(-layers * quarter // 4) for quarter in (1, 2, 3)} - {0, layers}))
+
+    def left(self, total: int, layers: int) -> list[float] | None:
+        cuts, ratio = self.cuts(layers), self.ratio
+        if self.budget is not None:
+            ratio = float(stage_ratio(self.name, self.budget, torch.tensor([[total]]), cuts, layers))
+        return steps(total, layers, {cut: int(total * ratio ** (stage + 1) + 1e-6) for stage, cut in enumerate(cuts)})
 
     def cut(self, tokens: PromptTokens) -> Cut:
         scores = prompt_attention(tokens, tokens.last[:, None]).mean(1)[:, 0]

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ..tokens import EncoderLayer, Reduction, VisualTokens, resolve_budget
-from .base import TokenReducer
+from .base import ProjectorReducer
 from .tools.scoring import cls_attention
 from .tools.selection import cosines, rows_of
 
 
 @dataclass(kw_only=True)
-class Scope(TokenReducer, name="scope", paper="https://arxiv.org/abs/2510.24214", adaptive=False):
+class Scope(ProjectorReducer, name="scope", paper="https://arxiv.org/abs/2510.24214", adaptive=False):
     """Tokens that are salient and cover what the others do not.
 
     A token is covered by the cosine similarity of its features to the most similar chosen token, and by 0 at least. Greedy: the

@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..tokens import Budget
 from .base import DecoderReducer
 from .tools.merging import cluster_weights, normalised
+from .tools.schedule import steps
 from .tools.scoring import mean_attention, question_rows
 from .tools.selection import best_of_images, stage_ratio
 
@@ -40,6 +41,8 @@ class SparseVLM(DecoderReducer, name="sparsevlm", paper="https://arxiv.org/abs/2
     combine : a cluster becomes the "mean" (code) or the "sum" (paper) of its tokens.
     counts : of 576 tokens, what each stage leaves (the code); it replaces budget and rank rule.
     """
+
+    instead_of_budget = ("counts",)
 
     layers: tuple[int, ...] | None = None
     scale: float = 0.5
@@ -72,6 +75,15 @@ class SparseVLM(DecoderReducer, name="sparsevlm", paper="https://arxiv.org/abs/2
         if self.layers is not None:
             return self.layers
         return tuple(sorted({min(layers - 1, max(1, round(layer * layers / 32))) for layer in (3, 7, 16)}))
+
+    def left(self, total: int, layers: int) -> list[float] | None:
+        cuts = self.cuts(layers)
+        if self.counts is not None:
+            return steps(total, layers, {cut: total * count // 576 for cut, count in zip(cuts, self.counts, strict=True)})
+        if self.budget is None:
+            return None
+        ratio = float(stage_ratio(self.name, self.budget, torch.tensor([[total]]), cuts, layers))
+        return steps(total, layers, {cut: int(total * ratio ** (stage + 1) + 1e-6) for stage, cut in enumerate(cuts)})
 
     def cut(self, tokens: PromptTokens) -> Cut:
         rows, rating = raters(tokens)

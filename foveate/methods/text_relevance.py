@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..cuts import Cut, PromptTokens
+from ..tokens import resolve_budget
 from .base import DecoderReducer
 from .inflection_cut import FILLED, PAPER
 from .tools.inflection import Detector, inflection_counts
+from .tools.schedule import steps
 from .tools.scoring import question_attention
 from .tools.selection import best_of_images, counts_of_images
 
@@ -49,6 +52,14 @@ class TextRelevanceCut(DecoderReducer, name="text-relevance", paper=PAPER, recon
 
     def cuts(self, layers: int) -> tuple[int, ...]:
         return self.layers
+
+    def left(self, total: int, layers: int) -> list[float] | None:
+        last = resolve_budget(self.budget, total)
+        if last is None:
+            return None
+        shares = ((last / total) ** ((number + 1) / len(self.layers)) for number in range(len(self.layers)))
+        left = (max(last, math.ceil(total * share - 1e-6)) for share in shares)
+        return steps(total, layers, dict(zip(self.layers, left, strict=True)))
 
     def cut(self, tokens: PromptTokens) -> Cut:
         scores, of_image = question_attention(tokens), tokens.of_image

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..tokens import BlockTokens, Merge, resolve_budget
+from ..tokens import BlockTokens, Regroup, resolve_budget
 from .base import EncoderReducer
 from .tools.plans import even_plan, outputs_of, paired_plan
 
@@ -31,6 +31,8 @@ class ToMe(EncoderReducer, name="tome", paper="https://arxiv.org/abs/2210.09461"
     proportional : whether attention counts sizes.
     """
 
+    instead_of_budget = ("r",)
+
     r: int | tuple[int, ...] = ()
     layers: tuple[int, ...] | None = None
     proportional: bool = True
@@ -53,7 +55,7 @@ class ToMe(EncoderReducer, name="tome", paper="https://arxiv.org/abs/2210.09461"
             return even_plan(self.name, patches, goal, blocks, at_most_half=True)
         return paired_plan(patches, self.for_each_block("r", self.pairs, blocks), blocks)
 
-    def shrink(self, tokens: BlockTokens) -> Merge:
+    def shrink(self, tokens: BlockTokens) -> Regroup:
         tap, number = tokens.tap, tokens.valid.shape[1]
         metric = tap.patch_keys.float().unflatten(-1, (tap.heads, -1)).mean(2)
         first, other = tap.lead % 2, 1 - tap.lead % 2  # [CLS] is the first of the even ones
@@ -69,4 +71,4 @@ class ToMe(EncoderReducer, name="tome", paper="https://arxiv.org/abs/2210.09461"
         target = tokens.goal - len(into) + best.indices.gather(1, merged)
         owner = owner.scatter(1, looking[merged], target)
         total = torch.zeros(len(metric), tokens.goal, device=metric.device).scatter_add(1, owner, tokens.sizes)
-        return Merge(index, owner, tokens.sizes / total.gather(1, owner))
+        return Regroup(index, owner, tokens.sizes / total.gather(1, owner))

@@ -11,13 +11,13 @@ from typing_extensions import Self
 
 from ..errors import FoveateError, InputError
 from ..tokens import EncoderLayer, EncoderTap, Reduction, VisualTokens, resolve_budget
-from .base import TokenReducer
+from .base import ProjectorReducer
 from .tools.merging import normalised, one_hot, similarity
 from .tools.scoring import cls_attention
 
 
 @dataclass(kw_only=True)
-class VisionZip(TokenReducer, name="visionzip", paper="https://arxiv.org/abs/2412.04467", adaptive=False):
+class VisionZip(ProjectorReducer, name="visionzip", paper="https://arxiv.org/abs/2412.04467", adaptive=False):
     """Dominant tokens, with the highest [CLS] attention, and contextual ones, into which all others are merged.
 
     Attention and keys are those of the layer that made the features. Targets are spread evenly over what the dominant tokens left,

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..tokens import EncoderLayer, Reduction, VisualTokens, resolve_budget
-from .base import TokenReducer
+from .base import ProjectorReducer
 from .tools.scoring import cls_attention
 from .tools.selection import cosines, rows_of
 
 
 @dataclass(kw_only=True)
-class VisPruner(TokenReducer, name="vispruner", paper="https://arxiv.org/abs/2412.01818", adaptive=False):
+class VisPruner(ProjectorReducer, name="vispruner", paper="https://arxiv.org/abs/2412.01818", adaptive=False):
     """A part of the tokens for their [CLS] attention, the others because they are unlike each other.
 
     The tokens with the highest attention in the layer that made the features stay. What is left loses duplicates in rounds

@@ -8,13 +8,13 @@ import torch
 
 from ..errors import InputError
 from ..tokens import EncoderLayer, Reduction, VisualTokens, resolve_budget
-from .base import TokenReducer
+from .base import ProjectorReducer
 from .tools.scoring import cls_attention
 from .tools.selection import best_in_order
 
 
 @dataclass(kw_only=True)
-class VTCCls(TokenReducer, name="vtc-cls", paper="https://arxiv.org/abs/2412.05819", adaptive=False):
+class VTCCls(ProjectorReducer, name="vtc-cls", paper="https://arxiv.org/abs/2412.05819", adaptive=False):
     """The tokens with the highest [CLS] attention, summed over the last encoder layers up to the penultimate one, in raster order.
 
     The released code sums layers 16 to 22 of 24 and is right for one image at a time; its default budget is 36.

@@ -16,6 +16,7 @@ import torch
 from ..cuts import Cut, Pattern, PromptTokens
 from ..errors import InputError
 from .base import DecoderReducer
+from .tools.schedule import steps
 
 
 @dataclass(kw_only=True)
@@ -59,6 +60,9 @@ class YOPO(DecoderReducer, name="yopo", paper="https://arxiv.org/abs/2410.06169"
         else:
             cut = -(-layers // 2) if self.layer_cut is None else self.layer_cut
         return (cut,) if cut < layers else ()
+
+    def left(self, total: int, layers: int) -> list[float] | None:
+        return steps(total, layers, dict.fromkeys(self.cuts(layers), 0))
 
     def pattern(self, layers: int) -> Pattern:
         return Pattern(self.window, self._mask, self.neurons)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .build import PIXEL_MEAN, PIXEL_STD
-from .questions import FAMILIES, Question, ask
-from .scenes import PATCH, SIDE, Item, Scene, draw_scene
+from .questions import QUESTION_KINDS, PocketQuestion, ask
+from .scenes import PATCH, SIDE, Scene, SceneItem, draw_scene
 from .vocabulary import CHARACTERS, COLORS, EOS, PAD, SHAPES, WORDS, encode
 
 IGNORE = -100
@@ -68,7 +68,7 @@ def normalise(images: Sequence[np.ndarray]) -> Tensor:
     return ((pixels - PIXEL_MEAN) / PIXEL_STD).contiguous()
 
 
-def _bins(item: Item) -> tuple[int, int]:
+def _bins(item: SceneItem) -> tuple[int, int]:
     x, y = item.center
     return min(BINS - 1, int(x * BINS / SIDE)), min(BINS - 1, int(y * BINS / SIDE))
 
@@ -98,7 +98,7 @@ def patch_targets(scene: Scene) -> np.ndarray:
     return targets
 
 
-def _facts(item: Item) -> list[int]:
+def _facts(item: SceneItem) -> list[int]:
     """Which entries of a caption an item sets."""
     words = len(SHAPES) * len(COLORS)
     if item.kind == "shape":
@@ -158,7 +158,7 @@ def _grounding(text: str, scene: Scene) -> list[tuple[int, int, int]]:
     return found
 
 
-def text_rows(questions: Sequence[Question], scene: Scene | None = None) -> dict[str, list]:
+def text_rows(questions: Sequence[PocketQuestion], scene: Scene | None = None) -> dict[str, list]:
     """All questions of one scene as token rows: ids, block, offset, labels, family and grounding."""
     rows: dict[str, list] = {name: [] for name in ("ids", "block", "offset", "labels", "family", "grounding")}
     for number, question in enumerate(questions):
@@ -169,7 +169,7 @@ def text_rows(questions: Sequence[Question], scene: Scene | None = None) -> dict
         rows["block"] += [number] * len(ids)
         rows["offset"] += range(len(ids))
         rows["labels"] += [IGNORE] * (len(prompt) - 1) + answer
-        rows["family"] += [FAMILIES.index(question.family)] * len(ids)
+        rows["family"] += [QUESTION_KINDS.index(question.family)] * len(ids)
         ground = _grounding(question.text, scene) if scene else []
         rows["grounding"] += ground + [(IGNORE,) * 3] * (len(ids) - len(ground))
     return rows
@@ -185,7 +185,7 @@ def collate_text(rows: Sequence[dict[str, list]]) -> dict[str, Tensor]:
 def make_batch(random: Random, *, size: int, side: int, questions: int, hard: bool) -> Batch:
     """Draw ``size`` scenes on windows of ``side`` x ``side`` patches; ``hard`` prefers crowded ones."""
     scenes: list[Scene] = []
-    asked: list[list[Question]] = []
+    asked: list[list[PocketQuestion]] = []
     while len(scenes) < size:
         scene = draw_scene(random, side=side, level=2 if hard and random.random() < 0.6 else None)
         found = ask(scene, random, questions)

@@ -14,13 +14,13 @@ from transformers import LlavaForConditionalGeneration
 
 from .answers import text_states
 from .batches import BINS, CAPTION_SIZE, IGNORE, PATCH_TARGETS, Batch
-from .questions import FAMILIES
+from .questions import QUESTION_KINDS
 from .vocabulary import COLORS, COLUMNS, DIGITS, EOS, ROWS, SHAPES, TOKEN_ID, WORDS
 
 PATCH_WEIGHTS = dict(zip(PATCH_TARGETS, (1, 0.7, 1.2, 1, 0.7, 0.7, 0.2, 1.2, 0.4, 0.4), strict=True))
 BACKGROUND_WEIGHT = 0.15
 # an answer of a rare family counts more, so that reading is not drowned by the many questions about shapes
-FAMILY_WEIGHTS = dict(zip(FAMILIES, (1, 1, 1, 1, 1.2, 1.5, 1.5, 4, 4, 4, 1, 1), strict=True))
+FAMILY_WEIGHTS = dict(zip(QUESTION_KINDS, (1, 1, 1, 1, 1.2, 1.5, 1.5, 4, 4, 4, 1, 1), strict=True))
 SPREAD = 1.5  # standard deviation of the attention logits of [CLS] over the patches
 QUEUE = 256  # captions of earlier batches, as further negatives
 
@@ -176,7 +176,7 @@ class PocketTrainee(nn.Module):
         weight = torch.tensor(list(FAMILY_WEIGHTS.values()), device=losses.device)[family]
         log["loss"] = losses.mean().detach()
         correct, word = logits.argmax(-1) == labels, labels != EOS
-        for i, name in enumerate(FAMILIES):
+        for i, name in enumerate(QUESTION_KINDS):
             mine = (family == i) & word
             if mine.any():
                 log[f"answer/{name}"] = correct[mine].float().mean()

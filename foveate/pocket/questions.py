@@ -21,10 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from .scenes import SIDE, Item, Scene
+from .scenes import SIDE, Scene, SceneItem
 from .vocabulary import COLORS, COLUMNS, LETTERS, ROWS, SHAPES, WORDS
 
-FAMILIES = (
+QUESTION_KINDS = (
     "existence_random",
     "existence_adversarial",
     "color",
@@ -45,7 +45,7 @@ COLOR_NAMES = tuple(COLORS)
 
 
 @dataclass(frozen=True)
-class Question:
+class PocketQuestion:
     family: str
     text: str
     answer: str
@@ -64,7 +64,7 @@ class _Facts:
         self.signs = {kind: next(iter(scene.of(kind)), None) for kind in READING}
 
 
-def place(item: Item) -> str | None:
+def place(item: SceneItem) -> str | None:
     """Give one of nine places, "top left" to "bottom right", or None within ``MARGIN`` pixels of a border between two thirds."""
     third = SIDE / 3
     if any(abs(c - border) < MARGIN for c in item.center for border in (third, 2 * third)):
@@ -81,7 +81,7 @@ def _similar_word(word: str, random: Random) -> str:
     return random.choice([w for w, s in zip(others, shared, strict=True) if s >= best - 1])
 
 
-def _existence_random(f: _Facts, r: Random) -> Question | None:
+def _existence_random(f: _Facts, r: Random) -> PocketQuestion | None:
     if r.random() < 0.5:
         if not f.shapes:
             return None
@@ -91,22 +91,22 @@ def _existence_random(f: _Facts, r: Random) -> Question | None:
         color, shape, answer = r.choice(COLOR_NAMES), r.choice(SHAPES), "no"
     if r.random() < 0.3:
         present = any(i.name == shape for i in f.shapes)
-        return Question("existence_random", f"is there a {shape} in the image ?", "yes" if present else "no")
+        return PocketQuestion("existence_random", f"is there a {shape} in the image ?", "yes" if present else "no")
     if answer == "no" and f.pairs[color, shape]:
         return None
-    return Question("existence_random", f"is there a {color} {shape} in the image ?", answer)
+    return PocketQuestion("existence_random", f"is there a {color} {shape} in the image ?", answer)
 
 
-def _existence_adversarial(f: _Facts, r: Random) -> Question | None:
+def _existence_adversarial(f: _Facts, r: Random) -> PocketQuestion | None:
     sign, positive = f.signs["word"], r.random() < 0.5
     if sign and r.random() < 0.2:
         word = sign.name if positive else _similar_word(sign.name, r)
-        return Question("existence_adversarial", f"is there a sign that says {word} ?", "yes" if positive else "no")
+        return PocketQuestion("existence_adversarial", f"is there a sign that says {word} ?", "yes" if positive else "no")
     if not f.shapes:
         return None
     item = r.choice(f.shapes)
     if positive:
-        return Question("existence_adversarial", f"is there a {item.color} {item.name} in the image ?", "yes")
+        return PocketQuestion("existence_adversarial", f"is there a {item.color} {item.name} in the image ?", "yes")
     color, shape = item.color, item.name
     if r.random() < 0.5:  # the colour of another object half of the time, where there is one
         color = r.choice(f.shapes).color if r.random() < 0.5 else r.choice(COLOR_NAMES)
@@ -114,44 +114,44 @@ def _existence_adversarial(f: _Facts, r: Random) -> Question | None:
         shape = r.choice(f.shapes).name if r.random() < 0.5 else r.choice(SHAPES)
     if f.pairs[color, shape]:
         return None
-    return Question("existence_adversarial", f"is there a {color} {shape} in the image ?", "no")
+    return PocketQuestion("existence_adversarial", f"is there a {color} {shape} in the image ?", "no")
 
 
-def _color(f: _Facts, r: Random) -> Question | None:
+def _color(f: _Facts, r: Random) -> PocketQuestion | None:
     if not f.one_of_shape:
         return None
     item = r.choice(f.one_of_shape)
-    return Question("color", f"what color is the {item.name} ?", str(item.color))
+    return PocketQuestion("color", f"what color is the {item.name} ?", str(item.color))
 
 
-def _shape(f: _Facts, r: Random) -> Question | None:
+def _shape(f: _Facts, r: Random) -> PocketQuestion | None:
     if not f.one_of_color:
         return None
     item = r.choice(f.one_of_color)
-    return Question("shape", f"what shape is the {item.color} object ?", item.name)
+    return PocketQuestion("shape", f"what shape is the {item.color} object ?", item.name)
 
 
-def _count(f: _Facts, r: Random) -> Question | None:
+def _count(f: _Facts, r: Random) -> PocketQuestion | None:
     draw = r.random()
     present = r.choice(f.shapes) if f.shapes and r.random() < 0.85 else None
     if draw < 0.4:
         name = present.name if present else r.choice(SHAPES)
-        return Question("count", f"how many {name} objects are there ?", str(sum(i.name == name for i in f.shapes)))
+        return PocketQuestion("count", f"how many {name} objects are there ?", str(sum(i.name == name for i in f.shapes)))
     if draw < 0.8:
         color = present.color if present else r.choice(COLOR_NAMES)
-        return Question("count", f"how many {color} objects are there ?", str(sum(i.color == color for i in f.shapes)))
-    return Question("count", "how many objects are there ?", str(len(f.shapes)))
+        return PocketQuestion("count", f"how many {color} objects are there ?", str(sum(i.color == color for i in f.shapes)))
+    return PocketQuestion("count", "how many objects are there ?", str(len(f.shapes)))
 
 
-def _where(f: _Facts, r: Random) -> Question | None:
+def _where(f: _Facts, r: Random) -> PocketQuestion | None:
     if not f.unique:
         return None
     item = r.choice(f.unique)
     answer = place(item)
-    return Question("where", f"where is the {item.color} {item.name} ?", answer) if answer else None
+    return PocketQuestion("where", f"where is the {item.color} {item.name} ?", answer) if answer else None
 
 
-def _relation(f: _Facts, r: Random) -> Question | None:
+def _relation(f: _Facts, r: Random) -> PocketQuestion | None:
     if len(f.unique) < 2:
         return None
     a, b = r.sample(f.unique, 2)
@@ -162,7 +162,7 @@ def _relation(f: _Facts, r: Random) -> Question | None:
         ((dx < 0, "to the left of"), (dx > 0, "to the right of")) if abs(dx) > abs(dy) else ((dy < 0, "above"), (dy > 0, "below"))
     )
     text = f"is the {a.color} {a.name} {phrase} the {b.color} {b.name} ?"
-    return Question("relation", text, "yes" if first else "no")
+    return PocketQuestion("relation", text, "yes" if first else "no")
 
 
 READ = {
@@ -172,17 +172,17 @@ READ = {
 }
 
 
-def _reading(kind: str) -> Callable[[_Facts, Random], Question | None]:
-    def ask(f: _Facts, r: Random) -> Question | None:
+def _reading(kind: str) -> Callable[[_Facts, Random], PocketQuestion | None]:
+    def ask(f: _Facts, r: Random) -> PocketQuestion | None:
         sign = f.signs[kind]
         if sign is None:
             return None
-        return Question(kind, READ[kind], " ".join(sign.name) if kind == "number" else sign.name)
+        return PocketQuestion(kind, READ[kind], " ".join(sign.name) if kind == "number" else sign.name)
 
     return ask
 
 
-def _choice(f: _Facts, r: Random) -> Question | None:
+def _choice(f: _Facts, r: Random) -> PocketQuestion | None:
     draw, sign = r.random(), f.signs["word"]
     pool: tuple[str, ...] | list[str]
     if draw < 0.45 and f.one_of_shape:
@@ -199,18 +199,18 @@ def _choice(f: _Facts, r: Random) -> Question | None:
     right = r.randrange(4)
     options.insert(right, truth)
     listed = " ".join(f"{letter} {option}" for letter, option in zip(LETTERS, options, strict=True))
-    return Question("choice", f"{text} {listed}", LETTERS[right])
+    return PocketQuestion("choice", f"{text} {listed}", LETTERS[right])
 
 
-def _pair(f: _Facts, r: Random) -> Question | None:
+def _pair(f: _Facts, r: Random) -> PocketQuestion | None:
     if not f.one_of_shape:
         return None
     item, truth = r.choice(f.one_of_shape), r.random() < 0.5
     color = item.color if truth else r.choice([c for c in COLOR_NAMES if c != item.color])
-    return Question("pair", f"is the {item.name} {color} ?", "yes" if truth else "no")
+    return PocketQuestion("pair", f"is the {item.name} {color} ?", "yes" if truth else "no")
 
 
-_ASK: dict[str, Callable[[_Facts, Random], Question | None]] = {
+_ASK: dict[str, Callable[[_Facts, Random], PocketQuestion | None]] = {
     "existence_random": _existence_random,
     "existence_adversarial": _existence_adversarial,
     "color": _color,
@@ -224,13 +224,13 @@ _ASK: dict[str, Callable[[_Facts, Random], Question | None]] = {
     "choice": _choice,
     "pair": _pair,
 }
-WEIGHTS = dict(zip(FAMILIES, (7, 9, 8, 7, 11, 13, 13, 8, 8, 7, 9, 4), strict=True))
+WEIGHTS = dict(zip(QUESTION_KINDS, (7, 9, 8, 7, 11, 13, 13, 8, 8, 7, 9, 4), strict=True))
 
 
-def ask(scene: Scene, random: Random, number: int) -> list[Question]:
+def ask(scene: Scene, random: Random, number: int) -> list[PocketQuestion]:
     """Up to ``number`` different questions about a scene, families drawn by ``WEIGHTS``; fewer where the scene has less to ask."""
-    facts, families = _Facts(scene), list(FAMILIES)
-    found: dict[str, Question] = {}
+    facts, families = _Facts(scene), list(QUESTION_KINDS)
+    found: dict[str, PocketQuestion] = {}
     weights = [WEIGHTS[family] for family in families]
     for _ in range(number * 4):
         if len(found) == number:
@@ -241,14 +241,14 @@ def ask(scene: Scene, random: Random, number: int) -> list[Question]:
     return list(found.values())
 
 
-def exam(scene: Scene, random: Random) -> list[Question]:
+def exam(scene: Scene, random: Random) -> list[PocketQuestion]:
     """The questions of one test scene: every family that the scene allows, twice where two different ones exist (reading: once).
 
     The two of ``pair`` are about the same object, one true and one false, as MME scores them.
     """
     facts = _Facts(scene)
-    found: dict[str, Question] = {}
-    for family in FAMILIES:
+    found: dict[str, PocketQuestion] = {}
+    for family in QUESTION_KINDS:
         if family == "pair":
             continue
         kept = 0
@@ -263,5 +263,5 @@ def exam(scene: Scene, random: Random) -> list[Question]:
         item = random.choice(facts.one_of_shape)
         wrong = random.choice([c for c in COLOR_NAMES if c != item.color])
         for color, answer in ((item.color, "yes"), (wrong, "no")):
-            found[f"is the {item.name} {color} ?"] = Question("pair", f"is the {item.name} {color} ?", answer)
+            found[f"is the {item.name} {color} ?"] = PocketQuestion("pair", f"is the {item.name} {color} ?", answer)
     return list(found.values())

@@ -36,7 +36,7 @@ Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Item:
+class SceneItem:
     """One thing in a scene. ``box`` is (x, y, width, height) in pixels of the full picture."""
 
     kind: str  # "shape", "word", "number" or "digit"
@@ -60,7 +60,7 @@ class Scene:
     """
 
     image: NDArray[np.uint8]
-    items: tuple[Item, ...]
+    items: tuple[SceneItem, ...]
     owner: NDArray[np.int64]
     corner: tuple[int, int]
     level: int
@@ -69,7 +69,7 @@ class Scene:
     def side(self) -> int:
         return self.image.shape[0] // PATCH
 
-    def of(self, kind: str) -> list[Item]:
+    def of(self, kind: str) -> list[SceneItem]:
         return [item for item in self.items if item.kind == kind]
 
     def position_ids(self) -> NDArray[np.int64]:
@@ -166,7 +166,7 @@ class _Draft:
     character_starts: tuple[float, ...] = ()
 
 
-def _draft(kind: str, random: Random, split: str, shapes: list[Item]) -> _Draft:
+def _draft(kind: str, random: Random, split: str, shapes: list[SceneItem]) -> _Draft:
     if kind == "shape":
         name = random.choice(shapes).name if shapes and random.random() < 0.35 else random.choice(SHAPES)
         color = random.choice(shapes).color if shapes and random.random() < 0.3 else random.choice(list(COLORS))
@@ -230,7 +230,7 @@ def draw_scene(random: Random, *, side: int = GRID, split: str = "train", level:
     signs = random.sample(TEXT_KINDS, min(random.randint(*((0, 1), (1, 2), (2, 3))[level]), total))
     occupied = np.zeros((pixels, pixels), bool)
     item_map = np.full((pixels, pixels), -1, np.int64)
-    items: list[Item] = []
+    items: list[SceneItem] = []
     for kind in [*signs, *["shape"] * (total - len(signs))]:
         draft = _draft(kind, random, split, [item for item in items if item.kind == "shape"])
         h, w = draft.mask.shape
@@ -245,7 +245,7 @@ def draw_scene(random: Random, *, side: int = GRID, split: str = "train", level:
         canvas[area] = under * (1 - cover) + np.asarray(draft.ink, np.float32) * cover
         item_map[area][(draft.mask > 0.5) | (kind != "shape")] = len(items)
         box = (corner[1] * PATCH + x, corner[0] * PATCH + y, w, h)
-        items.append(Item(kind, draft.name, draft.color, draft.large, box, draft.character_starts))
+        items.append(SceneItem(kind, draft.name, draft.color, draft.large, box, draft.character_starts))
     if not items:  # a window too small for what was drawn: try again with the same generator
         return draw_scene(random, side=side, split=split, level=level)
     canvas = canvas + noise.randn(pixels, pixels, 1).astype(np.float32) * random.choice((0, 2, 5))

@@ -14,11 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..answering import quiet_loading
 from ..engine.model.anatomy import Anatomy, anatomy
 from ..errors import FoveateError, InputError, first_line
-from ..loading import load
-from .encoding import check_plain_positions, merged
+from ..loading import check_plain_positions, load, merged, quiet_loading
 from .files import fingerprint
 from .template import PLACEHOLDER, chat_template, collapsed, placeholder
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from ..errors import InputError, first_line
 from ..fingerprint import digest
-from ..loading import POCKET
-from ..pocket import ADAPTERS, WEIGHTS
+from ..loading import is_adapter, source_of
 
 CHUNK, CHUNKS = 4096, 256  # bytes of a file that its fingerprint reads at a time, and how often at most
 FILES = (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt")
@@ -23,9 +22,7 @@ def fingerprint(model: str) -> str:
     """
     from transformers import AutoConfig
 
-    folder = WEIGHTS if model == POCKET else Path(model)
-    if model.startswith(f"{POCKET}+"):
-        folder = ADAPTERS / model.removeprefix(f"{POCKET}+")
+    folder = Path(source_of(model))
     if not folder.is_dir():
         try:
             return digest(model, str(AutoConfig.from_pretrained(model)._commit_hash))
@@ -39,6 +36,7 @@ def fingerprint(model: str) -> str:
                 opened.seek(place)
                 parts.append(opened.read(CHUNK))
         parts.append(f"{file.name} {size}")
-    adapter = folder / "adapter_config.json"
-    base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") if adapter.is_file() else None
+    base = None
+    if is_adapter(model):
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     return digest(*parts, fingerprint(base) if base else "")

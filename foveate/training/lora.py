@@ -25,7 +25,7 @@ from ..api import attach
 from ..errors import MissingExtraError
 from ..pocket import NAME, load_pocket
 from ..pocket.batches import IGNORE, normalise
-from ..pocket.questions import Question, ask
+from ..pocket.questions import PocketQuestion, ask
 from ..pocket.scenes import GRID, draw_scene
 from ..pocket.vocabulary import BOS, EOS, IMAGE, PAD, TOKEN_ID, encode
 
@@ -38,7 +38,7 @@ TURNS = 4  # questions of a training conversation, at most
 CHECKED = 160  # validation scenes, with one question each
 
 
-def conversation(questions: list[Question]) -> dict[str, Tensor]:
+def conversation(questions: list[PocketQuestion]) -> dict[str, Tensor]:
     """Several turns as the chat template writes them: ``input_ids`` and ``labels`` [S]; only answers are taught."""
     ids, labels = [BOS], [IGNORE]
     for number, question in enumerate(questions):
@@ -60,7 +60,7 @@ class Conversations(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         random = Random(f"finetune/{self.split}/{self.seed}/{index}")
-        questions: list[Question] = []
+        questions: list[PocketQuestion] = []
         while not questions:
             scene = draw_scene(random, split=self.split)
             questions = ask(scene, random, self.turns)

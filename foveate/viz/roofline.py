@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..analysis.roofline import PHASES, Cost, Line
+from ..analysis.roofline import PHASES, Cost, CostLine
 from ..errors import InputError
 from .canvas import new_figure
 
@@ -22,7 +22,7 @@ GROUPS = {  # what a line belongs to: its marker, and its shade in the bars
 }
 
 
-def group(line: Line) -> str:
+def group(line: CostLine) -> str:
     """The key of ``GROUPS`` that an operator belongs to."""
     if line.part != "decoder":
         return line.part

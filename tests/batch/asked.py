@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from foveate.serving.batch import offline
-from foveate.serving.batch.rows import Source, Wanted
+from foveate.serving.batch.rows import AnswerSettings, Source
 
 QUESTIONS = ("what color is the star ?", "how many objects are there ?", "is there a red circle ?")
 
@@ -39,9 +39,9 @@ def answers(path: Path) -> dict:
     return {row["id"]: row for row in found}
 
 
-def alone(engine, source: Source, wanted: Wanted | None = None) -> dict:
+def alone(engine, source: Source, wanted: AnswerSettings | None = None) -> dict:
     """Rows of the output when each row is a batch."""
-    found = offline.answered(source, source.lines(), wanted or Wanted(), engine, 1)
+    found = offline.answered(source, source.lines(), wanted or AnswerSettings(), engine, 1)
     return {row["id"]: row for batch in found for row in batch}
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from foveate.pocket.scenes import draw_scene
 from foveate.serving.batch import engines
 from foveate.serving.batch.engines import TransformersEngine
-from foveate.serving.batch.rows import Wanted
+from foveate.serving.batch.rows import AnswerSettings
 from foveate.serving.export import export
 
 
@@ -38,7 +38,7 @@ def exported(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine() -> TransformersEngine:
-    return TransformersEngine("pocket", Wanted())
+    return TransformersEngine("pocket", AnswerSettings())
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 
 from foveate.pocket.scenes import draw_scene
 from foveate.serving.batch.engines import TransformersEngine
-from foveate.serving.batch.rows import Source, Wanted
+from foveate.serving.batch.rows import AnswerSettings, Source
 from foveate.serving.batch.vllm_engine import VllmEngine
 from foveate.serving.export import described, export
 from tests import families, zoo
@@ -98,7 +98,7 @@ def test_a_batch_with_vllm(vllm: Any, folder: Path, tmp_path: Path) -> None:
         {"id": "spatial", "images": ["0.png", "1.png"], "question": QUESTIONS[2], "method": "spatial", "budget": 4},
         {"id": "text", "question": QUESTIONS[0]},
     ]
-    source, wanted = Source(written(tmp_path, documents)), Wanted("divprune", 0.5, max_new_tokens=8)
+    source, wanted = Source(written(tmp_path, documents)), AnswerSettings("divprune", 0.5, max_new_tokens=8)
     expected = alone(TransformersEngine(str(folder), wanted), source, wanted)
     assert not [row for row in expected.values() if "error" in row], expected
     found = alone(VllmEngine(str(folder), wanted, tmp_path / "text"), source, wanted)
@@ -117,6 +117,6 @@ def test_words_of_visual_tokens_are_refused(folder: Path, tmp_path: Path) -> Non
     words = [placeholder, *(word for word in around if word == "<image>")]
     rows = [{"id": word, "image": "0.png", "question": f"what is {word} ?"} for word in words]
     Image.new("RGB", (90, 90)).save(tmp_path / "0.png")
-    wanted = Wanted("divprune", 0.5)
+    wanted = AnswerSettings("divprune", 0.5)
     found = alone(TransformersEngine(str(folder), wanted), Source(written(tmp_path, rows)), wanted)
     assert all(repr(word) in found[word]["error"]["message"] for word in words)

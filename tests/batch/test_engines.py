@@ -14,7 +14,7 @@ from foveate.serving import files
 from foveate.serving.batch import offline, vllm_engine
 from foveate.serving.batch.engines import EngineError
 from foveate.serving.batch.ray_batch import Cluster, EncoderActor, EngineActor, answered_by_ray, shares
-from foveate.serving.batch.rows import Source, Wanted
+from foveate.serving.batch.rows import AnswerSettings, Source
 from foveate.serving.batch.vllm_engine import MissingEngineError, Ready, VllmEngine
 from foveate.serving.encoding import EncodedPrompt
 from tests.test_cli import invoke
@@ -35,10 +35,10 @@ def test_vllm_answers_as_transformers(vllm, exported, pictures, tmp_path, engine
 
 def test_vllm_and_failed_rows(vllm, exported, pictures, tmp_path, engine):
     path, said = broken(pictures, tmp_path)
-    made = VllmEngine("pocket", Wanted(), exported)
+    made = VllmEngine("pocket", AnswerSettings(), exported)
     white_is_nan(made.encoder.encoder.loaded.model)
     source = Source(path)
-    found = {row["id"]: row for batch in offline.answered(source, source.lines(), Wanted(), made, 64) for row in batch}
+    found = {row["id"]: row for batch in offline.answered(source, source.lines(), AnswerSettings(), made, 64) for row in batch}
     for name, message in said.items():
         assert message in found[name]["error"]["message"]
     clean = alone(engine, Source(written(tmp_path, mixed(pictures, GOOD), "clean.jsonl")))
@@ -48,7 +48,7 @@ def test_vllm_and_failed_rows(vllm, exported, pictures, tmp_path, engine):
 
 
 def test_vllm_refuses_or_stops(vllm, exported, pictures, tmp_path):
-    made = VllmEngine("pocket", Wanted(), exported)
+    made = VllmEngine("pocket", AnswerSettings(), exported)
     documents = [{"id": word, "question": f"what is a {word} ?"} for word in ("star", "king", "ring", "moon")]
     found = alone_in_one(made, Source(written(tmp_path, documents)))
     assert found["king"]["error"] == {"type": "ValueError", "message": "a prompt that is refused"}
@@ -63,7 +63,7 @@ def test_vllm_refuses_or_stops(vllm, exported, pictures, tmp_path):
 
 
 def alone_in_one(engine, source: Source) -> dict:
-    return {row["id"]: row for batch in offline.answered(source, source.lines(), Wanted(), engine, 64) for row in batch}
+    return {row["id"]: row for batch in offline.answered(source, source.lines(), AnswerSettings(), engine, 64) for row in batch}
 
 
 def test_vllm_that_is_missing_or_broken(monkeypatch, exported, vllm, tmp_path):
@@ -104,7 +104,7 @@ def test_actors_hand_on_what_fails(vllm, exported, pictures, tmp_path, engine):
         "id": np.array([json.dumps(line.id) for line in lines], dtype=object),
         "start": np.array([line.start for line in lines]),
     }
-    encoded = EncoderActor(source.path, "pocket", Wanted())(places)
+    encoded = EncoderActor(source.path, "pocket", AnswerSettings())(places)
     sent = {name: np.array(values, dtype=object) for name, values in encoded.items()}
     assert sum(map(len, sent["prompt"])) > 6 * 150 * 192 * 4  # the embeddings
     found = [json.loads(row) for row in EngineActor(exported)(sent)["row"]]
@@ -116,7 +116,7 @@ def test_ray_that_is_missing(monkeypatch, pictures, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     source = Source(written(tmp_path, mixed(pictures, 2)))
     with pytest.raises(MissingExtraError, match=r"foveate\[ray\]"):
-        next(answered_by_ray(source, source.lines(), Wanted(), "pocket", tmp_path, 8, Cluster()))
+        next(answered_by_ray(source, source.lines(), AnswerSettings(), "pocket", tmp_path, 8, Cluster()))
 
 
 def test_gpus_of_actors():

@@ -19,7 +19,7 @@ from foveate.errors import InputError
 from foveate.serving.batch import engines, offline, rows
 from foveate.serving.batch.engines import EngineError
 from foveate.serving.batch.results import Output
-from foveate.serving.batch.rows import Source, Wanted
+from foveate.serving.batch.rows import AnswerSettings, Source
 from tests.test_cli import invoke
 
 from .asked import BAD, GOOD, QUESTIONS, alone, answers, broken, mixed, white_is_nan, written
@@ -217,19 +217,19 @@ def test_output_of_something_else_is_kept(tmp_path):
 
 def test_drawn_answers_do_not_depend_on_their_batch(pictures, tmp_path, engine):
     source = Source(written(tmp_path, [{**row, "id": f"{row['id']} {n}"} for n in range(3) for row in mixed(pictures, 3)]))
-    warm = Wanted(temperature=2.0, max_new_tokens=4)
+    warm = AnswerSettings(temperature=2.0, max_new_tokens=4)
 
-    def drawn(wanted: Wanted, size: int) -> dict:
+    def drawn(wanted: AnswerSettings, size: int) -> dict:
         return {row["id"]: row for batch in offline.answered(source, source.lines(), wanted, engine, size) for row in batch}
 
     found = drawn(warm, 8)
     assert found == drawn(warm, 2)
-    assert found != drawn(Wanted(temperature=2.0, max_new_tokens=4, seed=1), 8)
+    assert found != drawn(AnswerSettings(temperature=2.0, max_new_tokens=4, seed=1), 8)
     assert len({found[f"r0 {n}"]["answer"] for n in range(3)}) > 1
 
 
 def test_words_are_drawn_by_their_probability():
-    wanted = Wanted(temperature=0.5)
+    wanted = AnswerSettings(temperature=0.5)
     asked = [rows.Row(number, [], wanted) for number in range(4000)]
     scores = torch.tensor([0.2, 0.3, 0.5]).log().expand(4000, 3) * 0.5
     found = engines.Drawing(asked)(torch.zeros(4000, 1), scores.clone()).argmax(-1)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from foveate.serving.encoding import PictureEncoder, load_encoder
+from foveate.loading import load_encoder
+from foveate.serving.encoding import PictureEncoder
 from tests.serving_fakes import FakeEngine
 
 from .asked import started

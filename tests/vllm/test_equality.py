@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from foveate.chat import Prompt, collate
 from foveate.evaluation.pocket import picture, questions
-from foveate.evaluation.prompts import Prompt, collate
+from foveate.loading import load_encoder
 from foveate.pocket import load_pocket
-from foveate.serving.encoding import PictureEncoder, load_encoder, method_of, pictures_of
+from foveate.serving.encoding import PictureEncoder, method_of, pictures_of
 from foveate.serving.export import export
 
 SCRIPT = Path(__file__).with_name("embeds_engine.py")

@@ -26,8 +26,9 @@ from foveate.serving.gateway.gateway.app import create_app
 from foveate.serving.gateway.gateway.gateway import Settings
 from PIL import Image
 
+from foveate.loading import load_encoder
 from foveate.pocket.scenes import draw_scene
-from foveate.serving.encoding import PictureEncoder, load_encoder
+from foveate.serving.encoding import PictureEncoder
 from tests.serving_fakes import data_url, events, served, shown
 
 from .stack import PATIENCE, Stack, running

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 import foveate
-from foveate.methods.base import registered
 from foveate.methods.baselines import Resize
+from foveate.methods.registry import registered
 from foveate.pocket import WEIGHTS
 from foveate.pocket.scenes import draw_scene
 from foveate.serving.plugin.settings import kept, method_of
@@ -290,7 +290,7 @@ def every_method(llm: Any, bench: Bench, budget: int) -> None:
     names = 0
     for name, kind in registered().items():
         front = kind(budget=0.5).before_decoder()
-        if not isinstance(front, foveate.TokenReducer) or front.reads_question or isinstance(front, Resize):
+        if not isinstance(front, foveate.ProjectorReducer) or front.reads_question or isinstance(front, Resize):
             continue
         if type(front) is not kind:  # a part of a method that acts in several places
             continue

@@ -15,7 +15,7 @@ from ...report import Report
 from ..model.seams import layer_kinds, layer_windows, rotary
 from .attention import Recorded
 from .masks import layer_mask, taken_mask
-from .stages import Held, HeldCuts, Prompt, Stage, take
+from .stages import DecoderPrompt, Held, HeldCuts, Stage, take
 
 
 class DecoderKind:
@@ -35,7 +35,7 @@ class DecoderKind:
 
 
 @dataclass
-class Run:
+class Forward:
     """One forward: rows and columns of it, behind ``past`` columns that ``cache`` holds.
 
     Attributes
@@ -123,7 +123,7 @@ class Run:
 
 
 @dataclass
-class Prefill(Run):
+class Prefill(Forward):
     """A forward that reads a prompt with pictures.
 
     Attributes
@@ -140,7 +140,7 @@ class Prefill(Run):
     decided : layers before which the method has been asked already.
     """
 
-    prompt: Prompt = field(kw_only=True)
+    prompt: DecoderPrompt = field(kw_only=True)
     asked: int = field(kw_only=True)
     tokens: PromptTokens = field(kw_only=True)
     report: Report = field(kw_only=True)

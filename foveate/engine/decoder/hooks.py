@@ -23,9 +23,9 @@ from ...report import Report
 from ..model.seams import attention_of, cache_in, cuts_of, forget_if_empty, mark_cuts
 from .attention import OnlyRecording, Recorded, Tap
 from .cut import cut_before
-from .forward import DecoderKind, Prefill, Run
+from .forward import DecoderKind, Forward, Prefill
 from .pattern import Patterned, neighbour_mask
-from .stages import HeldCuts, Prompt, place
+from .stages import DecoderPrompt, HeldCuts, place
 
 _RUN = "_foveate_run"
 OTHER = (
@@ -59,9 +59,9 @@ class DecoderCuts:
         self.pattern = self._patterned(reducers)
         self._handles: list[RemovableHandle] = []
         self._taps: list[Tap] = []
-        self._runs: dict[int, Run] = {}
+        self._runs: dict[int, Forward] = {}
         self._restoring: dict[int, Prefill] = {}
-        self._expected: dict[int, tuple[Prompt, Report]] = {}
+        self._expected: dict[int, tuple[DecoderPrompt, Report]] = {}
         self._pictures: dict[int, bool] = {}
         self._masks: dict[int, Tensor | None] = {}  # of the model's forward, which some models make into others
 
@@ -95,7 +95,7 @@ class DecoderCuts:
         pattern = patterns[found[0]] if found else None
         return None if pattern is None else Patterned(pattern, self.layers, self._reading)
 
-    def _reading(self) -> Run | None:
+    def _reading(self) -> Forward | None:
         return self._runs.get(threading.get_ident())
 
     def install(self) -> None:
@@ -123,7 +123,7 @@ class DecoderCuts:
         self._handles, self._taps = [], []
 
     @contextmanager
-    def expecting(self, prompt: Prompt, report: Report) -> Iterator[None]:
+    def expecting(self, prompt: DecoderPrompt, report: Report) -> Iterator[None]:
         """Inside the block, a forward that begins where ``prompt`` begins reads it."""
         thread = threading.get_ident()
         outer = self._expected.get(thread)
@@ -227,9 +227,9 @@ class DecoderCuts:
                 patterned=self.pattern is not None and acting[self.patterning],
             )
         elif earlier is not None:
-            self._runs[thread] = Run(*common)
+            self._runs[thread] = Forward(*common)
 
-    def _check(self, cache: Any, mask: Any, prompt: Prompt, past: int, width: int) -> None:
+    def _check(self, cache: Any, mask: Any, prompt: DecoderPrompt, past: int, width: int) -> None:
         """Raise where a prompt comes in a form that cannot be cut."""
         name = self.settings["name"]
         if getattr(cache, "is_compileable", False):
@@ -291,7 +291,7 @@ class DecoderCuts:
             kwargs = {**kwargs, "attention_mask": neighbour_mask(run, layer, hidden, window, whole)}
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-    def _current(self, kwargs: dict[str, Any]) -> Run | None:
+    def _current(self, kwargs: dict[str, Any]) -> Forward | None:
         """The run of this thread, or the one a layer belongs to that gradient checkpointing calls again in the backward pass."""
         run, embeddings = self._runs.get(threading.get_ident()), kwargs.get("position_embeddings")
         if embeddings is None:

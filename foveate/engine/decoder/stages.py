@@ -13,7 +13,7 @@ from ...errors import CacheError
 
 
 @dataclass(frozen=True)
-class Prompt:
+class DecoderPrompt:
     """The new columns of a (shortened) prompt, S of them, behind ``past`` ones that a cache holds.
 
     Attributes
@@ -38,7 +38,7 @@ class Prompt:
     def width(self) -> int:
         return self.image.shape[1]
 
-    def resized(self, rows: int, width: int, device: torch.device) -> Prompt:
+    def resized(self, rows: int, width: int, device: torch.device) -> DecoderPrompt:
         """The same for ``rows`` rows (beams repeat each) and ``width`` columns (those behind the prompt are text)."""
         copies, more = rows // len(self.image), width - self.width
 
@@ -46,7 +46,7 @@ class Prompt:
             values = values.to(device).repeat_interleave(copies, -2)
             return torch.nn.functional.pad(values, (0, more), value=fill)
 
-        return Prompt(
+        return DecoderPrompt(
             fit(self.image, -1),
             fit(self.cell, -1),
             fit(self.valid, True),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ...tokens import EncoderLayer
-from .families import FAMILIES, REFUSED, TOWERS, Family, Tower
+from .families import FAMILIES, REFUSED, TOWERS, Family, TowerKind
 
 
 def innermost(model: Any) -> PreTrainedModel:
@@ -76,7 +76,7 @@ class Anatomy:
 
     model: PreTrainedModel
     family: Family
-    tower_kind: Tower
+    tower_kind: TowerKind
     tower: nn.Module
     projector: nn.Module | None
     chosen: Any = None

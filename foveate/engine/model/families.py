@@ -39,7 +39,7 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Tower:
+class TowerKind:
     """One kind of vision encoder; ``layers`` is an attribute of the tower, the other paths are attributes of one of its layers.
 
     In a layer that methods can act in, tokens run through ``x + attention(...)``, then ``x + mlp(norm(x))``.
@@ -71,8 +71,8 @@ def _qwen(model_type: str, name: str, example: str, videos: str | None = "thw") 
     return Family(model_type, name, example, images="thw", videos=videos, tower="visual", projector=None, mrope=True)
 
 
-def _fused(model_type: str, *, windows: bool = False) -> Tower:
-    return Tower(model_type, layers="blocks", attention="attn", qkv="attn.qkv", rotary=True, windows=windows)
+def _fused(model_type: str, *, windows: bool = False) -> TowerKind:
+    return TowerKind(model_type, layers="blocks", attention="attn", qkv="attn.qkv", rotary=True, windows=windows)
 
 
 _TILES = "each tile of a large picture is a picture of its own"
@@ -143,9 +143,9 @@ REFUSED = {
 TOWERS = {
     tower.model_type: tower
     for tower in (
-        Tower("clip_vision_model", has_cls=True, resizable=True),
-        Tower("siglip_vision_model", resizable=True),
-        Tower(
+        TowerKind("clip_vision_model", has_cls=True, resizable=True),
+        TowerKind("siglip_vision_model", resizable=True),
+        TowerKind(
             "internvl_vision",
             has_cls=True,
             layers="encoder.layer",
@@ -155,9 +155,9 @@ TOWERS = {
             value="attention.v_proj",
             norm="layernorm_after",
         ),
-        Tower("idefics3_vision"),
-        Tower("smolvlm_vision"),
-        Tower(
+        TowerKind("idefics3_vision"),
+        TowerKind("smolvlm_vision"),
+        TowerKind(
             "pixtral",
             layers="transformer.layers",
             attention="attention",

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from ...errors import InputError
 from ..model.anatomy import Anatomy
@@ -97,3 +102,107 @@ def _of_tokens(layout: Layout, values: Tensor) -> Tensor:
     taken = layout.take(nn.functional.pad(values, (earlier, 0)), 0)
     held = int((layout.gather < earlier).all(0).sum()) if earlier else 0  # columns of what a cache has
     return taken[:, held:]
+
+
+Changed: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]] | None"
+
+
+@torch.compiler.disable
+def _increasing(positions: Tensor) -> bool:
+    return bool((positions.diff(dim=-1) > 0).all())
+
+
+@torch.compiler.disable
+def _padded(mask: Any) -> bool:
+    """Whether positions repeat because of padding, and not because sequences are packed."""
+    return isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
+
+
+class _Guards:
+    """The hooks of one decoder; ``active`` is found once per forward and read by every layer."""
+
+    def __init__(self) -> None:
+        self.active = False
+
+    def decoder(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
+        """Without mask and cache the decoder looks for packed sequences: give it a mask of ones."""
+        positions, embeds = kwargs.get("position_ids"), kwargs.get("inputs_embeds")
+        mask, cache = kwargs.get("attention_mask"), cache_in(kwargs)
+        if positions is None or embeds is None:
+            self.active = False
+            return None
+        self.active = positions.shape[-1] == 1 or _increasing(positions) or _padded(mask)
+        if self.active and mask is None and cache is None:
+            kwargs["attention_mask"] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+            return args, kwargs
+        return None
+
+    def layer(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
+        """Flash attention looks again in every layer, which needs no positions: its rotary embeddings are computed already."""
+        if not self.active or kwargs.get("position_embeddings") is None or kwargs.get("position_ids") is None:
+            return None
+        kwargs["position_ids"] = None
+        return args, kwargs
+
+
+def guard_positions(model: PreTrainedModel) -> list[RemovableHandle]:
+    """Install both guards; the caller removes the handles."""
+    decoder, guards = model.get_decoder(), _Guards()
+    handles = [decoder.register_forward_pre_hook(guards.decoder, with_kwargs=True)]
+    handles += [layer.register_forward_pre_hook(guards.layer, with_kwargs=True) for layer in getattr(decoder, "layers", ())]
+    return handles
+
+
+class Shifts:
+    """What to add, for the ``generate`` that runs in each thread."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, tuple[Tensor, int]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._open)
+
+    @contextmanager
+    def during(self, missing: Tensor | None, prompt: int) -> Iterator[None]:
+        """Add ``missing`` [..., B, 1] to positions of columns from ``prompt`` on; None adds nothing. Blocks may be nested."""
+        thread = threading.get_ident()
+        outer = self._open.pop(thread, None)
+        if missing is not None and bool((missing > 0).any()):
+            self._open[thread] = (missing, prompt)
+        try:
+            yield
+        finally:
+            self._open.pop(thread, None)
+            if outer is not None:
+                self._open[thread] = outer
+
+    @torch.compiler.disable
+    def applied(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward of ``generate``, with shifted positions."""
+        missing, prompt = self._open.get(threading.get_ident(), (None, 0))
+        positions, cache = kwargs.get("position_ids"), cache_in(kwargs)
+        if missing is None or positions is None:
+            return kwargs
+        first = 0 if cache is None else int(cache.get_seq_length())
+        behind = torch.arange(first, first + positions.shape[-1], device=positions.device) >= prompt
+        copies = positions.shape[-2] // missing.shape[-2]
+        return {**kwargs, "position_ids": positions + missing.repeat_interleave(copies, -2) * behind}
+
+
+def missing_positions(mask: Tensor, given: Tensor | None, short: Tensor) -> Tensor:
+    """[..., B, 1] how far the last of the ``short`` positions [..., B, T'] is in front of the last one of the full prompt.
+
+    ``mask`` [B, T] of the full prompt; ``given`` the user's positions of all or of its last columns, None = counted by the mask.
+    """
+    real = mask.bool()
+    if given is None:
+        last = real.long().sum(1, keepdim=True) - 1
+    else:
+        shown = real[:, -given.shape[-1] :]
+        place = (shown.long() * torch.arange(shown.shape[1], device=shown.device)).amax(1, keepdim=True)  # of the last real token
+        given = given.expand(*given.shape[:-2], len(real), -1)
+        last = given.gather(-1, place.expand(*given.shape[:-1], 1))
+    missing = last - short[..., -1:]
+    if missing.ndim == 3:  # M-RoPE: the first row is renumbered in any case
+        missing[0] = 0
+    return missing

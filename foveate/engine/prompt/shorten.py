@@ -13,7 +13,7 @@ from ...errors import InputError
 from ...methods.base import FrontReducer, Method
 from ...report import Item, Report
 from ...tokens import Reduction
-from ..decoder.stages import Prompt
+from ..decoder.stages import DecoderPrompt
 from ..model.anatomy import Anatomy
 from ..model.seams import PRE_ENCODED, cache_in, has_pixels, modalities, of_modality
 from ..vision.encoding import Visuals
@@ -176,7 +176,7 @@ def acts_inside(method: Method, tokens: int) -> bool:
     return tokens > 0 and any(method.acting(tokens))
 
 
-def expected_prompt(parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, labels: Tensor | None = None) -> Prompt:
+def expected_prompt(parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, labels: Tensor | None = None) -> DecoderPrompt:
     """What the decoder is about to read, for methods that act inside it.
 
     Parameters
@@ -210,4 +210,4 @@ def expected_prompt(parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, l
         asked = valid & (behind.long().cumsum(1) == 0)
         special = special | (labels != IGNORED)  # what is taught is never removed
     last = (column * asked).amax(1)
-    return Prompt(image, cell, valid, special, last, past, real[:, :past])
+    return DecoderPrompt(image, cell, valid, special, last, past, real[:, :past])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...errors import FoveateError, UnsupportedModelError
 from ...methods.base import EncoderReducer
-from ...tokens import BlockTokens, EncoderTap, Merge, Reduction
+from ...tokens import BlockTokens, EncoderTap, Reduction, Regroup
 from ..decoder.attention import BIASED, attend_as_before, attend_with_sdpa, implementation_of
 from ..model.anatomy import Anatomy, Block
 
@@ -153,7 +153,7 @@ class Shrinking:
         self._shrunk.add(number)
         return (self._short, *args[1:])
 
-    def _merged(self, patches: Tensor, merge: Merge) -> Tensor:
+    def _merged(self, patches: Tensor, merge: Regroup) -> Tensor:
         """[B, n, C] -> [B, M, C], and the book of which patch is where."""
         (batch, number, channels), outputs = patches.shape, merge.index.shape[1]
         if not 1 <= outputs <= number:

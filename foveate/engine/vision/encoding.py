@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FoveateError, InputError, UnsupportedModelError
-from ...methods.base import FrontReducer, TokenReducer
+from ...methods.base import FrontReducer, KeepAll, ProjectorReducer
 from ...report import Clock
 from ...tokens import EncoderLayer, EncoderTap, Reduction, VisualTokens
 from ..model.anatomy import Anatomy
@@ -111,7 +111,7 @@ def projector_input(parts: Anatomy, skip: bool) -> Iterator[list[Tensor]]:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedPictures:
     """Pictures or videos after the vision encoder.
 
     Attributes
@@ -162,7 +162,7 @@ class Encoded:
 
 def encode(
     parts: Anatomy, layers: tuple[EncoderLayer, ...], kwargs: dict[str, Any], *, project: bool, runs: list[int] | None = None
-) -> Encoded:
+) -> EncodedPictures:
     """Run the model's own encoder on pictures, or videos.
 
     Parameters
@@ -196,13 +196,13 @@ def encode(
         features = tokens.flatten(0, 1)
     if features is None:
         raise FoveateError("the projector of this model was not seen at work. This is a fault of foveate.")
-    return Encoded(output, arrangement, features, projected, taps, tokens)
+    return EncodedPictures(output, arrangement, features, projected, taps, tokens)
 
 
 def reduce(
     parts: Anatomy,
-    method: TokenReducer,
-    encoded: Encoded,
+    method: ProjectorReducer,
+    encoded: EncodedPictures,
     clock: Clock,
     asked: Asking | None = None,
     rows: list[int] | None = None,
@@ -260,7 +260,7 @@ def reduce(
         return assembled(parts, encoded, found, notes)
 
 
-def assembled(parts: Anatomy, encoded: Encoded, found: list[Reduced], notes: list[str]) -> Visuals:
+def assembled(parts: Anatomy, encoded: EncodedPictures, found: list[Reduced], notes: list[str]) -> Visuals:
     """What groups left, projected, in the order of the prompt."""
     arrangement, projected = encoded.arrangement, encoded.projected
     layout = laid_out(arrangement, found)
@@ -318,7 +318,7 @@ def notes_of(parts: Anatomy, method: FrontReducer) -> list[str]:
     return notes
 
 
-def unchanged(parts: Anatomy, encoded: Encoded) -> Visuals:
+def unchanged(parts: Anatomy, encoded: EncodedPictures) -> Visuals:
     """Every token of every item."""
     arrangement, projected, output = encoded.arrangement, encoded.projected, encoded.output
     if projected is not None:
@@ -332,7 +332,7 @@ def unchanged(parts: Anatomy, encoded: Encoded) -> Visuals:
     kept = [torch.arange(size, device=projected.device) for size in arrangement.sizes]
     groups = [
         keep_every(group, encoded.features[group.places(arrangement)])
-        for group in grouped(TokenReducer(budget=1.0), arrangement, arrangement.units)
+        for group in grouped(KeepAll(), arrangement, arrangement.units)
     ]
     return Visuals(marked(output), embeds, joined(arrangement, groups), kept, arrangement, changed=False)
 

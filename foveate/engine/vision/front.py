@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedModelError
-from ...methods.base import EncoderReducer, FrontReducer, TokenReducer
+from ...methods.base import EncoderReducer, FrontReducer, KeepAll, ProjectorReducer
 from ...methods.tools.selection import grid_middles
 from ...report import Clock
 from ...tokens import Reduction, resolve_budget
@@ -21,7 +21,7 @@ from ..model.anatomy import Anatomy
 from ..model.seams import encode_visuals, with_features
 from .arrangement import Arrangement, frames, grids
 from .blocks import Shrinking
-from .encoding import Encoded, Visuals, check, encode, notes_of, projector_input, reduce, unchanged
+from .encoding import EncodedPictures, Visuals, check, encode, notes_of, projector_input, reduce, unchanged
 from .grouping import Group, Reduced, joined, laid_out, shares
 from .question import Asking
 
@@ -85,9 +85,9 @@ def encode_and_reduce(
         whole = whole or resolve_budget(method.budget, every) == every
     if isinstance(method, EncoderReducer) and not whole:
         return _shrunk(parts, method, patches, kwargs, clock, locate)
-    if not isinstance(method, TokenReducer | EncoderReducer):
-        raise UnsupportedModelError(f"{type(method).__name__} is neither a TokenReducer nor an EncoderReducer.")
-    reducer = method if isinstance(method, TokenReducer) else TokenReducer(budget=1.0)
+    if not isinstance(method, ProjectorReducer | EncoderReducer):
+        raise UnsupportedModelError(f"{type(method).__name__} is neither a ProjectorReducer nor an EncoderReducer.")
+    reducer = method if isinstance(method, ProjectorReducer) else KeepAll()
     smaller = reducer.picture(patches) if not flat and not whole else None
     if smaller is not None and parts.arrangement == "grid" and parts.projector is not None and parts.takes_any_size:
         return _resized(parts, reducer, patches, smaller, kwargs, clock, locate)
@@ -126,7 +126,7 @@ def _shrunk(
     cells = grid[0] * grid[1]
     if parts.modality == "video" and method.budget is not None:  # all frames go through the encoder together
         each = min(shares(method.budget, [cells] * pixels.shape[1]) or [cells])
-        method = replace(method, budget=max(1, each))
+        method = method.with_budget(max(1, each))
         notes = [f"{method.name}: {each} tokens of each frame"]
     if method.temporal is not None and parts.modality == "video":
         notes.append(f"{method.name} acts inside the encoder, where temporal= has no effect")
@@ -169,7 +169,7 @@ def _behind_encoder(
 
 def _resized(
     parts: Anatomy,
-    method: TokenReducer,
+    method: ProjectorReducer,
     grid: tuple[int, int],
     smaller: tuple[int, int],
     kwargs: dict[str, Any],
@@ -183,7 +183,9 @@ def _resized(
         low, high = pixels.amin((-2, -1), keepdim=True), pixels.amax((-2, -1), keepdim=True)
         small = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True, align_corners=False)
         small = small.to(pixels).clamp(low, high)
-        encoded: Encoded = encode(parts, (), {**kwargs, "pixel_values": small, "interpolate_pos_encoding": True}, project=False)
+        encoded: EncodedPictures = encode(
+            parts, (), {**kwargs, "pixel_values": small, "interpolate_pos_encoding": True}, project=False
+        )
         features = encoded.features.unflatten(0, (len(pixels), -1))
         lead = features.shape[1] - smaller[0] * smaller[1]
         arrangement = _rows_of(parts, pixels, lead, grid)

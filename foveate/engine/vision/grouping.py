@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...methods.base import FrontReducer, TokenReducer
+from ...methods.base import FrontReducer, ProjectorReducer
 from ...tokens import Budget, Reduction, keep_all, resolve_budget
 from .arrangement import Arrangement, Unit
 
@@ -17,7 +17,7 @@ from .arrangement import Arrangement, Unit
 class Group:
     """Units of the same shape. ``method`` has their share of the budget; None = they keep everything."""
 
-    method: TokenReducer | None
+    method: ProjectorReducer | None
     units: list[Unit]
 
     def places(self, arrangement: Arrangement) -> Tensor:
@@ -65,8 +65,8 @@ def grouped(method: FrontReducer, arrangement: Arrangement, units: list[Unit]) -
     found = []
     for (shape, share), some in groups.items():
         covered = share is not None and share >= shape[0] * shape[1]
-        one = method if share == resolve_budget(method.budget, shape[0] * shape[1]) else replace(method, budget=share)
-        found.append(Group(one if isinstance(one, TokenReducer) and not covered else None, some))
+        one = method if share == resolve_budget(method.budget, shape[0] * shape[1]) else method.with_budget(share)
+        found.append(Group(one if isinstance(one, ProjectorReducer) and not covered else None, some))
     return found
 
 

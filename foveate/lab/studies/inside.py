@@ -24,10 +24,12 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from ...methods.base import Compose, Method, get
+from ...methods.base import Method
+from ...methods.compose import Compose
+from ...methods.registry import get
 from ...pocket import load_pocket
 from ...pocket.batches import normalise
-from ...pocket.questions import Question
+from ...pocket.questions import PocketQuestion
 from ...pocket.vocabulary import EOS, PAD, encode
 from ..evaluate import SEED, Evaluator, Scores, TestSet
 
@@ -81,14 +83,14 @@ class Asker:
         self.tokens = int(model.config.image_seq_length)
         random, first = Random(f"ask/{seed}"), 0
         self.picked: list[int] = []  # among all questions of the test set
-        self.asked: list[tuple[int, Question]] = []
+        self.asked: list[tuple[int, PocketQuestion]] = []
         for number, questions in enumerate(data.questions):
             for i in sorted(random.sample(range(len(questions)), min(each, len(questions)))):
                 self.picked.append(first + i)
                 self.asked.append((number, questions[i]))
             first += len(questions)
 
-    def inputs(self, part: Sequence[tuple[int, Question]]) -> dict[str, Tensor]:
+    def inputs(self, part: Sequence[tuple[int, PocketQuestion]]) -> dict[str, Tensor]:
         """Prompts, padded on the left."""
         front, image = encode("<s> user:"), [int(self.model.config.image_token_id)] * self.tokens
         rows = [[*front, *image, *encode(f"{question.text} assistant:")] for _, question in part]

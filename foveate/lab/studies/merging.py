@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ...methods.base import Method, get
+from ...methods.base import Method
+from ...methods.registry import get
 from ...pocket.questions import READING
 from ..compare import COUNTS, Outcome, Runner, each_alone
 from ..evaluate import Scores

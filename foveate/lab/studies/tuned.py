@@ -15,9 +15,9 @@ from rich.table import Table
 
 from ...engine.model.anatomy import innermost
 from ...loading import load
-from ...methods.base import get
+from ...methods.registry import get
 from ...pocket import NAME
-from ...pocket.questions import FAMILIES
+from ...pocket.questions import QUESTION_KINDS
 from ..claims import GROUPS
 from ..evaluate import SEED, Evaluator, Result, Scores, TestSet
 
@@ -43,7 +43,7 @@ def table(found: dict[str, list[Result]], data: TestSet) -> Table:
     shown.add_column("questions")
     for kept, (_, after) in found.items():
         shown.add_column(f"{kept}, {np.mean(after.tokens):.0f}", justify="right")
-    for group, members in {**{family: (family,) for family in FAMILIES}, **GROUPS}.items():
+    for group, members in {**{family: (family,) for family in QUESTION_KINDS}, **GROUPS}.items():
         mask = np.isin(scores.families, members)
         part, cells = Scores(scores.families[mask], scores.scene[mask], scores.resamples), []
         for before, after in found.values():

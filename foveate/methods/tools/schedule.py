@@ -17,6 +17,14 @@ PAPER = "https://arxiv.org/abs/2412.00556"
 FILLED = "a reconstruction: neither code, nor scoring query, nor the exact search of the paper could be read"
 
 
+def steps(total: int, layers: int, left: dict[int, float]) -> list[float]:
+    """Visual tokens of each of ``layers`` decoder layers, where ``left`` says how many stay from a layer on."""
+    each = [float(total)] * layers
+    for layer, count in sorted(left.items()):
+        each[layer:] = [min(float(count), float(total))] * (layers - layer)
+    return each
+
+
 @dataclass(kw_only=True)
 class Schedule(DecoderReducer):
     """A keep rate for each decoder layer; tokens are ranked by the attention of the layer before, among those that are left.
@@ -56,6 +64,9 @@ class Schedule(DecoderReducer):
             rate = self.keep_rates(tokens.layers, number)[tokens.layer] if number else 0.0
             counts = counts.masked_fill(tokens.initial == number, math.ceil(rate * number - 1e-6))
         return Cut(best_of_images(scores, tokens.of_image, counts), scores)
+
+    def left(self, total: int, layers: int) -> list[float] | None:
+        return [math.ceil(rate * total - 1e-6) for rate in self.keep_rates(layers, total)]
 
     def share(self, tokens: int | None) -> float:
         """The budget as a fraction of the tokens of an image."""

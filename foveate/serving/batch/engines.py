@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ...answering import media_words
+from ...chat import Prompt, collate, media_words
 from ...engine.model.anatomy import anatomy
 from ...engine.session import Session
 from ...errors import FoveateError, InputError, first_line
-from ...evaluation.prompts import Prompt, collate
 from ...loading import load
-from ...methods.base import Method, get
-from ..encoding import FULL, method_of
-from .rows import Row, Wanted, opened
+from ...methods.base import Method
+from ...methods.registry import get
+from .rows import AnswerSettings, Row, opened
 
 # the likeliest word each time, whatever the generation config of a model says
 PLAIN = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "temperature": None, "top_p": None, "top_k": None}
@@ -105,15 +104,13 @@ def document(number: str | int, outcome: Answered | Exception) -> dict[str, Any]
     return {"id": number, "answer": outcome.text, "finish_reason": "stop" if outcome.ended else "length", "usage": usage}
 
 
-def any_method(wanted: Wanted) -> Method:
+def any_method(wanted: AnswerSettings) -> Method:
     """The method of a row for transformers, where it may also act inside the decoder.
 
     Raises
     ------
     InputError : there is none, or it needs a budget.
     """
-    if wanted.method == FULL:
-        return method_of(FULL, wanted.budget)
     return get(wanted.method, **({} if wanted.budget is None else {"budget": wanted.budget}))
 
 
@@ -160,7 +157,7 @@ class TransformersEngine:
     UnsupportedModelError : the method does not work on the model.
     """
 
-    def __init__(self, name: str, wanted: Wanted) -> None:
+    def __init__(self, name: str, wanted: AnswerSettings) -> None:
         method = any_method(wanted)
         self.loaded = load(name)
         with method(self.loaded.model):

@@ -9,12 +9,12 @@ from typing import Any
 from ...errors import InputError
 from ..files import fingerprint
 from .engines import Engine, document
-from .rows import Line, Row, Source, Wanted
+from .rows import AnswerSettings, Row, RowPlace, Source
 
 
 def batches(
-    source: Source, lines: Iterable[Line], wanted: Wanted, size: int
-) -> Iterator[tuple[list[Row], list[tuple[Line, InputError]]]]:
+    source: Source, lines: Iterable[RowPlace], wanted: AnswerSettings, size: int
+) -> Iterator[tuple[list[Row], list[tuple[RowPlace, InputError]]]]:
     """Rows that can be answered together, ``size`` at most, and lines that hold none."""
     waiting: dict[tuple[Any, ...], list[Row]] = {}
     for line in lines:
@@ -31,7 +31,9 @@ def batches(
         yield group, []
 
 
-def answered(source: Source, lines: Iterable[Line], wanted: Wanted, engine: Engine, size: int) -> Iterator[list[dict[str, Any]]]:
+def answered(
+    source: Source, lines: Iterable[RowPlace], wanted: AnswerSettings, engine: Engine, size: int
+) -> Iterator[list[dict[str, Any]]]:
     """Rows of the output, batch by batch.
 
     Raises
@@ -43,7 +45,7 @@ def answered(source: Source, lines: Iterable[Line], wanted: Wanted, engine: Engi
         yield found + [document(row.id, outcome) for row, outcome in zip(rows, engine.answer(rows) if rows else [], strict=True)]
 
 
-def settings(model: str, wanted: Wanted, engine: str) -> dict[str, Any]:
+def settings(model: str, wanted: AnswerSettings, engine: str) -> dict[str, Any]:
     """What the answers of a run depend on, but for the rows.
 
     Raises

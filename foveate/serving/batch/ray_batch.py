@@ -16,7 +16,7 @@ import numpy as np
 from ...errors import FoveateError, InputError, MissingExtraError, first_line
 from .engines import EngineError, document
 from .offline import batches
-from .rows import Line, Source, Wanted
+from .rows import AnswerSettings, RowPlace, Source
 from .vllm_engine import ENCODED, Ready, RowEncoder, TextEngine
 
 
@@ -38,13 +38,13 @@ class Cluster:
 class EncoderActor:
     """Reads rows and encodes their pictures."""
 
-    def __init__(self, path: Path, model: str, wanted: Wanted) -> None:
+    def __init__(self, path: Path, model: str, wanted: AnswerSettings) -> None:
         self.source, self.wanted = Source(path), wanted
         self.encoder = RowEncoder(model, wanted)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         numbers = batch["number"].tolist()
-        lines = [Line(n, json.loads(i), s) for n, i, s in zip(numbers, batch["id"], batch["start"].tolist(), strict=True)]
+        lines = [RowPlace(n, json.loads(i), s) for n, i, s in zip(numbers, batch["id"], batch["start"].tolist(), strict=True)]
         ids: list[str] = []
         prompts: list[bytes] = []
         errors: list[str] = []
@@ -81,7 +81,7 @@ def _objects(values: Sequence[bytes]) -> Any:
 
 
 def answered_by_ray(
-    source: Source, lines: Sequence[Line], wanted: Wanted, model: str, folder: Path, size: int, cluster: Cluster
+    source: Source, lines: Sequence[RowPlace], wanted: AnswerSettings, model: str, folder: Path, size: int, cluster: Cluster
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows of the output, as they come.
 

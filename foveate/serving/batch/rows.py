@@ -14,8 +14,8 @@ from urllib.request import url2pathname
 
 from PIL import Image
 
+from ...chat import Prompt
 from ...errors import InputError
-from ...evaluation.prompts import Prompt
 from ...fingerprint import digest
 from ...images import as_rgb, check_size, open_picture, reading
 from ..encoding import pictures_of
@@ -37,7 +37,7 @@ IGNORED = ("model", "user", "metadata", "store")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class AnswerSettings:
     """How a row is answered.
 
     Attributes
@@ -57,7 +57,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Line:
+class RowPlace:
     """Where a row is: the number of its line from 1 on, and the byte at which that begins; and its id."""
 
     number: int
@@ -78,7 +78,7 @@ class Row:
 
     id: str | int
     messages: list[dict[str, Any]]
-    wanted: Wanted
+    wanted: AnswerSettings
 
     @property
     def batch(self) -> tuple[Any, ...]:
@@ -107,7 +107,7 @@ class Source:
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
-    def lines(self) -> list[Line]:
+    def lines(self) -> list[RowPlace]:
         """Where its rows are, with the ids that they have or get.
 
         Raises
@@ -143,9 +143,9 @@ class Source:
                     f"line {number} of {self.path} has no id, so that its number is taken, which is the id of line "
                     f"{taken[names[number]]}. Give all rows an id, or none."
                 )
-        return [Line(number, names[number], start) for number, start in places]
+        return [RowPlace(number, names[number], start) for number, start in places]
 
-    def read(self, line: Line, wanted: Wanted) -> Row:
+    def read(self, line: RowPlace, wanted: AnswerSettings) -> Row:
         """The row of a line; what it does not say of how it is answered is as ``wanted``.
 
         Raises
@@ -232,7 +232,7 @@ def _id(document: dict[str, Any]) -> str | int | None:
     return found
 
 
-def _of_ours(document: dict[str, Any], folder: Path, wanted: Wanted) -> tuple[list[dict[str, Any]], Wanted]:
+def _of_ours(document: dict[str, Any], folder: Path, wanted: AnswerSettings) -> tuple[list[dict[str, Any]], AnswerSettings]:
     places, question = document.get("images"), document.get("question")
     if places is None:
         places = [document["image"]] if document.get("image") is not None else []
@@ -247,7 +247,7 @@ def _of_ours(document: dict[str, Any], folder: Path, wanted: Wanted) -> tuple[li
     return [{"role": "user", "content": parts}], _asked(wanted, document, document.get("max_new_tokens"))
 
 
-def _of_openai(document: dict[str, Any], folder: Path, wanted: Wanted) -> tuple[list[dict[str, Any]], Wanted]:
+def _of_openai(document: dict[str, Any], folder: Path, wanted: AnswerSettings) -> tuple[list[dict[str, Any]], AnswerSettings]:
     body, url = document["body"], document.get("url")
     if not isinstance(body, dict):
         raise InputError(f"'body' is no JSON object. {WANTED}")
@@ -305,7 +305,7 @@ def _place(place: str, folder: Path) -> str:
     return str(folder / (url2pathname(urlsplit(place).path) if scheme == "file" else place))
 
 
-def _asked(wanted: Wanted, document: dict[str, Any], longest: Any) -> Wanted:
+def _asked(wanted: AnswerSettings, document: dict[str, Any], longest: Any) -> AnswerSettings:
     """How a row is answered that may name a method, a budget, or both; a method comes without the budget of another."""
     method, budget = document.get("method"), document.get("budget")
     if not isinstance(method or "", str) or not isinstance(budget, int | float | None) or isinstance(budget, bool):

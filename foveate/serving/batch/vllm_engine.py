@@ -13,13 +13,13 @@ from safetensors.torch import load as unpack
 from safetensors.torch import save as pack
 from torch import Tensor
 
-from ...answering import media_words
+from ...chat import Prompt, collate, media_words
 from ...errors import FoveateError, first_line
-from ...evaluation.prompts import Prompt, collate
-from ..encoding import EncodedPrompt, PictureEncoder, load_encoder, method_of
+from ...loading import load_encoder
+from ..encoding import EncodedPrompt, PictureEncoder, method_of
 from ..export import described
 from .engines import Answered, EngineError, read, through, too_long
-from .rows import Row, Wanted
+from .rows import AnswerSettings, Row
 
 ENCODED = 8  # rows whose pictures are encoded at once
 
@@ -82,7 +82,7 @@ class RowEncoder:
     UnsupportedModelError : the model or the method does not work so.
     """
 
-    def __init__(self, name: str, wanted: Wanted) -> None:
+    def __init__(self, name: str, wanted: AnswerSettings) -> None:
         method = method_of(wanted.method, wanted.budget)
         self.encoder = PictureEncoder(load_encoder(name))
         self.encoder.check(method)
@@ -192,7 +192,7 @@ class VllmEngine:
     InputError, UnsupportedModelError, MissingEngineError, EngineError : as ``RowEncoder`` and ``TextEngine`` do.
     """
 
-    def __init__(self, name: str, wanted: Wanted, folder: Path) -> None:
+    def __init__(self, name: str, wanted: AnswerSettings, folder: Path) -> None:
         self.text = TextEngine(folder)  # first: it asks for a share of the whole memory of a GPU
         self.encoder = RowEncoder(name, wanted)
 

@@ -15,14 +15,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import ClientDisconnect
 
 from ..encoding import PictureEncoder
-from .gateway import ClientGoneError, Gateway, Settings, as_request_error, unless_gone
+from .gateway import ClientGoneError, Gateway, GatewaySettings, as_request_error, unless_gone
 from .requests import Limits, RequestError
 from .upstream import Events
 
 RETRY = {"Retry-After": "5"}
 
 
-def create_app(settings: Settings, encoders: Sequence[PictureEncoder], engine: Any = None) -> FastAPI:
+def create_app(settings: GatewaySettings, encoders: Sequence[PictureEncoder], engine: Any = None) -> FastAPI:
     """The gateway as an application of FastAPI.
 
     Parameters

@@ -14,16 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ...answering import media_words
+from ...chat import media_words
 from ...errors import FoveateError, InputError, UnsupportedModelError
 from ...methods.base import Method
 from ..encoding import PictureEncoder, method_of
 from ..pictures import decoded, fetched
 from ..template import PLACEHOLDER, around
 from .batcher import Batcher, EncodingError
-from .memory import Memory, Picture
+from .memory import Memory, RememberedPicture
 from .metrics import Metrics
-from .requests import ChatRequest, Limits, Reader, RequestError
+from .requests import ChatRequest, Limits, RequestError, RequestReader
 from .upstream import Events, UnavailableError, Upstream, check_url, embeds_part, failure
 
 log = logging.getLogger("foveate.serving")
@@ -34,7 +34,7 @@ IDLE = 2.0  # seconds; vLLM closes connections after 5, and a request on one tha
 
 
 @dataclass(frozen=True)
-class Settings:
+class GatewaySettings:
     """How a gateway serves.
 
     Attributes
@@ -83,14 +83,14 @@ class Gateway:
     UnsupportedModelError : the model lacks what the method needs.
     """
 
-    def __init__(self, settings: Settings, encoders: Sequence[PictureEncoder]) -> None:
+    def __init__(self, settings: GatewaySettings, encoders: Sequence[PictureEncoder]) -> None:
         self.settings, self.limits, self.metrics = settings, settings.limits, Metrics()
         check_url(settings.vllm_url)
         self.encoder = encoders[0]
         self.encoder.check(method_of(settings.method, settings.budget))
         around(self.encoder.loaded.processor)
         reserved = (PLACEHOLDER, *media_words(self.encoder.loaded.processor))
-        self.reader = Reader(settings.name, settings.method, settings.budget, self.limits, reserved)
+        self.reader = RequestReader(settings.name, settings.method, settings.budget, self.limits, reserved)
         self.batcher = Batcher(encoders, settings.batch, self.metrics.observe_batch)
         self.memory = Memory(settings.memory)
         self.metrics.queue.set_function(lambda: self.batcher.waiting)
@@ -160,7 +160,7 @@ class Gateway:
         }
         return asked, _Prepared(body_of, usage, None if "tools" in asked.options else tokens)
 
-    async def _pictures(self, asked: ChatRequest) -> tuple[list[Picture], int | None]:
+    async def _pictures(self, asked: ChatRequest) -> tuple[list[RememberedPicture], int | None]:
         """The pictures of a request, encoded or remembered; and the tokens of its prompt, where it was made for that."""
         await self.upstream.model()  # raises where the engine is not there: no picture is encoded for nothing
         places = [(url, f"picture {number + 1}") for number, url in enumerate(asked.urls)]
@@ -176,7 +176,7 @@ class Gateway:
         kept = [{"role": message["role"], "content": message["content"]} for message in conversation]
         found = await self.batcher.encode(kept, asked.method)
         parts = await self._in_thread(lambda: [embeds_part(embeds) for embeds in found.embeds])
-        pictures = [Picture(*each) for each in zip(parts, found.before, found.after, strict=True)]
+        pictures = [RememberedPicture(*each) for each in zip(parts, found.before, found.after, strict=True)]
         if keys:
             self.memory.add(keys, pictures)
         return pictures, len(found.ids)

@@ -40,7 +40,7 @@ def free_port() -> int:
         return int(opened.getsockname()[1])
 
 
-class Engine:
+class VllmServer:
     """A vLLM server on the loopback interface, with a key of its own; started anew when it dies.
 
     Parameters
@@ -89,7 +89,7 @@ class Engine:
                 "with --vllm-python, or start it yourself and give --vllm-url."
             )
 
-    async def __aenter__(self) -> Engine:
+    async def __aenter__(self) -> VllmServer:
         self._start()
         try:
             await self._until_ready()

@@ -12,7 +12,7 @@ from ...methods.base import Method
 
 
 @dataclass(frozen=True)
-class Picture:
+class RememberedPicture:
     """An encoded picture: the part of a message that vLLM gets, and its visual tokens before and after reduction."""
 
     part: dict[str, Any]
@@ -30,7 +30,7 @@ class Memory:
 
     def __init__(self, size: int) -> None:
         self.size, self.held = size, 0
-        self._found: OrderedDict[str, Picture] = OrderedDict()
+        self._found: OrderedDict[str, RememberedPicture] = OrderedDict()
 
     def keys(self, pictures: Sequence[bytes], method: Method) -> list[str]:
         """By what pictures are known; none where their tokens also depend on the question."""
@@ -40,7 +40,7 @@ class Memory:
         told = repr(sorted(method.settings().items())).encode()
         return [hashlib.sha256(told + b"\0" + data).hexdigest() for data in pictures]
 
-    def get(self, keys: Sequence[str]) -> list[Picture] | None:
+    def get(self, keys: Sequence[str]) -> list[RememberedPicture] | None:
         """The pictures, if all of them are known."""
         if not keys or any(key not in self._found for key in keys):
             return None
@@ -48,7 +48,7 @@ class Memory:
             self._found.move_to_end(key)
         return [self._found[key] for key in keys]
 
-    def add(self, keys: Sequence[str], pictures: Sequence[Picture]) -> None:
+    def add(self, keys: Sequence[str], pictures: Sequence[RememberedPicture]) -> None:
         """Remember pictures, in place of older ones."""
         for key, picture in zip(keys, pictures, strict=True):
             if key in self._found:

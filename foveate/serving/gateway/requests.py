@@ -94,7 +94,7 @@ class ChatRequest:
 
 
 @dataclass(frozen=True)
-class Reader:
+class RequestReader:
     """Reads the bodies of requests.
 
     Parameters

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -171,7 +170,7 @@ class FoveateLlava(LlavaForConditionalGeneration):
         """Images that all keep ``count`` of ``cells`` tokens."""
         if count >= cells or self.method is None:
             return list(self.multi_modal_projector(self._features(pixels)))
-        method = replace(self.method, budget=count)
+        method = self.method.with_budget(count)
         embeds = self.reducing(method, pixels)
         check_count(method, embeds, count + leading(self.config))
         return embeds

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import InputError
-from ...methods.base import Method, TokenReducer, get
+from ...methods.base import Method, ProjectorReducer
+from ...methods.registry import get
 from ...tokens import Budget, resolve_budget
 
 SETTING = "foveate"  # of the model's config
@@ -15,7 +16,7 @@ HOW = '--hf-overrides \'{"foveate": {"method": "prumerge+", "budget": 144}}\''
 GATEWAY = "Use 'foveate serve', which encodes pictures before vLLM counts their tokens."
 
 
-def method_of(config: Any) -> TokenReducer | None:
+def method_of(config: Any) -> ProjectorReducer | None:
     """The method that the config of a model asks for in its field ``foveate``: ``method``, ``budget`` and fields of the method.
 
     Returns
@@ -35,18 +36,18 @@ def method_of(config: Any) -> TokenReducer | None:
     return _checked(get(given["method"], **fields))
 
 
-def _checked(method: Method) -> TokenReducer:
+def _checked(method: Method) -> ProjectorReducer:
     front = method.before_decoder()
     reason = ""
     if method.inside_decoder():
         reason = "acts inside the decoder, which is vLLM's own"
-    elif not isinstance(front, TokenReducer):
+    elif not isinstance(front, ProjectorReducer):
         reason = "acts inside the vision encoder, which is vLLM's own"
     elif front.reads_question:
         reason = "reads the question, which vLLM's encoder does not know"
-    elif type(front).picture is not TokenReducer.picture:
+    elif type(front).picture is not ProjectorReducer.picture:
         reason = "makes smaller pictures, which vLLM's encoder does not take"
-    if reason or not isinstance(front, TokenReducer):
+    if reason or not isinstance(front, ProjectorReducer):
         raise InputError(f"{method.name} {reason}. Use a method between encoder and projector, such as 'prumerge+'. {GATEWAY}")
     if front.budget is None:
         raise InputError(
@@ -58,7 +59,7 @@ def _checked(method: Method) -> TokenReducer:
     return front
 
 
-def kept(method: TokenReducer | None, requested: Budget, cells: int) -> int | None:
+def kept(method: ProjectorReducer | None, requested: Budget, cells: int) -> int | None:
     """Visual tokens to keep of an image of ``cells``.
 
     Parameters

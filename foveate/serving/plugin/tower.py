@@ -16,7 +16,7 @@ from ...engine.model.anatomy import Anatomy
 from ...engine.model.families import FAMILIES, TOWERS
 from ...engine.vision.encoding import encode, reduce
 from ...errors import InputError, UnsupportedModelError
-from ...methods.base import TokenReducer
+from ...methods.base import ProjectorReducer
 from ...report import Clock
 from ...tokens import EncoderTap
 
@@ -83,7 +83,7 @@ class ReducingTower:
         self.gather = gather
 
     @torch.inference_mode()
-    def __call__(self, method: TokenReducer, pixels: Tensor) -> list[Tensor]:
+    def __call__(self, method: ProjectorReducer, pixels: Tensor) -> list[Tensor]:
         """Pictures [B, 3, H, W] -> for each, visual tokens [m, D] in the space of the decoder."""
         layers = method.encoder_layers(len(self.parts.layers))
         encoded = encode(self.parts, layers, {"pixel_values": pixels}, project=method.reads_projected)
@@ -98,7 +98,7 @@ class ReducingTower:
         return replace(tap, query=query, queries=queries, keys=gather(tap.keys))
 
 
-def check_count(method: TokenReducer, embeds: list[Tensor], expected: int) -> None:
+def check_count(method: ProjectorReducer, embeds: list[Tensor], expected: int) -> None:
     """Raise ``InputError`` where a method does not keep its budget: vLLM has made room for as many tokens already."""
     found = sorted({len(each) for each in embeds} - {expected})
     if found:

@@ -1,0 +1,53 @@
+"""Checks of the fields of a method, by their type hints: wrong values are refused where the method is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from .base import Method
+
+_KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
+    int: ("a whole number", (Integral,)),
+    float: ("a number", (Real,)),
+    bool: ("True or False", (bool,)),
+}
+
+
+def _unwrapped(hint: Any, value: Any) -> Any:
+    """``X`` where a field is ``X | None`` and has a value; anything for None."""
+    if get_origin(hint) in (Union, types.UnionType) and type(None) in get_args(hint):
+        kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+        return Any if value is None or len(kinds) > 1 else kinds[0]
+    return hint
+
+
+def check_fields(method: Method) -> None:
+    """Raise ``InputError`` where a field does not hold what its type hint says; sequences become tuples."""
+    hints = get_type_hints(type(method))
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        hint = _unwrapped(hints[field.name], value)
+        if get_origin(hint) is tuple and get_args(hint)[-1:] == (...,):
+            check_tuple(method, field.name, value, get_args(hint)[0])
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise InputError(f"{method.name}: {field.name}={value!r}; choose one of {', '.join(map(repr, get_args(hint)))}")
+        kind, allowed = _KINDS.get(hint, ("", ()))
+        if hint in _KINDS and (not isinstance(value, allowed) or isinstance(value, bool) != (hint is bool)):
+            raise InputError(f"{method.name}: {field.name}={value!r}; expected {kind}")
+        if hint is float and not math.isfinite(value):
+            raise InputError(f"{method.name}: {field.name}={value!r}; expected a finite number")
+
+
+def check_tuple(method: Method, field: str, value: Any, element: Any) -> None:
+    """Raise ``InputError`` unless a field holds several of ``element``; they become a tuple."""
+    kind, allowed = _KINDS.get(element, ("", (object,)))
+    if not isinstance(value, list | tuple) or any(not isinstance(each, allowed) or isinstance(each, bool) for each in value):
+        raise InputError(f"{method.name}: {field}={value!r}; expected several of {kind or element}, such as (2, 8)")
+    setattr(method, field, tuple(value))
