@@ -12,10 +12,8 @@ from . import _moved
 
 if TYPE_CHECKING:
     from .analysis.cost import cost as cost
-    from .api import Encoded as Encoded
     from .api import ModelInfo as ModelInfo
     from .api import attach as attach
-    from .api import encode as encode
     from .api import models as models
     from .cuts import Cut as Cut
     from .cuts import DecoderTap as DecoderTap
@@ -68,6 +66,9 @@ if TYPE_CHECKING:
     from .methods.vtc_cls import FasterVLM as FasterVLM
     from .methods.vtc_cls import VTCCls as VTCCls
     from .methods.yopo import YOPO as YOPO
+    from .pictures import Encoded as Encoded
+    from .pictures import Pictures as Pictures
+    from .pictures import encode as encode
     from .pocket import load_pocket as load_pocket
     from .report import ImageReport as ImageReport
     from .report import Report as Report
@@ -80,7 +81,8 @@ if TYPE_CHECKING:
     from .tokens import VisualTokens as VisualTokens
 
 _HOMES = {
-    "api": "Encoded ModelInfo attach encode models",
+    "api": "ModelInfo attach models",
+    "pictures": "Encoded Pictures encode",
     "analysis.cost": "cost",
     "cuts": "Cut DecoderTap Pattern PromptTokens",
     "engine.session": "Session detach",
@@ -117,21 +119,10 @@ _HOMES = {
     "tokens": "BlockTokens EncoderTap Merge Question Reduction Regroup VisualTokens",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
-_ROOMS = (
-    "analysis",
-    "answering",
-    "api",
-    "chat",
-    "cuts",
-    "engine",
-    "errors",
-    "evaluation",
-    "fingerprint",
-    "images",
-    "lab",
-    "loading",
+_ROOMS = frozenset(
+    "analysis answering api chat cuts engine errors evaluation fingerprint images lab loading measuring methods pictures pocket "
+    "report serving tokens training tuning video viz".split()
 )
-_ROOMS += ("measuring", "methods", "pocket", "report", "serving", "tokens", "training", "tuning", "video", "viz")
 
 __all__ = [
     "AIM",
@@ -168,6 +159,7 @@ __all__ = [
     "ModelInfo",
     "PSigmoid",
     "Pattern",
+    "Pictures",
     "Pool",
     "ProjectorReducer",
     "PromptTokens",

@@ -51,15 +51,13 @@ class _Finder(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:
-        module.__spec__ = self._specs.pop(
-            module.__spec__.name if module.__spec__ else "", None
-        )  # import has put the old name there
+        if module.__spec__ is not None:  # import has put the old name there
+            module.__spec__ = self._specs.pop(module.__spec__.name)
 
     def get_code(self, fullname: str) -> types.CodeType:
         """What ``python -m`` of the old name runs."""
-        return compile(
-            f"import runpy\nrunpy.run_module({MOVED[fullname]!r}, run_name='__main__', alter_sys=True)\n", fullname, "exec"
-        )
+        lines = ("import runpy", f"runpy.run_module({MOVED[fullname]!r}, run_name='__main__', alter_sys=True)")
+        return compile("\n".join(lines), fullname, "exec")
 
 
 def install() -> None:

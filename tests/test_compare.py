@@ -17,11 +17,12 @@ from PIL import Image
 import foveate
 from foveate.cli.compare import CompareOptions, checked, files, parse_counts
 from foveate.lab.claims import Claim, Judge, TableLine, claims_of, tally
-from foveate.lab.compare import BESIDE, KINDS, Runner, at_count, at_own_rule, check_methods, compare, kind_of
-from foveate.lab.evaluate import Evaluator, Scores
+from foveate.lab.compare import BESIDE, KINDS, at_count, at_own_rule, check_methods, compare, kind_of
+from foveate.lab.exam import Asker, Evaluator
 from foveate.lab.paper_tables import BUILD, NOTES, TABLE5, TABLE7, cells, paper_table, shapes_near
+from foveate.lab.runner import Runner
+from foveate.lab.scores import Scores
 from foveate.lab.store import Store, key_of
-from foveate.lab.studies.inside import Asker
 from foveate.lab.tables import csv_text, points, rank_rows, ranks, reasons
 from foveate.methods.baselines import Random
 from foveate.methods.registry import registered

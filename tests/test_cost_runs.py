@@ -19,7 +19,7 @@ from foveate.analysis.cost import cost
 from foveate.analysis.hardware import HARDWARE, Hardware, get_hardware
 from foveate.analysis.table2 import ROWS, table2
 from foveate.analysis.workload import unreduced
-from foveate.viz.roofline import GROUPS, group, save_roofline
+from foveate.viz.roofline_chart import GROUPS, group, save_roofline
 
 from . import families, zoo
 from .test_cli import invoke

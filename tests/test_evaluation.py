@@ -22,7 +22,8 @@ from foveate.analysis.flops import prefill_flops
 from foveate.engine.model.anatomy import innermost
 from foveate.errors import InputError
 from foveate.evaluation import TASKS
-from foveate.lab.evaluate import Evaluator, TestSet
+from foveate.lab.exam import Evaluator
+from foveate.lab.testset import TestSet
 
 from . import families
 from .test_cli import invoke

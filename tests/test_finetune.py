@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import foveate
 from foveate.errors import InputError, MissingExtraError
-from foveate.lab.evaluate import TestSet
 from foveate.lab.studies import tuned
+from foveate.lab.testset import TestSet
 from foveate.loading import load
 from foveate.pocket import ADAPTERS, WEIGHTS
 from foveate.pocket.questions import PocketQuestion

@@ -27,7 +27,8 @@ from transformers import (
 )
 
 import foveate
-from foveate.lab.evaluate import Evaluator, TestSet
+from foveate.lab.exam import Evaluator
+from foveate.lab.testset import TestSet
 
 from . import reference, zoo
 from .test_decoder import expected

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 import foveate
-from foveate.lab.evaluate import Evaluator, Scores, TestSet, majority
+from foveate.lab.exam import Evaluator
+from foveate.lab.scores import Scores, majority
+from foveate.lab.testset import TestSet
 from foveate.pocket import WEIGHTS, batches, questions
 from foveate.pocket.answers import answer_mask
 from foveate.pocket.assets import load_assets, text_mask

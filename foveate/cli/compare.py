@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..errors import InputError
-from ..lab.compare import COUNTS, TOTAL, Runner, Tell, check_methods, compare
+from ..lab.compare import COUNTS, TOTAL, Tell, check_methods, compare
 from ..lab.paper_tables import BUILD, cells, paper_table
+from ..lab.runner import Runner
 from ..lab.tables import RANKED, about, csv_text, markdown, markdown_table, rank_table, reasons
 from ..loading import quiet_loading
 from ..methods.registry import registered

@@ -81,7 +81,7 @@ def cost_command(
     for name, numbers in runs.items():
         costs[name] = cost(shape, **{**options, "batch": batch, "pictures": pictures, "patches": patches, **numbers})
     if save:
-        from ..viz.roofline import save_roofline
+        from ..viz.roofline_chart import save_roofline
 
         save_roofline(costs, save)
     if as_json:

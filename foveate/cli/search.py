@@ -83,8 +83,8 @@ class Calibration:
         self.name = "validation scenes of the pocket world" if data is None else str(data)
         self.accuracy: Callable[[Method], float]
         if examples is None:
-            from ..lab.evaluate import TestSet
-            from ..lab.studies.inside import Asker
+            from ..lab.exam import Asker
+            from ..lab.testset import TestSet
 
             asker = Asker(self.model, TestSet.draw(-(-number // 2), 77, "validation"), 2, 77)
             asker.asked = asker.asked[:number]

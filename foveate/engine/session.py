@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -15,29 +14,28 @@ from ..errors import InputError
 from ..methods.base import Method
 from ..report import Clock, Report
 from ..tokens import resolve_budget
+from .call import ShortCall, read, shorten
 from .decoder.hooks import DecoderCuts
 from .generation import FullPrompt, GenerateSettings, on_full_prompt
 from .install import Installation, installed_on
 from .model.anatomy import Anatomy, anatomy, innermost
+from .model.marks import cuts_of, forget_if_empty, layout_of, mark, restore
 from .model.seams import (
+    PER_TOKEN_INPUTS,
     PRE_ENCODED,
     ROWS_ARE_SEQUENCES,
+    brings_pictures,
     cache_in,
     check_pre_encoded_input,
-    cuts_of,
+    encodings_in,
     find_cache,
-    forget_if_empty,
-    has_pixels,
     is_ours,
-    layout_of,
-    mark,
     modalities,
-    renamed,
-    restore,
+    named_arguments,
 )
-from .prompt.layout import Layout, cached_layout, filler, layout_past
+from .prompt.layout import Layout, cached_layout, layout_past
 from .prompt.positions import Positions, Shifts, guard_positions, missing_positions
-from .prompt.shorten import acts_inside, expected_prompt, shorten_prompt
+from .prompt.shorten import acts_inside, expected_prompt
 from .vision.front import check_front
 
 
@@ -145,62 +143,56 @@ class Session:
     @torch.no_grad()
     def generate(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's ``generate`` on a shorter prompt; sequences come back with the full prompt in front."""
-        kwargs = {**dict(zip(list(inspect.signature(original).parameters), args, strict=False)), **kwargs}
-        renamed(kwargs)
-        inputs, named = kwargs.pop("inputs", None), kwargs.pop("input_ids", None)
+        arguments = named_arguments(original, args, kwargs)
+        inputs, named = arguments.pop("inputs", None), arguments.pop("input_ids", None)
         ids = named if inputs is None else inputs
-        cache = cache_in(kwargs)
+        cache = cache_in(arguments)
         forget_if_empty(cache)
         self._cuts.accept(cache)
         self.report = report = self.new_report()
-        if is_ours(kwargs.get(PRE_ENCODED)):  # the assistant of a model that has shortened the prompt already
-            return original(inputs=ids, **kwargs)
-        self._refuse_encoded(kwargs)
-        if ids is None or not (has_pixels(kwargs) or layout_of(cache) is not None):
+        if is_ours(arguments.get(PRE_ENCODED)):  # the assistant of a model that has shortened the prompt already
+            return original(inputs=ids, **arguments)
+        self._refuse_encoded(arguments)
+        if ids is None or not (brings_pictures(arguments) or layout_of(cache) is not None):
             self._refuse_missing_pictures(ids, cache)
-            return self._run(original, ids, kwargs, report)
-        settings = GenerateSettings(self.model, kwargs)
+            return self._run(original, ids, arguments, report)
+        settings = GenerateSettings(self.model, arguments)
         self._cuts.refuse_pieces(settings["prefill_chunk_size"])
-        mask = kwargs.get("attention_mask")
-        mask = settings.infer_mask(ids) if mask is None else mask
-        parts = self.parts()
-        numbered = Positions(parts, self.front.positions == "compact")
-        numbered.refuse(kwargs.get("position_ids"))
-        numbered.of_prompt(ids, mask, layout_past(cache), kwargs)
-        short = shorten_prompt(parts, self.method, ids, mask, kwargs, report, pad_left=True)
-        layout = short.layout
-        if layout is None:
-            with self._expecting(parts, ids[:, short.held if mask.shape == ids.shape else 0 :], mask, report):
-                return self._run(original, ids, kwargs, report)
-        if bool((mask[:, -1] == 0).any()):
+        mask = arguments.get("attention_mask")
+        call = read(self.parts(), arguments, ids, settings.infer_mask(ids) if mask is None else mask)
+        short = shorten(call, self.method, report, pad_left=True)
+        if short.layout is None:
+            with self._expecting(short, report):
+                return self._run(original, ids, short.arguments(), report)
+        return self._generate_short(original, short, short.layout, settings, report)
+
+    def _generate_short(self, original: Any, short: ShortCall, layout: Layout, settings: GenerateSettings, report: Report) -> Any:
+        """``generate`` on a prompt that lost tokens: lengths, callbacks, positions and cache speak of the full one."""
+        call, ids = short.call, short.ids
+        if bool((call.mask[:, -1] == 0).any()):
             report.warnings.append("prompts were padded on the right; they were generated from as if padded on the left")
-        outside = mask.shape[1] - ids.shape[1]
-        fill = filler(ids, mask[:, outside:], parts.visual(ids))
-        whole = torch.cat([fill.expand(-1, outside), ids], 1)
-        short_ids = layout.take(whole, fill)[:, short.held if outside else 0 :]
-        given = kwargs.get("position_ids")
-        numbered.follow(layout, mask, kwargs)
-        layout = replace(layout, ahead=numbered.ahead)
-        missing = None if numbered.compact else missing_positions(mask, given, kwargs["position_ids"])
-        kwargs.update(settings.lengths(ids.shape[1] - short_ids.shape[1]))
-        full, beams = FullPrompt(ids, short_ids.shape[1]), (settings["num_beams"] or 1) > 1
+        arguments = short.arguments()
+        layout = replace(layout, ahead=short.positions.ahead)
+        missing = None
+        if not short.positions.compact:
+            missing = missing_positions(call.mask, short.positions.full, arguments["position_ids"])
+        full, beams = FullPrompt(call.ids, ids.shape[1]), (settings["num_beams"] or 1) > 1
         copies = settings["num_return_sequences"] or 1
-        kwargs.update(on_full_prompt(kwargs, full, 1 if beams or not ROWS_ARE_SEQUENCES else copies))
-        earlier = layout_of(cache)
+        arguments |= settings.lengths(call.ids.shape[1] - ids.shape[1])
+        arguments |= on_full_prompt(arguments, full, 1 if beams or not ROWS_ARE_SEQUENCES else copies)
+        cache, earlier = call.cache, layout_of(call.cache)
         if cache is not None:
-            once = not beams and copies == 1
             # at once: a generate that is interrupted leaves a cache that can still be continued
-            mark(cache, replace(layout, reusable=once))
-        new = short_ids[:, 0 if outside else short.held :]
+            mark(cache, replace(layout, reusable=not beams and copies == 1))
         try:
-            with self._shifts.during(missing, short_ids.shape[1]), self._expecting(parts, new, kwargs["attention_mask"], report):
-                result = self._run(original, short_ids, kwargs, report)
+            with self._shifts.during(missing, ids.shape[1]), self._expecting(short, report):
+                result = self._run(original, ids, arguments, report)
         except BaseException:
             if cache is not None and int(cache.get_seq_length()) < layout.gather.shape[1]:  # the prompt did not get into it
                 restore(cache, earlier)
             raise
         sequences = result if isinstance(result, Tensor) else result.sequences
-        reusable = replace(layout, reusable=len(sequences) == len(ids) and not beams)
+        reusable = replace(layout, reusable=len(sequences) == len(call.ids) and not beams)
         for held in (cache, find_cache(result)):
             if held is not None:
                 mark(held, reusable)
@@ -209,15 +201,15 @@ class Session:
         result.sequences = full.sequences(sequences)
         return result
 
-    def _run(self, original: Any, ids: Tensor | None, kwargs: dict[str, Any], report: Report) -> Any:
+    def _run(self, original: Any, ids: Tensor | None, arguments: dict[str, Any], report: Report) -> Any:
         """Transformers' own generate, with the time of prefill and decode taken."""
-        self._prefill, cache = report, cache_in(kwargs)
+        self._prefill, cache = report, cache_in(arguments)
         self._busy.add(id(cache))
         before = 0 if cache is None else int(cache.get_seq_length())
         try:
-            result = original(inputs=ids, **kwargs)
+            result = original(inputs=ids, **arguments)
             if self._cuts.active:
-                self._cuts.finish(find_cache(result) or cache, ids, result, GenerateSettings(self.model, kwargs)["num_beams"])
+                self._cuts.finish(find_cache(result) or cache, ids, result, GenerateSettings(self.model, arguments)["num_beams"])
             return result
         except BaseException:
             self._cuts.fail(cache, before)
@@ -227,11 +219,12 @@ class Session:
             self._busy.discard(id(cache))
             report.clock.stop("decode")
 
-    def _expecting(self, parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, labels: Tensor | None = None) -> Any:
-        """Within this, the decoder reads these new tokens of the short prompt; ``mask`` is of the whole of it."""
+    def _expecting(self, short: ShortCall, report: Report) -> Any:
+        """Within this, the decoder reads the new tokens of the short prompt."""
         if not self._cuts.active or not report.after or not acts_inside(self.method, max(report.before)):
             return nullcontext()
-        return self._cuts.expecting(expected_prompt(parts, ids, mask, report, labels), report)
+        prompt = expected_prompt(short.call.parts, short.new_ids, short.mask, report, short.labels)
+        return self._cuts.expecting(prompt, report)
 
     def _refuse_missing_pictures(self, ids: Tensor | None, cache: Any) -> None:
         placeholders = 0 if ids is None else int(self.parts().visual(ids).sum())
@@ -241,26 +234,28 @@ class Session:
                 "processor returned."
             )
 
-    def _refuse_encoded(self, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("inputs_embeds") is not None:
+    def _refuse_encoded(self, arguments: dict[str, Any]) -> None:
+        if arguments.get("inputs_embeds") is not None:
             raise InputError(
                 "inputs_embeds holds pictures that are encoded already, so no visual token can be removed. "
                 "Pass input_ids and pixel_values, or make shorter embeddings with foveate.encode."
             )
-        if kwargs.get(PRE_ENCODED):
-            raise InputError(f"{PRE_ENCODED} holds pictures that are encoded already. Pass pixel_values instead.")
+        if arguments.get(PRE_ENCODED) and encodings_in(arguments) is None:
+            raise InputError(
+                f"{PRE_ENCODED} holds pictures that are encoded already. Pass pixel_values, or encode them with foveate.Pictures."
+            )
 
     # -- forward
 
     def forward(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Shorten the prompt of a direct call; calls from ``generate`` come with encoded pictures and pass."""
+        """Shorten the prompt of a direct call; calls from ``generate`` come with reduced pictures and pass."""
         cache = cache_in(kwargs)
         if self._cuts.active:
             embedded, mask = kwargs.get("inputs_embeds") is not None, kwargs.get("attention_mask")
-            self._cuts.begins(has_pixels(kwargs) or kwargs.get(PRE_ENCODED) is not None, embedded, mask)
+            self._cuts.begins(brings_pictures(kwargs) or kwargs.get(PRE_ENCODED) is not None, embedded, mask)
         if cuts_of(cache) is not None:
             self._cuts.accept(cache)
-        if args or has_pixels(kwargs) or (layout_of(cache) is not None and id(cache) not in self._busy):
+        if args or brings_pictures(kwargs) or (layout_of(cache) is not None and id(cache) not in self._busy):
             return self._direct(original, args, kwargs)
         if self._shifts:
             kwargs = self._shifts.applied(kwargs)
@@ -276,33 +271,28 @@ class Session:
 
     def _direct(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the user's own that brings pictures, or goes on behind some."""
-        kwargs = {**dict(zip(list(inspect.signature(original).parameters), args, strict=False)), **kwargs}
-        layout, report, reading = self._shorten(kwargs)
+        arguments, layout, report, reading = self._shortened(named_arguments(original, args, kwargs))
         with reading:
-            output = original(**kwargs)
+            output = original(**arguments)
         self._finish(layout, report, output)
         return output
 
     @torch.compiler.disable
-    def _shorten(self, kwargs: dict[str, Any]) -> tuple[Layout | None, Report, Any]:
-        """Change ``kwargs`` to a shorter prompt.
+    def _shortened(self, arguments: dict[str, Any]) -> tuple[dict[str, Any], Layout | None, Report, Any]:
+        """What to call the model with.
 
-        Returns the layout that a cache which this call fills must be marked with, the report, and the context to call in.
+        Returns
+        -------
+        The arguments, the layout that the cache of the call is marked with afterwards, the report, and the context to call in.
         """
-        renamed(kwargs)
-        cache = cache_in(kwargs)
+        cache = cache_in(arguments)
         forget_if_empty(cache)
-        if has_pixels(kwargs):
+        if brings_pictures(arguments):
             self.report = report = self.new_report()
-            past = 0 if cache is None else int(cache.get_seq_length())
-            layout = self._shorten_forward(kwargs, report)
-            ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-            mask = torch.ones(len(ids), past + ids.shape[1], device=ids.device) if mask is None else mask
-            ids = ids[:, max(0, ids.shape[1] + past - mask.shape[1]) :] if past else ids
-            return layout, report, self._expecting(self.parts(), ids, mask, report, kwargs.get("labels"))
+            return self._with_pictures(arguments, report)
         if layout_of(cache) is not None:
-            self._continue_forward(kwargs)
-        return None, self.report, nullcontext()
+            arguments = self._continued(arguments)
+        return arguments, None, self.report, nullcontext()
 
     @torch.compiler.disable
     def _finish(self, layout: Layout | None, report: Report, output: Any) -> None:
@@ -311,79 +301,77 @@ class Session:
         if layout is not None and cache is not None:
             mark(cache, layout)
 
-    def _shorten_forward(self, kwargs: dict[str, Any], report: Report) -> Layout | None:
-        self._refuse_encoded(kwargs)
-        ids, mask, labels = (kwargs.get(name) for name in ("input_ids", "attention_mask", "labels"))
+    def _with_pictures(self, arguments: dict[str, Any], report: Report) -> tuple[dict[str, Any], Layout | None, Report, Any]:
+        """As ``_shortened``, of a call that brings pictures."""
+        self._refuse_encoded(arguments)
+        ids, mask, labels = (arguments.get(name) for name in ("input_ids", "attention_mask", "labels"))
         if ids is None:
             raise InputError("pixel_values without input_ids: there is no prompt that the pictures belong to.")
         if labels is not None and labels.shape != ids.shape:
             raise InputError(f"labels have shape {tuple(labels.shape)} and input_ids {tuple(ids.shape)}; both must be the same")
-        parts, cache = self.parts(), cache_in(kwargs)
+        parts, cache = self.parts(), cache_in(arguments)
         if mask is not None and mask.ndim != 2:
-            if self._keeps_all(parts, kwargs) and not self._cuts.active and layout_of(cache) is None:
-                return None
+            if self._keeps_all(parts, arguments) and not self._cuts.active and layout_of(cache) is None:
+                return arguments, None, report, nullcontext()
             raise InputError(f"attention_mask has {mask.ndim} dimensions; shortening a prompt needs one of [batch, tokens]")
         past = layout_past(cache)
+        given = arguments.get("position_ids")
         full_mask = torch.ones(len(ids), past + ids.shape[1], dtype=torch.long, device=ids.device) if mask is None else mask
+        call = read(parts, arguments, ids, full_mask)
         # the last column is what a decoding loop reads, unless the rows end in padding already, or a loss is all that is wanted
-        left = bool((full_mask[:, 0] == 0).any()) or past > 0 or (labels is None and bool(full_mask[:, -1].all()))
-        numbered, given = Positions(parts, self.front.positions == "compact"), kwargs.get("position_ids")
-        numbered.refuse(given)
-        numbered.of_prompt(ids, full_mask, past, kwargs)
-        short = shorten_prompt(parts, self.method, ids, full_mask, kwargs, report, pad_left=left)
+        left = call.padded_left or past > 0 or (labels is None and bool(full_mask[:, -1].all()))
+        short = shorten(call, self.method, report, pad_left=left)
         report.clock.start("prefill")
-        layout = short.layout
-        if layout is None:
-            return None
-        if isinstance(kwargs.get("logits_to_keep"), Tensor):
+        reading = self._expecting(short, report)
+        if short.layout is None:
+            return {**short.arguments(), "input_ids": ids}, None, report, reading
+        if isinstance(arguments.get("logits_to_keep"), Tensor):
             raise InputError("logits_to_keep as a tensor counts columns of the full prompt. Give an int, or leave it out.")
-        outside = full_mask.shape[1] - ids.shape[1]
-        new = replace(layout, gather=torch.where(layout.gather < 0, -1, layout.gather - outside)[:, short.held if outside else 0 :])
-        kwargs["input_ids"] = new.take(ids, filler(ids, full_mask[:, outside:], parts.visual(ids)))
-        if labels is not None:
-            kwargs["labels"] = new.take(labels, -100)
-        earlier = layout_of(cache)
         if given is not None and mask is None and bool((given.diff(dim=-1) <= 0).any()):
             raise InputError("position_ids begin anew: packed prompts cannot be shortened. Give each prompt a row of its own.")
-        whole = kwargs.get("position_ids")
-        numbered.follow(layout, full_mask, kwargs)
-        ahead = numbered.ahead if numbered.mrope else None if earlier is None else earlier.ahead
-        if past > 0 and earlier is None and not numbered.mrope:
+        earlier, positions, changed = layout_of(cache), short.positions, short.arguments()
+        ahead = positions.ahead if positions.mrope else None if earlier is None else earlier.ahead
+        if past > 0 and earlier is None and not positions.mrope:
             # transformers numbers a cache that was filled by hand by its columns, padding too
             ahead = (full_mask[:, :past] == 0).sum(1, keepdim=True)
-        numbered.number(kwargs, kwargs["attention_mask"], whole, ahead, kwargs["input_ids"].shape[1])
-        return replace(layout, ahead=ahead)
+        new = short.ids.shape[1]
+        changed["position_ids"] = positions.of_new(changed.get("position_ids"), changed["attention_mask"], ahead, new)
+        return {**changed, "input_ids": short.ids}, replace(short.layout, ahead=ahead), report, reading
 
-    def _continue_forward(self, kwargs: dict[str, Any]) -> None:
+    def _continued(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """New text tokens on a shortened cache, called by hand: the mask may still count the full prompt."""
-        ids, mask, cache = kwargs.get("input_ids"), kwargs.get("attention_mask"), cache_in(kwargs)
+        ids, mask, cache = arguments.get("input_ids"), arguments.get("attention_mask"), cache_in(arguments)
         if ids is None:
             raise InputError("a conversation on a shortened cache goes on with input_ids; inputs_embeds cannot be followed there.")
         cached = cached_layout(cache, len(ids), self.method.settings(), ids.device)
         if cached is None:
-            return
-        new, given = ids.shape[1], kwargs.get("position_ids")
-        numbered = Positions(self.parts(), self.front.positions == "compact")
-        numbered.refuse(given)
+            return arguments
+        new, given = ids.shape[1], arguments.get("position_ids")
+        numbered = Positions(self.parts(), self.front.positions == "compact", given)
         layout = cached.extended(new)
         if mask is None:
             mask = torch.ones(len(ids), layout.length, dtype=torch.long, device=ids.device)
+        changed, positions = dict(arguments), given
         if mask.shape[1] == layout.length:
-            numbered.follow(layout, mask, kwargs)
+            changed["attention_mask"], positions = layout.take(mask, 0), numbered.follow(layout, mask)
+            changed |= {name: layout.of_last(arguments[name]) for name in PER_TOKEN_INPUTS if arguments.get(name) is not None}
         elif mask.shape[1] != layout.gather.shape[1]:
             raise InputError(
                 f"attention_mask has {mask.shape[1]} columns; expected {layout.length} for the full prompt and the new tokens "
                 f"(or {layout.gather.shape[1]} for the shortened one)"
             )
         elif not numbered.compact and given is None:
-            kwargs["position_ids"] = cached.real[:, None] + torch.arange(new, device=ids.device)
-        numbered.number(kwargs, kwargs.get("attention_mask", mask), given, cached.ahead, new)
+            positions = cached.real[:, None] + torch.arange(new, device=ids.device)
+        counted = changed.get("attention_mask")
+        counted = mask if counted is None else counted
+        changed["position_ids"] = numbered.of_new(positions, counted, cached.ahead, new)
+        return changed
 
-    def _keeps_all(self, parts: Anatomy, kwargs: dict[str, Any]) -> bool:
+    def _keeps_all(self, parts: Anatomy, arguments: dict[str, Any]) -> bool:
         """Whether the budget covers every token."""
-        if self.front.keeps_all or parts.arrangement != "grid" or modalities(kwargs) != ["image"]:
+        if self.front.keeps_all or parts.arrangement != "grid" or modalities(arguments) != ["image"]:
             return self.front.keeps_all
-        cells = parts.grid(*kwargs["pixel_values"].shape[-2:])
+        cells = parts.grid(*arguments["pixel_values"].shape[-2:])
         return resolve_budget(self.front.budget, cells[0] * cells[1]) == cells[0] * cells[1]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..lab.claims import GROUPS
-from ..lab.evaluate import SEED, TestSet
+from ..lab.testset import SEED, TestSet
 from ..pocket.scenes import SIDE, Scene
 
 FRAMES = 4  # more would be longer than the prompts that the model was made for

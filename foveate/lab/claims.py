@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..pocket.questions import QUESTION_KINDS, READING
-from .evaluate import Scores
+from .scores import Scores
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "reading": READING,

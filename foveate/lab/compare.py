@@ -1,119 +1,27 @@
-"""Registered methods at several budgets on the pocket test set: what ``foveate compare`` runs.
+"""Registered methods at several budgets on a test set: what ``foveate compare`` runs.
 
-Every method answers the same questions, so that differences are paired. Methods that never see the question run on whole scenes
-(``Evaluator``), all others on one prompt for each question (``Asker``). Baselines before the projector stand beside every row, at
+Every method answers the same questions, so that differences are paired. Baselines before the projector stand beside every row, at
 the tokens that decoder layers run on average, which is what the decoder pays for.
 """
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import InputError, UnsupportedModelError
 from ..methods.base import EncoderReducer, Method
-from ..methods.baselines import Random
-from ..methods.registry import get, presets, registered
-from ..pocket import WEIGHTS, load_pocket
+from ..methods.baselines import BASELINES, BESIDE
+from ..methods.registry import get, look_up
 from ..pocket.questions import READING
-from .evaluate import SEED, Evaluator, Scores, TestSet
-from .store import Store, key_of, weights_of
-from .studies.inside import Asker, nearby
+from .runner import Outcome, Runner, Tell, nearby
 
-BESIDE = ("random", "spatial", "resize")  # run beside everything
-BASELINES = (*BESIDE, "sequential", "pool")
-SEEDS = (0, 1, 2)  # of random, whose row is their mean
 KINDS = ("baseline", "inside the encoder", "before the projector", "inside the decoder")
 COUNTS = (16, 36, 64, 144, 288)
-TOTAL = 576  # visual tokens of a picture
-Tell = Callable[[str, int, int], None]  # what comes next, how many are done, of how many
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one method did: ``right`` [questions] in [0, 1], visual tokens per image that enter the decoder, and on average over its
-    layers.
-    """
-
-    right: NDArray[np.float64]
-    tokens: float
-    mean: float
-    seconds: float
-
-
-class Runner:
-    """Answers the questions of one test set with any method; what the store holds is not computed again.
-
-    Parameters
-    ----------
-    scenes, each, seed : of the test set: how many pictures, and questions about each.
-    store : file of results so far; None = none.
-    """
-
-    def __init__(self, scenes: int = 501, each: int = 2, seed: int = SEED, store: Path | None = None) -> None:
-        from .. import __version__
-
-        test = {"scenes": scenes, "each": each, "seed": seed, "split": "test"}
-        self.setting: dict[str, Any] = {**test, "foveate": __version__, "weights": weights_of(WEIGHTS)}
-        self.store = Store(store, self.setting)
-        self.asker = Asker(load_pocket()[0], TestSet.draw(scenes, seed), each, seed)
-        asked = [[question for number, question in self.asker.asked if number == scene] for scene in range(scenes)]
-        self.data = TestSet(self.asker.data.scenes, asked)
-        self.scores = Scores.of(self.data)
-
-    @functools.cached_property
-    def evaluator(self) -> Evaluator:
-        """Encodes all pictures."""
-        return Evaluator(self.asker.model, self.data)
-
-    def outcome(self, method: Method | None) -> Outcome:
-        """Answer all questions; None keeps all tokens, and a random choice is the mean over ``SEEDS``.
-
-        Raises
-        ------
-        InputError, UnsupportedModelError : the method cannot do that.
-        """
-        runs = [replace(method, seed=seed) for seed in SEEDS] if isinstance(method, Random) else [method]
-        found = []
-        for run in runs:
-            key = key_of(run)
-            result = self.store.get(key)
-            if result is None:
-                result = self._answer(run)
-                self.store.put(key, result)
-            found.append(result)
-        right = np.mean([[int(digit) for digit in result["right"]] for result in found], axis=0)
-        return Outcome(right, *(float(np.mean([result[part] for result in found])) for part in ("tokens", "mean", "seconds")))
-
-    def _answer(self, method: Method | None) -> dict[str, Any]:
-        begin = time.perf_counter()
-        if method is None or self.sees_no_question(method):
-            _ = self.evaluator  # encoding once is nobody's time
-            begin = time.perf_counter()
-            found = self.evaluator.run(None if method is None else method.before_decoder())
-            right, layers = found.right.tolist(), [float(np.mean(found.tokens))]
-        else:
-            asked = self.asker.run(method)
-            right, layers = asked["right"], asked["layers"]
-        return {
-            "right": "".join(str(int(value)) for value in right),
-            "tokens": layers[0],
-            "mean": float(np.mean(layers)),
-            "seconds": time.perf_counter() - begin,
-        }
-
-    @staticmethod
-    def sees_no_question(method: Method) -> bool:
-        """Whether all questions about a picture get the same tokens, at the places that the evaluator gives them."""
-        front = method.before_decoder()
-        return not method.inside_decoder() and not front.reads_question and front.positions == "compact"
+TOTAL = 576  # visual tokens of a picture of the pocket model
 
 
 def check_methods(names: Sequence[str]) -> tuple[str, ...]:
@@ -123,35 +31,19 @@ def check_methods(names: Sequence[str]) -> tuple[str, ...]:
     ------
     InputError : one is not.
     """
-    known = registered()
     for name in names:
-        base, _, preset = name.partition(":")
-        if base not in known:
-            raise InputError(f"unknown method {base!r}; available: {', '.join(known)}")
-        if preset and preset not in presets(known[base]):
-            raise InputError(f"{base!r} has no preset {preset!r}; available: {', '.join(presets(known[base])) or 'none'}")
+        look_up(name)
     return tuple(dict.fromkeys(names))
 
 
-def at_count(name: str, count: int) -> Method:
-    """A method with a budget of ``count`` tokens: what enters the decoder or, inside it, what is left in the last layer.
-
-    Staged methods keep equal shares at each stage. P-Sigmoid's budget is its mean over layers, AIM's what enters the decoder.
+def at_count(name: str, count: int, total: int = TOTAL, layers: int = 6) -> Method:
+    """A method with ``count`` tokens: what enters the decoder or, inside it, what is left in the last layer.
 
     Raises
     ------
     InputError : the method cannot do that.
     """
-    share, base = count / TOTAL, name.partition(":")[0]
-    if base == "aim-prune":
-        raise InputError("aim-prune: its schedule says how many tokens stay, and a budget changes nothing. Use aim.")
-    if base == "pyramiddrop":
-        return get(name, ratio=share ** (1 / 3))
-    if base == "sparsevlm" and not name.endswith(":released"):
-        return get(name, counts=tuple(round(TOTAL * share ** (stage / 3)) for stage in (1, 2, 3)))
-    if base == "iti":
-        return get(name, budget=share**0.5, second=share**0.5)
-    return each_alone(get(name, budget=count))
+    return get(name, budget=count).per_image().at_budget(count, total, layers, at="last")
 
 
 def at_own_rule(name: str) -> Method | None:
@@ -160,12 +52,7 @@ def at_own_rule(name: str) -> Method | None:
         method = get(name)
     except InputError:
         return None
-    return each_alone(method) if method.budget is None else None
-
-
-def each_alone(method: Method) -> Method:
-    """The method as it is on one picture at a time, where it would let a picture depend on its batch."""
-    return replace(method, iqr_scope="image") if getattr(method, "iqr_scope", "image") == "batch" else method  # type: ignore[call-arg]
+    return method.per_image() if method.budget is None else None
 
 
 def kind_of(method: Method) -> str:
@@ -191,7 +78,7 @@ class Table:
         if (name, budget) in self.outcomes or (name, budget) in self.missing:
             return
         try:
-            method = method or at_count(name, budget or TOTAL)
+            method = method or at_count(name, budget or self.runner.total, self.runner.total, self.runner.layers)
             self.outcomes[name, budget] = self.runner.outcome(method)
             self.methods[name, budget] = method
         except (InputError, UnsupportedModelError) as error:
@@ -226,7 +113,7 @@ class Table:
             row[f"{base}_tokens"] = None if other is None else other.mean
         row["families"] = scores.per_family(outcome.right)
         row["seconds"] = outcome.seconds
-        row["settings"] = method.settings() | ({"seed": list(SEEDS)} if isinstance(method, Random) else {})
+        row["settings"] = method.settings() | _seeds(method)
         return row
 
 
@@ -255,7 +142,7 @@ def compare(
         tell(f"{name}, {budget or 'own rule'}", number, len(jobs) + 1)
         table.run(name, budget, method)
     means = [outcome.mean for (name, budget), outcome in table.outcomes.items() if outcome.mean != budget and name not in BASELINES]
-    counts = sorted({min(TOTAL, nearby(mean)) for mean in means} - set(budgets))
+    counts = sorted({min(runner.total, nearby(mean)) for mean in means} - set(budgets))
     beside = [(name, count) for count in counts for name in BESIDE]
     for number, (name, count) in enumerate(beside):
         tell(f"{name} beside, {count}", len(jobs) + 1 + number, len(jobs) + 1 + len(beside))
@@ -276,6 +163,13 @@ def compare(
         ],
         "notes": list(notes),
     }
+
+
+def _seeds(method: Method) -> dict[str, Any]:
+    """What differs between the runs that a row is the mean of."""
+    each = [setting.settings() for setting in method.repeats()]
+    varied = [name for name, value in each[0].items() if any(other[name] != value for other in each)]
+    return {name: [setting[name] for setting in each] for name in varied}
 
 
 def _reading(runner: Runner, outcome: Outcome) -> float | None:

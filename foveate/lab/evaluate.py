@@ -8,11 +8,8 @@ which is right exactly where greedy decoding gives the expected answer (a test c
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,26 +19,18 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
-from ..engine.model.anatomy import Anatomy, anatomy
-from ..engine.vision.encoding import EncodedPictures, encode, reduce, unchanged
-from ..engine.vision.front import check_front, encode_and_reduce
-from ..errors import InputError
-from ..methods.base import FrontReducer, ProjectorReducer
+from ..loading import POCKET
 from ..methods.prumerge import PruMerge
 from ..methods.registry import get
-from ..methods.tools.scoring import cls_attention
-from ..pocket import load_pocket
-from ..pocket.answers import text_states
-from ..pocket.batches import IGNORE, collate_text, normalise, text_rows
-from ..pocket.questions import QUESTION_KINDS, PocketQuestion, exam
-from ..pocket.scenes import LEVELS, Scene, draw_scene
-from ..report import Clock
-from ..tokens import resolve_budget
+from ..pocket.scenes import LEVELS, Scene
+from .exam import Evaluator
+from .runner import Outcome, Runner
+from .scores import majority
+from .testset import SEED
 
+EVERY = 99  # questions about a scene, which has about 16
 BUDGETS = (16, 36, 64, 144, 288)
-SEED = 2403
 Variant = tuple[str, str, dict[str, Any]]  # shown name, registered name, fields
 ADAPTIVE: tuple[Variant, ...] = (
     ("prumerge", "prumerge", {}),
@@ -49,8 +38,8 @@ ADAPTIVE: tuple[Variant, ...] = (
     ("prumerge+", "prumerge+", {}),
     ("prune-only+", "prumerge+", {"merge": False}),
     ("prumerge:paper", "prumerge:paper", {}),
-    ("prumerge:released", "prumerge:released", {"iqr_scope": "image"}),
-    ("prumerge+:released", "prumerge+:released", {"iqr_scope": "image"}),
+    ("prumerge:released", "prumerge:released", {}),
+    ("prumerge+:released", "prumerge+:released", {}),
 )
 COMPARED: tuple[Variant, ...] = (
     *ADAPTIVE[:4],
@@ -61,170 +50,15 @@ COMPARED: tuple[Variant, ...] = (
 )
 
 
-@dataclass(frozen=True)
-class TestSet:
-    """Scenes of one split with their questions; a function of (number, seed, split)."""
-
-    __test__ = False  # for pytest
-
-    scenes: list[Scene]
-    questions: list[list[PocketQuestion]]
-
-    @classmethod
-    def draw(cls, number: int, seed: int = SEED, split: str = "test") -> TestSet:
-        """``number`` scenes, a third of them plain, medium and crowded."""
-        scenes, questions = [], []
-        for i in range(number):
-            random = Random(f"{split}/{seed}/{i}")
-            scenes.append(draw_scene(random, split=split, level=i % len(LEVELS)))
-            questions.append(exam(scenes[-1], random))
-        return cls(scenes, questions)
-
-    def chunks(self, size: int) -> Iterator[slice]:
-        for start in range(0, len(self.scenes), size):
-            yield slice(start, min(start + size, len(self.scenes)))
-
-    def column(self, pick: Callable[[int, PocketQuestion], Any]) -> NDArray[Any]:
-        """One value per question, scene by scene."""
-        return np.array([pick(i, q) for i, asked in enumerate(self.questions) for q in asked])
-
-
-@dataclass
-class Result:
-    """How one method did: ``right`` [questions] bool, ``tokens`` [scenes] visual tokens."""
-
-    right: NDArray[np.bool_]
-    tokens: list[int] = field(default_factory=list)
-
-
-class Evaluator:
-    """Encodes the pictures of a test set once, and answers all questions for any method that acts before the decoder."""
-
-    def __init__(self, model: Any, data: TestSet, chunk: int = 12) -> None:
-        self.model, self.data, self.chunk = model, data, chunk
-        self.parts: Anatomy = anatomy(model)
-        self.depth = len(self.parts.layers)
-        self.clock = Clock(model.device)
-        self.encoded: list[EncodedPictures] = []  # with the taps of all layers, by index
-        self.text: list[dict[str, Tensor]] = []
-        with torch.no_grad():
-            for part in data.chunks(chunk):
-                images = {"pixel_values": self.pixels(part)}
-                encoded = encode(self.parts, tuple(range(self.depth)), images, project=True)
-                # the query of [CLS] alone, and not with it those of all patches
-                taps = {i: tap if tap.query is None else replace(tap, query=tap.query.clone()) for i, tap in encoded.taps.items()}
-                self.encoded.append(replace(encoded, taps=taps))
-                rows = collate_text([text_rows(asked) for asked in data.questions[part]])
-                self.text.append({name: value.to(model.device) for name, value in rows.items()})
-
-    def pixels(self, part: slice) -> Tensor:
-        """The pictures of a chunk."""
-        return normalise([scene.image for scene in self.data.scenes[part]]).to(self.model.device, self.model.dtype)
-
-    @torch.no_grad()
-    def run(self, method: FrontReducer | None, *, wrong_picture: bool = False) -> Result:
-        """Answer everything with the tokens a method leaves; None = all of them.
-
-        With ``wrong_picture`` each question is asked about another picture of the chunk: what remains is what can be guessed.
-
-        Raises
-        ------
-        InputError : the method reads the question, and all questions of a picture share one reduction here.
-        """
-        if method is not None:
-            if method.reads_question:
-                raise InputError(
-                    f"{method.name} reads the question, and here all questions of a picture share its tokens. Use Asker."
-                )
-            check_front(self.parts, method)
-        right, tokens = [], []
-        for part, encoded, text in zip(self.data.chunks(self.chunk), self.encoded, self.text, strict=True):
-            embeds = self.reduced(method, encoded, part)
-            if wrong_picture:
-                embeds = embeds[1:] + embeds[:1]
-            tokens += [len(visual) for visual in embeds]
-            right += self.answers(embeds, text)
-        return Result(np.array(right, bool), tokens)
-
-    def reduced(self, method: FrontReducer | None, encoded: EncodedPictures, part: slice) -> list[Tensor]:
-        """Per picture of a chunk the tokens that a method leaves; pictures are encoded anew only where it acts before their end."""
-        number = encoded.grid[0] * encoded.grid[1]
-        if method is None or resolve_budget(method.budget, number) == number:
-            return unchanged(self.parts, encoded).embeds
-        if not isinstance(method, ProjectorReducer) or method.picture(encoded.grid) is not None:
-            return encode_and_reduce(self.parts, method, {"pixel_values": self.pixels(part)}, self.clock).embeds
-        named = {"last": self.depth - 1, "aligned": self.parts.feature_layer()}
-        asked = {name: named[name] if isinstance(name, str) else name % self.depth for name in method.encoder_layers(self.depth)}
-        taps = {name: encoded.taps[index] for name, index in asked.items()}
-        return reduce(self.parts, method, replace(encoded, taps=taps), self.clock).embeds
-
-    def answers(self, embeds: list[Tensor], text: dict[str, Tensor]) -> list[bool]:
-        """Per question of a chunk whether every token of the answer, its end included, is the most likely one."""
-        visual = torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True)
-        counts = torch.tensor([len(each) for each in embeds], device=visual.device)
-        real = torch.arange(visual.shape[1], device=visual.device) < counts[:, None]
-        hidden = text_states(self.model, visual, real, text)[-1]
-        labels, block = text["labels"], text["block"]
-        asked = labels != IGNORE
-        wrong = torch.zeros_like(asked)
-        wrong[asked] = self.model.lm_head(hidden[asked]).argmax(-1) != labels[asked]
-        return [
-            not bool(wrong[row][block[row] == question].any())
-            for row in range(len(block))
-            for question in range(int(block[row].max()) + 1)
-        ]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Accuracies of results on a test set, with intervals from resampling scenes (questions of a scene belong together)."""
-
-    families: NDArray[Any]
-    scene: NDArray[np.int64]
-    resamples: NDArray[np.int64]  # [R, scenes] how often each scene was drawn
-
-    @classmethod
-    def of(cls, data: TestSet, resamples: int = 2000) -> Scores:
-        number = len(data.scenes)
-        drawn = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=resamples)
-        return cls(data.column(lambda _, q: q.family), data.column(lambda i, _: i), drawn)
-
-    def per_family(self, right: NDArray[Any]) -> dict[str, float]:
-        return {f: float(right[self.families == f].mean()) for f in QUESTION_KINDS if (self.families == f).any()}
-
-    def interval(self, values: NDArray[Any]) -> tuple[float, float, float]:
-        """Mean over questions, and its 95 % interval."""
-        number = self.resamples.shape[1]
-        totals = np.bincount(self.scene, values.astype(float), minlength=number)
-        counts = np.bincount(self.scene, minlength=number)
-        asked = self.resamples @ counts
-        means = (self.resamples @ totals)[asked > 0] / asked[asked > 0]
-        low, high = np.quantile(means, [0.025, 0.975])
-        return float(values.mean()), float(low), float(high)
-
-    def difference(self, a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float, float]:
-        """Accuracy of a minus accuracy of b on the same questions, with its paired 95 % interval."""
-        return self.interval(a.astype(float) - b.astype(float))
-
-
-def majority(data: TestSet) -> dict[str, float]:
-    """Accuracy of always giving the most frequent answer of a family."""
-    families, answers = data.column(lambda _, q: q.family), data.column(lambda _, q: q.answer)
-    found = {}
-    for family in QUESTION_KINDS:
-        mine = Counter(answers[families == family].tolist())
-        if mine:
-            found[family] = max(mine.values()) / sum(mine.values())
-    return found
-
-
 def attention_facts(evaluator: Evaluator) -> dict[str, Any]:
     """How sparse [CLS] attention is, and whether the number of outliers follows the number of objects."""
     reducer = PruMerge()
     counts, scores = [], []
-    for encoded in evaluator.encoded:
-        scores.append(cls_attention(encoded.taps[evaluator.depth - 1], reducer.attn_mode))
-        counts += reducer.outliers(scores[-1])[0].tolist()
+    for pictures in evaluator.pictures:
+        reduction = pictures.reduce(reducer).reduction
+        if reduction is not None and reduction.scores is not None:
+            scores.append(reduction.scores)
+            counts += reducer.outliers(scores[-1])[0].tolist()
     share = torch.cat(scores)
     share = share / share.sum(-1, keepdim=True)
     data = evaluator.data
@@ -253,28 +87,28 @@ def _kinds(scene: Scene) -> NDArray[np.int64]:
     return of_item[scene.owner]
 
 
-def compare(evaluator: Evaluator, budgets: Sequence[int], console: Console) -> dict[str, Any]:
+def compare(runner: Runner, budgets: Sequence[int], console: Console) -> dict[str, Any]:
     """All methods at all budgets, adaptive methods, and baselines at the counts that adaptive methods chose."""
-    data, scores = evaluator.data, Scores.of(evaluator.data)
-    full, blind = evaluator.run(None), evaluator.run(None, wrong_picture=True)
-    results: dict[tuple[str, int | None], Result] = {}
+    data, scores = runner.data, runner.scores
+    full, blind = runner.outcome(None), runner.evaluator.run(None, wrong_picture=True)
+    results: dict[tuple[str, int | None], Outcome] = {}
     jobs: list[tuple[Variant, int | None]] = [(variant, None) for variant in ADAPTIVE]
     jobs += [(variant, budget) for budget in budgets for variant in COMPARED]
     for (shown, name, fields), budget in track(jobs, "evaluating", console=console, transient=True):
-        results[shown, budget] = evaluator.run(get(name, budget=budget, **fields).before_decoder())
+        results[shown, budget] = runner.outcome(get(name, budget=budget, **fields).per_image())
     for shown in ("prumerge", "prumerge+"):  # baselines at the mean count of the adaptive rule
-        count = round(float(np.mean(results[shown, None].tokens)))
+        count = round(results[shown, None].tokens)
         for name in ("random", "spatial", "pool"):
-            results.setdefault((name, count), evaluator.run(get(name, budget=count).before_decoder()))
+            results.setdefault((name, count), runner.outcome(get(name, budget=count)))
     rows = []
     for (name, budget), result in results.items():
         accuracy, low, high = scores.interval(result.right)
-        spatial = results.get(("spatial", budget if budget is not None else round(float(np.mean(result.tokens)))))
+        spatial = results.get(("spatial", budget if budget is not None else round(result.tokens)))
         rows.append(
             {
                 "name": name,
                 "budget": budget,
-                "mean_tokens": float(np.mean(result.tokens)),
+                "mean_tokens": result.tokens,
                 "accuracy": accuracy,
                 "low": low,
                 "high": high,
@@ -297,7 +131,7 @@ def compare(evaluator: Evaluator, budgets: Sequence[int], console: Console) -> d
             "prumerge_minus_prune_only": {str(b or "adaptive"): d for b, d in unmerged.items()},
             "prumerge_plus_minus_prune_only_plus": {str(b or "adaptive"): d for b, d in unmerged_plus.items()},
         },
-        "attention": attention_facts(evaluator),
+        "attention": attention_facts(runner.evaluator),
         "methods": rows,
     }
 
@@ -335,14 +169,13 @@ def evaluate(
     scenes: Annotated[int, typer.Option(help="Test scenes to draw.")] = 501,
     budgets: Annotated[str, typer.Option(help="Visual tokens to keep, separated by commas.")] = ",".join(map(str, BUDGETS)),
     seed: Annotated[int, typer.Option(help="Seed of the test set.")] = SEED,
-    model: Annotated[Path | None, typer.Option(help="Folder of another pocket model.")] = None,
+    model: Annotated[str, typer.Option(help="Folder of another pocket model.")] = POCKET,
     save: Annotated[Path | None, typer.Option(help="Write the curves as a PNG.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers as JSON; - prints them.")] = None,
 ) -> None:
     """Accuracy per question family, and of every method against kept tokens."""
     console = Console(stderr=str(json_file) == "-")
-    loaded = load_pocket() if model is None else load_pocket(folder=model)
-    report = compare(Evaluator(loaded[0], TestSet.draw(scenes, seed)), [int(b) for b in budgets.split(",")], console)
+    report = compare(Runner(scenes, EVERY, seed, model=model), [int(b) for b in budgets.split(",")], console)
     console.print(family_table(report), method_table(report), sep="\n")
     if save:
         from ..viz.curves import save_accuracy_curves

@@ -9,7 +9,8 @@ from ..errors import FoveateError, InputError, UnsupportedModelError
 from ..methods.base import Method
 from ..methods.registry import get
 from .claims import MIRRORED, MIRRORS, Claim, Judge, TableLine, claims_of, tally
-from .compare import TOTAL, Runner, Tell, each_alone
+from .compare import TOTAL
+from .runner import Runner, Tell
 
 TITLES = {
     4: "Table 4: token sampling strategies",
@@ -120,7 +121,7 @@ def table5(runner: Runner, tell: Tell) -> tuple[list[TableLine], list[Claim]]:
             for label, found in (("AITS", without), ("AITS & TS", both)):
 
                 def make(name: str = name, budget: int | None = budget, merge: bool = label != "AITS") -> Method:
-                    return each_alone(get(name, budget=budget, merge=merge))
+                    return get(name, budget=budget, merge=merge).per_image()
 
                 found[setting] = filler.fill(TableLine(label, {"": "40"}, numbers[label], setting), make)
                 lines.append(found[setting])
@@ -163,7 +164,7 @@ def paper_table(number: int, runner: Runner, tell: Tell = lambda *_: None) -> di
         **runner.setting,
         "table": number,
         "title": TITLES[number] + " (arXiv 2403.15388)",
-        "questions": len(runner.asker.asked),
+        "questions": len(runner.data.asked),
         "tasks": {task: MIRRORS[task] for task in tasks},
         "lines": [
             {

@@ -41,7 +41,9 @@ def budgeted(method: M, tokens: float, total: int, layers: int, at: Literal["mea
         middle = (low + high) / 2
         reached = _tried(lambda share=middle: count(method.with_share(share)))  # type: ignore[misc]
         low, high = (middle, high) if reached is None or reached < tokens - 1e-9 else (low, middle)
-    found = method.with_share(high)
+    found, below = method.with_share(high), near(lambda: method.with_share(low), tokens, total)
+    if below is not None and abs(count(below) - tokens) < abs(count(found) - tokens):
+        found = below
     reached = count(found)
     if abs(reached - tokens) > max(1.0, 0.01 * total):
         where = f"on average over {layers} decoder layers" if at == "mean" else f"in the last of {layers} decoder layers"

@@ -11,7 +11,6 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ..api import encode
 from ..chat import Prompt, collate
 from ..engine.model.anatomy import anatomy
 from ..engine.vision.front import check_front
@@ -19,6 +18,7 @@ from ..errors import InputError
 from ..loading import Loaded, check_plain_positions
 from ..methods.base import Method
 from ..methods.registry import get
+from ..pictures import Pictures
 from .checks import check_embeds
 
 
@@ -117,7 +117,7 @@ class PictureEncoder:
         """
         prompts = [Prompt(messages, "", pictures_of(messages), [], "") for messages in conversations]
         inputs = collate(self.loaded, prompts)
-        encoded = encode(self.loaded.model, method, **inputs)
+        encoded = Pictures(self.loaded.model, **inputs).reduce(method)
         ids, mask = (encoded.inputs[name].cpu() for name in ("input_ids", "attention_mask"))
         visual = self.parts.visual(ids)
         found: list[tuple[list[Tensor], list[int]]] = [([], []) for _ in prompts]

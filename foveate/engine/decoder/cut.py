@@ -12,7 +12,8 @@ from ...cuts import Cut, DecoderTap, PromptTokens
 from ...errors import FoveateError, InputError
 from ...methods.base import DecoderReducer
 from ...report import CutRecord
-from ..model.seams import CACHE, cached_keys, mark_cuts
+from ..model.marks import mark_cuts
+from ..model.seams import CACHE, cached_keys
 from .attention import OnlyRecording
 from .forward import Prefill
 from .masks import seen_by

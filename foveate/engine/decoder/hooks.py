@@ -20,7 +20,8 @@ from torch.utils.hooks import RemovableHandle
 from ...errors import CacheError, InputError, UnsupportedModelError
 from ...methods.base import DecoderReducer, Method
 from ...report import Report
-from ..model.seams import attention_of, cache_in, cuts_of, forget_if_empty, mark_cuts
+from ..model.marks import cuts_of, forget_if_empty, mark_cuts
+from ..model.seams import attention_of, cache_in
 from .attention import OnlyRecording, Recorded, Tap
 from .cut import cut_before
 from .forward import DecoderKind, Forward, Prefill

@@ -120,6 +120,12 @@ class Anatomy:
         return layers
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is; of one on several devices, where it begins."""
+        device = getattr(self.model, "device", None)
+        return next(self.tower.parameters()).device if device is None else device
+
+    @property
     def decoder_layers(self) -> int:
         return int(self.model.config.get_text_config().num_hidden_layers)
 
@@ -175,6 +181,19 @@ class Anatomy:
         here = (not p.is_meta for name, p in self.tower.named_parameters() if "position_embedding" in name)
         return self.tower_kind.resizable and all(here)
 
+    def layer_index(self, layer: EncoderLayer) -> int:
+        """The number of an encoder layer, from 0 on.
+
+        Raises
+        ------
+        UnsupportedModelError : there is no such layer.
+        """
+        depth = len(self.layers)
+        index = self.feature_layer() if layer == "aligned" else depth - 1 if layer == "last" else layer
+        if not isinstance(index, int) or not -depth <= index < depth:
+            raise UnsupportedModelError(f'encoder layer {layer!r} does not exist; use "last", "aligned" or 0 to {depth - 1}')
+        return index % depth
+
     def encoder_block(self, layer: EncoderLayer) -> Block:
         """The parts of an encoder layer.
 
@@ -182,11 +201,7 @@ class Anatomy:
         ------
         UnsupportedModelError : there is no such layer, or it has no such part.
         """
-        depth, kind = len(self.layers), self.tower_kind
-        index = self.feature_layer() if layer == "aligned" else depth - 1 if layer == "last" else layer
-        if not isinstance(index, int) or not -depth <= index < depth:
-            raise UnsupportedModelError(f'encoder layer {layer!r} does not exist; use "last", "aligned" or 0 to {depth - 1}')
-        block = self.layers[index]
+        block, kind = self.layers[self.layer_index(layer)], self.tower_kind
         if kind.qkv is not None:
             fused = _part(block, kind.qkv, "projection of queries, keys and values in its encoder layers")
             return Block(block, _part(block, kind.attention, "attention"), fused, fused, fused, block, block, self.heads, True)

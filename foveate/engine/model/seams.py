@@ -25,8 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from ...errors import CacheError, InputError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from ..decoder.stages import HeldCuts
-    from ..prompt.layout import Layout
+    from ..vision.encoding import Encodings
 
 RAW_INPUTS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
 PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
@@ -39,9 +38,8 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters e
 MERGE_CALLBACKS = "_merge_criteria_processor_list"  # of transformers' generate
 REPLICATE = "_replicate_for_data_parallel"  # of torch
 WRAPPED_FORWARD = "_old_forward"  # where accelerate's hooks keep the forward they wrap, and start from when they are put on anew
-_LAYOUT = "_foveate_layout"
-_CUTS = "_foveate_cuts"
 _REDUCED = "_foveate_reduced"
+_ENCODINGS = "_foveate_encodings"
 
 
 def check_pre_encoded_input(model: PreTrainedModel) -> None:
@@ -56,18 +54,40 @@ def has_pixels(kwargs: dict[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in RAW_INPUTS)
 
 
+def brings_pictures(kwargs: dict[str, Any]) -> bool:
+    """Whether a call brings pictures that are not reduced yet: as pixels, or as ``foveate.Pictures`` encoded them."""
+    return has_pixels(kwargs) or encodings_in(kwargs) is not None
+
+
+def encodings_in(kwargs: dict[str, Any]) -> Encodings | None:
+    """What ``foveate.Pictures`` has put among the arguments of a call, None if nothing."""
+    outputs = kwargs.get(PRE_ENCODED) or {}
+    found = (getattr(output, "__dict__", {}).get(_ENCODINGS) for output in outputs.values())
+    return next((encodings for encodings in found if encodings is not None), None)
+
+
+def with_encodings(output: Any, encodings: Encodings) -> Any:
+    """A copy of an encoder output that also leads to everything that methods may read of its pictures."""
+    changed = copy.copy(output)
+    changed.__dict__.pop(_REDUCED, None)
+    changed.__dict__[_ENCODINGS] = encodings
+    return changed
+
+
 def modalities(kwargs: dict[str, Any]) -> list[str]:
     """Which of "image" and "video" a call brings."""
     here = {"image": ("pixel_values", "pixel_values_images", "image_patches"), "video": ("pixel_values_videos",)}
     return [modality for modality, names in here.items() if any(kwargs.get(name) is not None for name in names)]
 
 
-def renamed(kwargs: dict[str, Any]) -> None:
-    """The older name of an input is the newer one from here on."""
-    if CACHE != OLD_CACHE and OLD_CACHE in kwargs:
-        kwargs.setdefault(CACHE, kwargs.pop(OLD_CACHE))
-    if kwargs.get("pixel_values_images") is not None:
-        kwargs["pixel_values"] = kwargs.pop("pixel_values_images")
+def named_arguments(original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, in a dictionary of our own; the older name of an input is the newer one from here on."""
+    found = {**dict(zip(list(inspect.signature(original).parameters), args, strict=False)), **kwargs}
+    if CACHE != OLD_CACHE and OLD_CACHE in found:
+        found.setdefault(CACHE, found.pop(OLD_CACHE))
+    if found.get("pixel_values_images") is not None:
+        found["pixel_values"] = found.pop("pixel_values_images")
+    return found
 
 
 def cache_in(kwargs: dict[str, Any]) -> Any:
@@ -256,41 +276,6 @@ def find_cache(output: Any) -> Cache | None:
     if cache is None and isinstance(output, tuple):
         cache = next((part for part in output if isinstance(part, Cache)), None)
     return cache if isinstance(cache, Cache) else None
-
-
-def layout_of(cache: Any) -> Layout | None:
-    """How the prompt in a cache was shortened, None if it was not."""
-    return getattr(cache, _LAYOUT, None)
-
-
-def mark(cache: Any, layout: Layout) -> None:
-    """Remember on a cache how its prompt was shortened."""
-    setattr(cache, _LAYOUT, layout)
-
-
-def cuts_of(cache: Any) -> HeldCuts | None:
-    """What was removed between the decoder layers that filled a cache, None if nothing."""
-    return getattr(cache, _CUTS, None)
-
-
-def mark_cuts(cache: Any, cuts: HeldCuts) -> None:
-    """Remember on a cache what its layers hold."""
-    setattr(cache, _CUTS, cuts)
-
-
-def forget_if_empty(cache: Any) -> None:
-    """A cache that was reset holds no prompt any more."""
-    for name in (_LAYOUT, _CUTS):
-        if getattr(cache, name, None) is not None and int(cache.get_seq_length()) == 0:
-            delattr(cache, name)
-
-
-def restore(cache: Any, layout: Layout | None) -> None:
-    """Mark a cache as it was marked before."""
-    if layout is not None:
-        mark(cache, layout)
-    elif layout_of(cache) is not None:
-        delattr(cache, _LAYOUT)
 
 
 def layer_windows(config: Any) -> list[int | None]:

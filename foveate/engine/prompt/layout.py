@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CacheError, InputError
-from ..model.seams import layout_of
+from ..model.marks import layout_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,13 @@ class Layout:
         values = values.expand(*values.shape[:-2], len(index), values.shape[-1])
         taken = values.gather(-1, index.clamp(min=0).expand(*values.shape[:-1], -1))
         return torch.where(index < 0, torch.as_tensor(fill, dtype=values.dtype, device=values.device), taken)
+
+    def of_last(self, values: Tensor) -> Tensor:
+        """[B, S] values of the last S tokens of the full prompt -> those of them that are left."""
+        earlier = self.length - values.shape[1]
+        taken = self.take(torch.nn.functional.pad(values, (earlier, 0)), 0)
+        held = int((self.gather < earlier).all(0).sum()) if earlier else 0  # columns of what a cache has
+        return taken[:, held:]
 
     def extended(self, columns: int) -> Layout:
         """The layout after ``columns`` further tokens that were all kept."""
@@ -157,12 +164,15 @@ def shorten(
         columns[slots] = places[start + index, 1]
         start += size
     rows, length = visual.shape
+    # ``source`` is the full column that each column would show, ``keep`` whether it stays: text shows itself, and the placeholders
+    # that stay show the kept tokens of their picture one after the other, in the order of the features
     source = torch.arange(length, device=visual.device).expand(rows, -1).clone()
     keep = valid.clone()
     source[visual] = columns
     keep[visual] = stays  # also where a mask hides a placeholder: its features come all the same
     if cached is not None:
         keep[:, : cached.length] = False
+    # rows close up to the widest one; what is not kept is written to a spare column that is cut off again
     counts = keep.sum(1, keepdim=True)
     width = int(counts.max())
     slot = keep.cumsum(1) - 1 + ((width - counts) if pad_left else 0)
@@ -184,3 +194,16 @@ def filler(ids: Tensor, mask: Tensor, visual: Tensor) -> Tensor:
     first = ids.gather(1, text.long().argmax(1, keepdim=True))
     spare = int(bool((ids[visual] == 0).any()))  # no placeholder
     return torch.where(text.any(1, keepdim=True), first, spare)
+
+
+def short_rows(layout: Layout, values: Tensor, fill: Any, outside: int, held: int) -> Tensor:
+    """[B, S] values of tokens -> [B, S'] of those that are left, without the ones that only the cache has.
+
+    Parameters
+    ----------
+    outside : columns of the full prompt in front of the S ones.
+    held : columns of the short prompt that the cache holds.
+    fill : for padding, one value or [B, 1].
+    """
+    front = torch.as_tensor(fill, dtype=values.dtype, device=values.device).expand(len(values), outside)
+    return layout.take(torch.cat([front, values], 1), fill)[:, held if outside else 0 :]

@@ -14,143 +14,98 @@ from transformers import PreTrainedModel
 
 from ...errors import InputError
 from ..model.anatomy import Anatomy
-from ..model.seams import PER_TOKEN_INPUTS, cache_in, full_positions, has_pixels, layout_of
+from ..model.marks import layout_of
+from ..model.seams import cache_in, full_positions
 from .layout import Layout, original_positions
 
 
 class Positions:
-    """How the tokens of a method's prompts are numbered.
+    """How the tokens of a prompt are numbered, before and after it became shorter.
 
     Parameters
     ----------
     parts : of the model; with M-RoPE, tokens that stay keep their (t, h, w) positions in any case.
     compact : what is left is renumbered; else kept tokens keep their places.
+    given : the user's positions, of all tokens or of the new ones; None = none.
+
+    Attributes
+    ----------
+    full : positions before anything is removed, the user's or those of M-RoPE; None = they follow from the mask.
+    ahead : [B, 1] by how much what follows the prompt is ahead of its tokens, with M-RoPE.
+
+    Raises
+    ------
+    InputError : the user gives positions where prompts are renumbered.
     """
 
-    def __init__(self, parts: Anatomy, compact: bool) -> None:
+    def __init__(self, parts: Anatomy, compact: bool, given: Tensor | None) -> None:
         self.model: Any = parts.model
         self.mrope, self.first = parts.family.mrope, parts.family.first_position
         self.compact = compact and not self.mrope
-        self.ahead: Tensor | None = None  # [B, 1] by how much what follows the prompt is ahead of its tokens, with M-RoPE
-
-    def of_prompt(self, ids: Tensor, mask: Tensor, past: int, kwargs: dict[str, Any]) -> None:
-        """Number a prompt of a model with M-RoPE as the model does, before anything is removed from it."""
-        if not self.mrope:
-            return
-        if kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = self._counted(ids, mask, past, kwargs)
-        given = kwargs["position_ids"]
-        if given.ndim == 3:
-            real = mask.bool().to(given.device)
-            last = given[-3:].amax(0).masked_fill(~real[:, -given.shape[-1] :], -1).amax(-1, keepdim=True)
-            self.ahead = last + 1 - real.sum(-1, keepdim=True)
-
-    def _counted(self, ids: Tensor, mask: Tensor, past: int, kwargs: dict[str, Any]) -> Tensor:
-        """[4, B, T] positions as the model counts them."""
-        layout = layout_of(cache_in(kwargs))
-        if has_pixels(kwargs) or layout is None or layout.ahead is None:
-            if has_pixels(kwargs) and kwargs.get("mm_token_type_ids") is None:
-                raise InputError(
-                    "pictures and no mm_token_type_ids: without them this model cannot number its tokens. "
-                    "Pass all that the processor returned."
-                )
-            found = full_positions(self.model, ids, mask, past, kwargs)
-            return found if len(found) == 4 else torch.cat([original_positions(mask.bool())[None], found.expand(3, -1, -1)])
-        text = original_positions(mask.bool())
-        return torch.cat([text[None], (text + layout.ahead).expand(3, -1, -1)])
-
-    def refuse(self, given: Tensor | None) -> None:
-        """Raise ``InputError`` for positions of the user's where prompts are renumbered."""
-        if given is not None and self.compact:
+        self.full, self.given = given, given is not None
+        self.ahead: Tensor | None = None
+        if self.given and self.compact:
             raise InputError(
                 "position_ids cannot be given where the prompt is renumbered. Leave them out, or use positions='original'."
             )
 
-    def follow(self, layout: Layout, mask: Tensor, kwargs: dict[str, Any]) -> None:
-        """Everything in ``kwargs`` that has one entry per token follows the layout."""
-        given, short_mask = kwargs.get("position_ids"), layout.take(mask, 0)
-        self.refuse(given)
-        if not self.compact:
-            full = original_positions(mask.bool()) if given is None else given
-            # the user's may be of the new tokens only, where a cache has the others
-            full = nn.functional.pad(full, (layout.length - full.shape[-1], 0))
-            short = layout.take(full, 0)
-            if self.mrope and len(short) == 4 and short.ndim == 3:  # the first row is read for packed sequences only
-                short[0] = original_positions(short_mask.bool())
-            kwargs["position_ids"] = short
-        kwargs["attention_mask"] = short_mask
-        for name in PER_TOKEN_INPUTS:
-            if kwargs.get(name) is not None:
-                kwargs[name] = _of_tokens(layout, kwargs[name])
+    def count(self, ids: Tensor, mask: Tensor, past: int, pictures: bool, arguments: dict[str, Any]) -> None:
+        """Number a prompt of a model with M-RoPE as the model does, before anything is removed from it."""
+        if not self.mrope:
+            return
+        if self.full is None:
+            self.full = self._counted(ids, mask, past, pictures, arguments)
+        if self.full.ndim == 3:
+            real = mask.bool().to(self.full.device)
+            last = self.full[-3:].amax(0).masked_fill(~real[:, -self.full.shape[-1] :], -1).amax(-1, keepdim=True)
+            self.ahead = last + 1 - real.sum(-1, keepdim=True)
 
-    def number(self, kwargs: dict[str, Any], mask: Tensor, given: Tensor | None, ahead: Tensor | None, new: int) -> None:
-        """Position ids of the ``new`` last tokens of a direct call."""
+    def _counted(self, ids: Tensor, mask: Tensor, past: int, pictures: bool, arguments: dict[str, Any]) -> Tensor:
+        """[4, B, T] positions as the model counts them."""
+        layout = layout_of(cache_in(arguments))
+        if pictures or layout is None or layout.ahead is None:
+            if pictures and arguments.get("mm_token_type_ids") is None:
+                raise InputError(
+                    "pictures and no mm_token_type_ids: without them this model cannot number its tokens. "
+                    "Pass all that the processor returned."
+                )
+            found = full_positions(self.model, ids, mask, past, arguments)
+            return found if len(found) == 4 else torch.cat([original_positions(mask.bool())[None], found.expand(3, -1, -1)])
+        text = original_positions(mask.bool())
+        return torch.cat([text[None], (text + layout.ahead).expand(3, -1, -1)])
+
+    def follow(self, layout: Layout, mask: Tensor) -> Tensor | None:
+        """[..., B, T'] positions of what is left of the full prompt; None where it is renumbered, which the model does itself."""
         if self.compact:
-            kwargs["position_ids"] = original_positions(mask.bool())
-        kwargs["position_ids"] = kwargs["position_ids"][..., -new:]
-        if given is None:
-            kwargs["position_ids"] = kwargs["position_ids"] + self.first
-        if given is None and ahead is not None:
-            kwargs["position_ids"] = kwargs["position_ids"] + ahead.to(kwargs["position_ids"].device)
-        if self.mrope and kwargs["position_ids"].ndim == 2:
-            kwargs["position_ids"] = kwargs["position_ids"].expand(3, -1, -1)
-
-
-def _of_tokens(layout: Layout, values: Tensor) -> Tensor:
-    """[B, S] values of the last S tokens of the full prompt -> those of them that are left."""
-    earlier = layout.length - values.shape[1]
-    taken = layout.take(nn.functional.pad(values, (earlier, 0)), 0)
-    held = int((layout.gather < earlier).all(0).sum()) if earlier else 0  # columns of what a cache has
-    return taken[:, held:]
-
-
-Changed: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]] | None"
-
-
-@torch.compiler.disable
-def _increasing(positions: Tensor) -> bool:
-    return bool((positions.diff(dim=-1) > 0).all())
-
-
-@torch.compiler.disable
-def _padded(mask: Any) -> bool:
-    """Whether positions repeat because of padding, and not because sequences are packed."""
-    return isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
-
-
-class _Guards:
-    """The hooks of one decoder; ``active`` is found once per forward and read by every layer."""
-
-    def __init__(self) -> None:
-        self.active = False
-
-    def decoder(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
-        """Without mask and cache the decoder looks for packed sequences: give it a mask of ones."""
-        positions, embeds = kwargs.get("position_ids"), kwargs.get("inputs_embeds")
-        mask, cache = kwargs.get("attention_mask"), cache_in(kwargs)
-        if positions is None or embeds is None:
-            self.active = False
             return None
-        self.active = positions.shape[-1] == 1 or _increasing(positions) or _padded(mask)
-        if self.active and mask is None and cache is None:
-            kwargs["attention_mask"] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-            return args, kwargs
-        return None
+        full = original_positions(mask.bool()) if self.full is None else self.full
+        # the user's may be of the new tokens only, where a cache has the others
+        full = nn.functional.pad(full, (layout.length - full.shape[-1], 0))
+        short = layout.take(full, 0)
+        if self.mrope and len(short) == 4 and short.ndim == 3:  # the first row is read for packed sequences only
+            short[0] = original_positions(layout.take(mask, 0).bool())
+        return short
 
-    def layer(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
-        """Flash attention looks again in every layer, which needs no positions: its rotary embeddings are computed already."""
-        if not self.active or kwargs.get("position_embeddings") is None or kwargs.get("position_ids") is None:
-            return None
-        kwargs["position_ids"] = None
-        return args, kwargs
+    def of_new(self, positions: Tensor | None, mask: Tensor, ahead: Tensor | None, new: int) -> Tensor:
+        """Position ids of the ``new`` last tokens of a direct call, which the model would number by its cache.
+
+        Parameters
+        ----------
+        positions : of the short prompt, or of its new tokens; not read where prompts are renumbered.
+        mask : [B, T'] of the short prompt.
+        ahead : [B, 1] by how much positions are ahead of what the mask counts.
+        """
+        positions = original_positions(mask.bool()) if self.compact or positions is None else positions
+        positions = positions[..., -new:]
+        if self.full is None:
+            positions = positions + self.first
+            positions = positions if ahead is None else positions + ahead.to(positions.device)
+        return positions.expand(3, -1, -1) if self.mrope and positions.ndim == 2 else positions
 
 
-def guard_positions(model: PreTrainedModel) -> list[RemovableHandle]:
-    """Install both guards; the caller removes the handles."""
-    decoder, guards = model.get_decoder(), _Guards()
-    handles = [decoder.register_forward_pre_hook(guards.decoder, with_kwargs=True)]
-    handles += [layer.register_forward_pre_hook(guards.layer, with_kwargs=True) for layer in getattr(decoder, "layers", ())]
-    return handles
+# -- shifts: positions behind a prompt that ends with a picture whose last tokens are gone. ``generate`` counts on from the last
+# position it was given. Where kept tokens hold their original positions, that is the last kept token of the picture, and what
+# follows has to go on from the end of the full prompt.
 
 
 class Shifts:
@@ -206,3 +161,56 @@ def missing_positions(mask: Tensor, given: Tensor | None, short: Tensor) -> Tens
     if missing.ndim == 3:  # M-RoPE: the first row is renumbered in any case
         missing[0] = 0
     return missing
+
+
+# -- guards: two places where transformers reads position ids to detect packed sequences, and would take the gaps of kept tokens
+# for borders. Needed only where kept tokens hold their original positions. Truly packed sequences, whose positions begin anew, are
+# left alone.
+
+Changed: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]] | None"
+
+
+@torch.compiler.disable
+def _increasing(positions: Tensor) -> bool:
+    return bool((positions.diff(dim=-1) > 0).all())
+
+
+@torch.compiler.disable
+def _padded(mask: Any) -> bool:
+    """Whether positions repeat because of padding, and not because sequences are packed."""
+    return isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
+
+
+class _Guards:
+    """The hooks of one decoder; ``active`` is found once per forward and read by every layer."""
+
+    def __init__(self) -> None:
+        self.active = False
+
+    def decoder(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
+        """Without mask and cache the decoder looks for packed sequences: give it a mask of ones."""
+        positions, embeds = kwargs.get("position_ids"), kwargs.get("inputs_embeds")
+        mask, cache = kwargs.get("attention_mask"), cache_in(kwargs)
+        if positions is None or embeds is None:
+            self.active = False
+            return None
+        self.active = positions.shape[-1] == 1 or _increasing(positions) or _padded(mask)
+        if self.active and mask is None and cache is None:
+            kwargs["attention_mask"] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+            return args, kwargs
+        return None
+
+    def layer(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
+        """Flash attention looks again in every layer, which needs no positions: its rotary embeddings are computed already."""
+        if not self.active or kwargs.get("position_embeddings") is None or kwargs.get("position_ids") is None:
+            return None
+        kwargs["position_ids"] = None
+        return args, kwargs
+
+
+def guard_positions(model: PreTrainedModel) -> list[RemovableHandle]:
+    """Install both guards; the caller removes the handles."""
+    decoder, guards = model.get_decoder(), _Guards()
+    handles = [decoder.register_forward_pre_hook(guards.decoder, with_kwargs=True)]
+    handles += [layer.register_forward_pre_hook(guards.layer, with_kwargs=True) for layer in getattr(decoder, "layers", ())]
+    return handles

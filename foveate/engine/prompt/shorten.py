@@ -1,9 +1,9 @@
-"""From a prompt with pictures to a short one: encode, reduce, lay out."""
+"""The pictures of a prompt, encoded and reduced; and the prompt without the placeholders they no longer need."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,32 +15,35 @@ from ...report import Item, Report
 from ...tokens import Reduction
 from ..decoder.stages import DecoderPrompt
 from ..model.anatomy import Anatomy
-from ..model.seams import PRE_ENCODED, cache_in, has_pixels, modalities, of_modality
-from ..vision.encoding import Visuals
-from ..vision.front import encode_and_reduce
-from ..vision.grouping import stacked
+from ..vision.assembly import Visuals, stacked
+from ..vision.front import Around, encode_and_reduce
 from ..vision.question import Asking, asking, question_tokens
-from .layout import Layout, cached_layout, image_rows, runs_of, shorten
+from .layout import Layout, image_rows, runs_of, shorten
+
+if TYPE_CHECKING:
+    from ..call import Call
 
 IGNORED = -100  # the label of what is not taught
 
 
 @dataclass(frozen=True)
-class ShortPrompt:
-    """A prompt after reduction.
+class PromptPictures:
+    """The pictures and videos of a call after reduction.
 
     Attributes
     ----------
-    layout : None where nothing was removed, now or earlier.
-    held : columns of the short prompt that the cache holds.
-    embeds : visual tokens per image, in the space of the decoder.
-    reduction : of all images; None without pictures.
+    visual : [B, T] bool, their placeholders in the full prompt.
+    encoded : by modality, the encoder output that the model is handed.
+    embeds : visual tokens of each item, in the space of the decoder, in the order of the prompts.
+    reduction : of all grids; None without pictures.
+    changed : whether any token left its place.
     """
 
-    layout: Layout | None
-    held: int
+    visual: Tensor
+    encoded: dict[str, Any]
     embeds: list[Tensor]
     reduction: Reduction | None
+    changed: bool
 
 
 @dataclass(frozen=True)
@@ -82,80 +85,91 @@ def _together(found: list[_Found]) -> tuple[Reduction | None, list[Tensor]]:
     return stacked([each.reduction for each in visuals.values()], cells, rows), [torch.cat(layer)[rows] for layer in counts]
 
 
-def shorten_prompt(
-    parts: Anatomy, method: Method, ids: Tensor, mask: Tensor, kwargs: dict[str, Any], report: Report, *, pad_left: bool
-) -> ShortPrompt:
-    """Encode and reduce the pictures in ``kwargs`` and lay out the short prompt.
-
-    Parameters
-    ----------
-    parts : where the parts of the model are.
-    method : what reduces.
-    ids : [B, S] tokens: the whole prompt, or what the cache does not hold yet.
-    mask : [B, T] attention mask of the whole prompt, T >= S.
-    kwargs : further arguments; those that describe pictures are taken out, the encoded pictures put in.
-    report : filled in.
-    pad_left : on which side rows are padded.
-    """
-    cached = cached_layout(cache_in(kwargs), len(ids), method.settings(), ids.device)
-    past = 0 if cached is None else cached.length
-    held = 0 if cached is None else cached.gather.shape[1]
-    outside = mask.shape[1] - ids.shape[1]
-    if outside not in (0, past):
+def check_columns(ids: Tensor, mask: Tensor, past: int) -> None:
+    """Raise ``InputError`` unless a mask is of the whole prompt, and the tokens are all of it or what a cache does not hold."""
+    if mask.shape[1] - ids.shape[1] not in (0, past):
         raise InputError(
             f"attention_mask has {mask.shape[1]} columns, input_ids {ids.shape[1]} and the cache {past}: give either the whole "
             "prompt or only its new tokens, with a mask for the whole prompt."
         )
-    new = mask.new_zeros(mask.shape, dtype=torch.bool)
-    new[:, max(past, outside) :] = True
-    report.decoder_layers = parts.decoder_layers
+
+
+def read_pictures(call: Call, method: Method, past: int, report: Report) -> PromptPictures:
+    """Encode and reduce the pictures of a call.
+
+    Parameters
+    ----------
+    call : with their pixels.
+    method : what reduces.
+    past : columns of the full prompt that a cache stands for.
+    report : filled in.
+    """
+    parts, front, outside = call.parts, method.before_decoder(), call.outside
+    new = torch.zeros_like(call.mask, dtype=torch.bool)
+    new[:, max(past, outside) :] = True  # pictures of earlier turns are in the cache
+    visual = torch.zeros_like(new)
+    if not call.pixels:
+        return PromptPictures(visual, {}, [], None, changed=False)
+    asked = _asked(call, front, past) if front.reads_question else None
+    whole = F.pad(call.ids, (outside, 0), value=-1)
     found: list[_Found] = []
-    visual = new & False
-    changed = cached is not None and cached.removed > 0
-    if has_pixels(kwargs):
-        front = method.before_decoder()
-        asked = _asked(parts, front, ids, mask, past, kwargs) if front.reads_question else None
-        whole = F.pad(ids, (outside, 0), value=-1)
-        base, encoded = parts.model.base_model, {}
-        for modality in modalities(kwargs):
-            parts.of(modality).check_modality()
-        given = {modality: of_modality(base, modality, kwargs) for modality in modalities(kwargs)}
-        for modality, mine in given.items():
-            here = new & (whole == parts.placeholders.get(modality, -1))
-            visual = visual | here
-            own = parts.of(modality, kwargs.get("vision_feature_layer"))
+    encoded: dict[str, Any] = {}
+    for modality, inputs in call.pixels.items():
+        here = new & (whole == parts.placeholders.get(modality, -1))
+        visual = visual | here
 
-            def locate(sizes: list[int], here: Tensor = here, modality: str = modality) -> list[int]:
-                return [row for row, _ in image_rows(here, sizes, modality)[1]]
+        def locate(sizes: list[int], here: Tensor = here, modality: str = modality) -> list[int]:
+            return [row for row, _ in image_rows(here, sizes, modality)[1]]
 
-            visuals = encode_and_reduce(own, front, mine, report.clock, asked, runs_of(here), locate)
-            changed = changed or visuals.changed
-            encoded[modality] = visuals.output
-            starts = image_rows(here, visuals.arrangement.sizes, modality)[1]
-            found += [_Found(start, i, modality, visuals) for i, start in enumerate(starts)]
-            report.notes += [note for note in visuals.notes if note not in report.notes]
-        for name in {name for mine in given.values() for name in mine}:
-            del kwargs[name]
-        kwargs[PRE_ENCODED] = encoded
-        found.sort(key=lambda one: one.start)
-        report.items = [one.reported() for one in found]
-        report.reduction, report.encoder_counts = _together(found)
-    sizes, kept, embeds = report.before, [item.kept for item in report.items], [one.embeds for one in found]
-    layout = None
-    if pad_left and acts_inside(method, max(report.before, default=0)) and bool((mask[:, -1] == 0).any()):
+        around = Around(report.clock, asked, runs_of(here), locate, call.encodings)
+        own = parts.of(modality, call.arguments.get("vision_feature_layer"))
+        visuals = encode_and_reduce(own, front, inputs, around)
+        encoded[modality] = visuals.output
+        starts = image_rows(here, visuals.arrangement.sizes, modality)[1]
+        found += [_Found(start, i, modality, visuals) for i, start in enumerate(starts)]
+        report.notes += [note for note in visuals.notes if note not in report.notes]
+    found.sort(key=lambda one: one.start)
+    report.items = [one.reported() for one in found]
+    report.reduction, report.encoder_counts = _together(found)
+    changed = any(one.visuals.changed for one in found)
+    return PromptPictures(visual, encoded, [one.embeds for one in found], report.reduction, changed)
+
+
+def read_alone(call: Call, front: FrontReducer, report: Report) -> PromptPictures:
+    """As ``read_pictures``, of pictures that belong to no prompt: each is reported as one of row 0."""
+    found: list[_Found] = []
+    for modality, inputs in call.pixels.items():
+        own = call.parts.of(modality, call.arguments.get("vision_feature_layer"))
+        visuals = encode_and_reduce(own, front, inputs, Around(report.clock, encodings=call.encodings))
+        found += [_Found((0, i), i, modality, visuals) for i in range(len(visuals.embeds))]
+        report.notes += [note for note in visuals.notes if note not in report.notes]
+    report.items = [one.reported() for one in found]
+    report.reduction, report.encoder_counts = _together(found)
+    encoded = {one.modality: one.visuals.output for one in found}
+    changed = any(one.visuals.changed for one in found)
+    return PromptPictures(torch.zeros(0, 0), encoded, [one.embeds for one in found], report.reduction, changed)
+
+
+def lay_out(
+    call: Call, method: Method, cached: Layout | None, pictures: PromptPictures, report: Report, *, pad_left: bool
+) -> Layout | None:
+    """How the short prompt comes from the full one; None where nothing was removed, now or in what the cache holds."""
+    changed = pictures.changed or (cached is not None and cached.removed > 0)
+    if pad_left and acts_inside(method, max(report.before, default=0)) and bool((call.mask[:, -1] == 0).any()):
         changed = True  # rows padded on the right are generated from as if padded on the left, as where tokens were removed
-    if changed:
-        layout = shorten(visual, mask.bool(), sizes, kept, cached, method.settings(), pad_left=pad_left)
-    return ShortPrompt(layout, held, embeds, report.reduction)
+    if not changed:
+        return None
+    kept = [item.kept for item in report.items]
+    return shorten(pictures.visual, call.mask.bool(), report.before, kept, cached, method.settings(), pad_left=pad_left)
 
 
-def _asked(parts: Anatomy, front: FrontReducer, ids: Tensor, mask: Tensor, past: int, kwargs: dict[str, Any]) -> Asking:
+def _asked(call: Call, front: FrontReducer, past: int) -> Asking:
     """How the method gets the question of each image; earlier turns, and what a training step teaches, are none of it."""
-    outside, labels = mask.shape[1] - ids.shape[1], kwargs.get("labels")
-    new = mask[:, outside:].bool() & (torch.arange(ids.shape[1], device=ids.device) >= past - outside)
+    ids, outside, labels = call.ids, call.outside, call.labels
+    new = call.mask[:, outside:].bool() & (torch.arange(ids.shape[1], device=ids.device) >= past - outside)
     asked = new if labels is None else new & (labels == IGNORED)
-    words = question_tokens(ids, asked, parts.visual(ids), parts.special_tokens())
-    return asking(parts, front.text_encoder(), ids, words)
+    words = question_tokens(ids, asked, call.parts.visual(ids), call.parts.special_tokens())
+    return asking(call.parts, front.text_encoder(), ids, words)
 
 
 def _inside_item(image: Tensor) -> Tensor:

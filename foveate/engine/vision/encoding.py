@@ -1,9 +1,9 @@
-"""From pixels to fewer visual tokens: the model's own encoder, the method, the model's own projector."""
+"""The model's own vision encoder at work: what it gives, and what methods asked to see of its layers."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,41 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import FoveateError, InputError, UnsupportedModelError
-from ...methods.base import FrontReducer, KeepAll, ProjectorReducer
-from ...report import Clock
-from ...tokens import EncoderLayer, EncoderTap, Reduction, VisualTokens
+from ...errors import FoveateError, UnsupportedModelError
+from ...tokens import EncoderLayer, EncoderTap
 from ..model.anatomy import Anatomy
-from ..model.seams import deepstack, encode_visuals, marked, recorded_packing, with_features
-from .arrangement import ARRANGEMENTS, Arrangement, Seen
-from .grouping import Group, Reduced, changed_cells, grouped, joined, keep_every, laid_out
-from .question import Asking
-
-
-@dataclass(frozen=True)
-class Visuals:
-    """The pictures or videos of one call, encoded and reduced.
-
-    Attributes
-    ----------
-    output : the encoder output of transformers, with the reduced features.
-    embeds : per item [m_i, D] in the space of the decoder.
-    reduction : of all units, over their grids.
-    kept : per item, which of its placeholders stay, in the order of the features.
-    arrangement : of all placeholders.
-    changed : False where every token stayed in place: the prompt and the features are then the unmodified model's.
-    encoder_counts : per encoder layer [units] tokens that leave it, where they became fewer inside.
-    notes : for the report.
-    """
-
-    output: Any
-    embeds: list[Tensor]
-    reduction: Reduction
-    kept: list[Tensor]
-    arrangement: Arrangement
-    changed: bool
-    encoder_counts: list[Tensor] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+from ..model.seams import encode_visuals, recorded_packing
+from .arrangement import ARRANGEMENTS, Arrangement, Seen, Unit
 
 
 @contextmanager
@@ -64,8 +34,8 @@ def _taps(parts: Anatomy, layers: tuple[EncoderLayer, ...]) -> Iterator[dict[Enc
 
             def record(_: Any, __: Any, out: Any, name: EncoderLayer = name, what: str = what) -> None:
                 if threading.get_ident() == owner:
-                    found = (out[0] if isinstance(out, tuple) else out).detach()
-                    seen[name, what] = found if found.ndim == 3 else found[None]  # some encoders know no batch
+                    values = (out[0] if isinstance(out, tuple) else out).detach()
+                    seen[name, what] = values if values.ndim == 3 else values[None]  # some encoders know no batch
 
             handles.append(module.register_forward_hook(record))
     try:
@@ -78,7 +48,8 @@ def _taps(parts: Anatomy, layers: tuple[EncoderLayer, ...]) -> Iterator[dict[Enc
                 "the vision encoder shows no queries and keys: is it compiled by itself? Compile the whole model instead."
             )
         for name, block in blocks.items():
-            query, first = seen[name, "query"], seen[name, "query"][:, 0] if cls else None
+            # the query of [CLS] alone is a copy, so that those of all patches can go
+            query, first = seen[name, "query"], seen[name, "query"][:, 0].clone() if cls else None
             taps[name] = EncoderTap(first, seen[name, "key"], block.heads, seen[name, "states"], queries=None if cls else query)
     finally:
         for handle in handles:
@@ -133,14 +104,9 @@ class EncodedPictures:
     batch: Tensor | None = None
     cells: dict[tuple[EncoderLayer, str], Tensor] = field(default_factory=dict)
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Of the first unit."""
-        return self.arrangement.units[0].grid
-
-    def tap(self, name: EncoderLayer, group: Group) -> EncoderTap:
-        """Queries and keys of the tokens of a group."""
-        tap, units = self.taps[name], group.units
+    def tap(self, name: EncoderLayer, units: list[Unit]) -> EncoderTap:
+        """Queries and keys of the tokens of some units, which have the same shape."""
+        tap = self.taps[name]
         batch = len(units) == len(tap.keys) == len(self.arrangement.sizes)
         if batch and tap.patch_keys.shape[1] == len(units[0].tap):
             return tap  # pictures of one grid each
@@ -199,163 +165,37 @@ def encode(
     return EncodedPictures(output, arrangement, features, projected, taps, tokens)
 
 
-def reduce(
-    parts: Anatomy,
-    method: ProjectorReducer,
-    encoded: EncodedPictures,
-    clock: Clock,
-    asked: Asking | None = None,
-    rows: list[int] | None = None,
-) -> Visuals:
-    """Let the method reduce encoded pictures, and project what stays.
+class Encodings:
+    """The pictures of one call, encoded once for any number of methods.
+
+    What a method reads of encoder layers is recorded when one first asks for it: the pictures are encoded again then, and all that
+    was recorded before, too.
 
     Parameters
     ----------
-    parts : where the parts of the model are.
-    method : what reduces.
-    encoded : with its projection, where the method reads that.
-    clock : what takes the time.
-    asked : gives the question, where the method reads that.
-    rows : the prompt of each item; with ``asked``.
-
-    Raises
-    ------
-    InputError : the attention or features hold NaN or infinite values.
-    FoveateError : the method returned something that breaks its contract.
+    inputs : by modality, arguments of the model's own encoding.
+    tap : changes what was recorded of a layer; None = it stays.
     """
-    arrangement, features, projected = encoded.arrangement, encoded.features, encoded.projected
-    if method.reads_projected and projected is None:
-        raise FoveateError("a method that reads the question, or projected features, has to say reads_projected. A fault of it.")
-    found: list[Reduced] = []
-    with clock.measure("selection"), torch.autocast(features.device.type, enabled=False):  # scores are float32 in any case
-        units, notes = arrangement.units, notes_of(parts, method)
-        if parts.modality == "video" and method.temporal is not None:
-            units = changed_cells(arrangement, features, method.temporal)
-        same = sum(len(unit.places) for unit in units) == sum(len(unit.places) for unit in arrangement.units)
-        for group in grouped(method, arrangement, units):
-            places = group.places(arrangement)
-            cells = features[places]
-            if group.method is None:
-                found.append(keep_every(group, cells))
-                continue
-            behind = projected[places] if projected is not None and method.reads_projected else None
-            question = None
-            if asked is not None and method.reads_question and behind is not None:
-                question = asked(cells, behind, [rows[unit.item] if rows else 0 for unit in group.units])
-            taps = {name: encoded.tap(name, group) for name in method.encoder_layers(len(parts.layers))}
-            reduction = group.method.reduce(VisualTokens(cells, group.units[0].shape, taps, behind, question))
-            if reduction.added is not None and parts.projector is None:
-                raise UnsupportedModelError(
-                    f"{method.name} hands on [CLS] in front of the projector, where {parts.family.name} has no visual tokens yet. "
-                    "Use another method."
-                )
-            outputs = reduction.apply(cells)
-            counts, in_place = check(method, cells.shape[1], outputs, reduction, reduction.mask())
-            same = same and in_place
-            found.append(Reduced(group, reduction, counts, outputs))
-        same = same and sum(sum(reduced.counts) for reduced in found) == sum(len(unit.places) for unit in units)
-    with clock.measure("vision"):
-        if same:
-            return replace(unchanged(parts, encoded), notes=notes)
-        return assembled(parts, encoded, found, notes)
 
+    def __init__(self, inputs: dict[str, dict[str, Any]], tap: Callable[[EncoderTap], EncoderTap] | None = None) -> None:
+        self.inputs, self._tap = inputs, tap
+        self._encoded: dict[str, EncodedPictures] = {}
+        self._known: dict[str, tuple[set[int], list[int] | None]] = {}  # layers that were recorded, and the runs of placeholders
 
-def assembled(parts: Anatomy, encoded: EncodedPictures, found: list[Reduced], notes: list[str]) -> Visuals:
-    """What groups left, projected, in the order of the prompt."""
-    arrangement, projected = encoded.arrangement, encoded.projected
-    layout = laid_out(arrangement, found)
-    pure = all(reduced.reduction.weights is None and reduced.reduction.added is None for reduced in found)
-    source = projected if projected is not None and (pure or parts.projector is None) else encoded.features
-    outputs = _outputs(arrangement, found, source, made=source is encoded.features)
-    if source is projected:
-        pool = torch.cat([outputs, projected[layout.fixed]])
-    elif projected is None:
-        pool = _projected(parts, torch.cat([outputs, encoded.features[layout.fixed]]))
-    else:
-        pool = torch.cat([_projected(parts, outputs), projected[layout.fixed]])
-    embeds = [pool[order] for order in layout.order]
-    levels = deepstack(encoded.output)
-    if levels is not None:
-        whole = [torch.cat(list(level)) for level in levels]
-        pools = [torch.cat([_outputs(arrangement, found, level), level[layout.fixed]]) for level in whole]
-        levels = [[pool[order] for order in layout.order] for pool in pools]
-    output = with_features(encoded.output, embeds, levels)
-    return Visuals(output, embeds, joined(arrangement, found), layout.kept, arrangement, changed=True, notes=notes)
+    def get(self, parts: Anatomy, layers: tuple[EncoderLayer, ...], runs: list[int] | None) -> EncodedPictures:
+        """Encoded pictures of a modality, with their projection and the layers that were asked for, by the names used for them."""
+        index, kind = {layer: parts.layer_index(layer) for layer in layers}, parts.modality
+        known, before = self._known.get(kind, (set(), None))
+        if kind not in self._encoded or not known >= set(index.values()) or runs not in (None, before):
+            known = known | set(index.values())
+            self._known[kind] = (known, runs)
+            encoded = encode(parts, tuple(sorted(known)), self.inputs[kind], project=True, runs=runs)
+            if self._tap is not None:
+                encoded = replace(encoded, taps={layer: self._tap(tap) for layer, tap in encoded.taps.items()})
+            self._encoded[kind] = encoded
+        found = self._encoded[kind]
+        return replace(found, taps={name: found.taps[number] for name, number in index.items()})
 
-
-def _outputs(arrangement: Arrangement, found: list[Reduced], source: Tensor, *, made: bool = False) -> Tensor:
-    """[sum of counts, C] what all groups keep of ``source`` [S, C], one group behind the other; ``made``: it is at hand already."""
-    kept = []
-    for reduced in found:
-        outputs = reduced.outputs if made else reduced.reduction.apply(source[reduced.group.places(arrangement)])
-        kept.append(outputs[reduced.reduction.mask()])
-    return torch.cat(kept)
-
-
-def _projected(parts: Anatomy, tokens: Tensor) -> Tensor:
-    """[S, C] -> [S, D], by the model's projector."""
-    if parts.projector is None:
-        raise FoveateError("tokens of this model are merged behind its projector. This is a fault of foveate.")
-    behind: Tensor = parts.projector(tokens[None])[0]
-    return behind
-
-
-def notes_of(parts: Anatomy, method: FrontReducer) -> list[str]:
-    """What has to be said of how a method got on with this model."""
-    notes, kind, reads = [], parts.tower_kind, bool(method.encoder_layers(len(parts.layers)))
-    if method.reads_cls and not kind.has_cls:
-        notes.append(f"{kind.model_type} has no [CLS] token: {method.without_cls}")
-    if reads and kind.rotary:
-        notes.append(f"{kind.model_type}: queries and keys are read in front of their rotary embeddings")
-    if reads and parts.projector is None and parts.arrangement != "packed":
-        notes.append(f"{parts.family.name}: where a visual token stands for several patches, their queries and keys are averaged")
-    if method.positions == "compact" and parts.family.mrope:
-        notes.append(f"{parts.family.name}: tokens keep their (t, h, w) positions, whatever positions= says")
-    if method.reads_question:
-        encoder = method.text_encoder()
-        reader = "the decoder's input embeddings" if encoder is None else f"the text encoder of {encoder}"
-        notes.append(f"{method.name}: the question was read with {reader}")
-    return notes
-
-
-def unchanged(parts: Anatomy, encoded: EncodedPictures) -> Visuals:
-    """Every token of every item."""
-    arrangement, projected, output = encoded.arrangement, encoded.projected, encoded.output
-    if projected is not None:
-        embeds = list(projected.split(arrangement.sizes))
-    elif encoded.batch is not None and parts.projector is not None:  # in the shape that the model itself projects
-        projected = parts.projector(encoded.batch).flatten(0, 1)
-        embeds = list(projected.split(arrangement.sizes))
-        output = with_features(output, embeds)
-    else:
-        raise FoveateError("an encoder that was not asked to project showed no features. This is a fault of foveate.")
-    kept = [torch.arange(size, device=projected.device) for size in arrangement.sizes]
-    groups = [
-        keep_every(group, encoded.features[group.places(arrangement)])
-        for group in grouped(KeepAll(), arrangement, arrangement.units)
-    ]
-    return Visuals(marked(output), embeds, joined(arrangement, groups), kept, arrangement, changed=False)
-
-
-def check(method: FrontReducer, number: int, reduced: Tensor, reduction: Reduction, valid: Tensor) -> tuple[list[int], bool]:
-    """Counts per image and whether nothing changed, with one transfer from the device; the contract is checked on the way."""
-    batch, index = len(reduced), reduction.index
-    flags = torch.stack(
-        [
-            torch.isfinite(reduced).all() & (True if reduction.scores is None else torch.isfinite(reduction.scores).all()),
-            ((index >= 0) & (index < number) | ~valid).all(),
-            (index == torch.arange(index.shape[1], device=index.device)).all() & valid.all(),
-        ]
-    )
-    *counts, finite, inside, ordered = torch.cat([valid.sum(1), flags]).tolist()
-    if not finite:
-        raise InputError(
-            f"{method.name}: the vision encoder gave NaN or infinite values. Check the picture, and the dtype of the model "
-            "(float16 overflows on some encoders: use bfloat16 or float32)."
-        )
-    if not inside or index.shape[0] != batch or not 1 <= min(counts) <= max(counts) <= number:
-        raise FoveateError(
-            f"{method.name} kept no token of an image, more tokens than there are, or one that does not exist. "
-            "This is a fault of the method."
-        )
-    return counts, bool(ordered) and index.shape[1] == number and reduction.weights is None
+    def output(self, parts: Anatomy) -> Any:
+        """What the model's own encoding returned."""
+        return self.get(parts, (), None).output

@@ -5,7 +5,7 @@ encoder, or fewer tokens behind it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,14 +18,39 @@ from ...methods.tools.selection import grid_middles
 from ...report import Clock
 from ...tokens import Reduction, resolve_budget
 from ..model.anatomy import Anatomy
-from ..model.seams import encode_visuals, with_features
+from ..model.seams import encode_visuals
 from .arrangement import Arrangement, frames, grids
+from .assembly import Visuals, assembled, behind_encoder, unchanged
 from .blocks import Shrinking
-from .encoding import EncodedPictures, Visuals, check, encode, notes_of, projector_input, reduce, unchanged
-from .grouping import Group, Reduced, joined, laid_out, shares
+from .encoding import EncodedPictures, Encodings, encode, projector_input
 from .question import Asking
+from .reduction import Group, Reduced, check, reduce, shares
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+@dataclass(frozen=True)
+class Around:
+    """What is around the pictures of one call and modality.
+
+    Attributes
+    ----------
+    clock : what takes the time.
+    asked : gives the question, where the method reads that.
+    runs : lengths of the runs of placeholders in the prompts.
+    locate : from placeholders of each item to the prompt it belongs to; raises ``InputError`` where they do not fit.
+    encodings : where the pictures may be encoded already.
+    """
+
+    clock: Clock
+    asked: Asking | None = None
+    runs: list[int] | None = None
+    locate: Callable[[list[int]], list[int]] | None = None
+    encodings: Encodings | None = None
+
+    def rows(self, arrangement: Arrangement) -> list[int] | None:
+        """The prompt of each item; None where there are no prompts."""
+        return None if self.locate is None else self.locate(arrangement.sizes)
 
 
 def check_front(parts: Anatomy, method: FrontReducer) -> None:
@@ -48,15 +73,7 @@ def _check_shrinkable(parts: Anatomy, method: FrontReducer) -> None:
         )
 
 
-def encode_and_reduce(
-    parts: Anatomy,
-    method: FrontReducer,
-    kwargs: dict[str, Any],
-    clock: Clock,
-    asked: Asking | None = None,
-    runs: list[int] | None = None,
-    locate: Callable[[list[int]], list[int]] | None = None,
-) -> Visuals:
+def encode_and_reduce(parts: Anatomy, method: FrontReducer, kwargs: dict[str, Any], around: Around) -> Visuals:
     """Encode pictures, or videos, and reduce their tokens.
 
     Parameters
@@ -64,10 +81,7 @@ def encode_and_reduce(
     parts : where the parts of the model are, for the modality.
     method : what reduces.
     kwargs : arguments of the model's own encoding.
-    clock : what takes the time.
-    asked : gives the question, where the method reads that.
-    runs : lengths of the runs of placeholders in the prompts.
-    locate : from placeholders of each item to the prompt it belongs to; raises ``InputError`` where they do not fit.
+    around : the prompts, the clock, and what is encoded already.
 
     Raises
     ------
@@ -84,24 +98,34 @@ def encode_and_reduce(
         every = patches[0] * patches[1] * (kwargs[PIXELS["video"]].shape[1] if parts.modality == "video" else 1)
         whole = whole or resolve_budget(method.budget, every) == every
     if isinstance(method, EncoderReducer) and not whole:
-        return _shrunk(parts, method, patches, kwargs, clock, locate)
+        return _shrunk(parts, method, patches, kwargs, around)
     if not isinstance(method, ProjectorReducer | EncoderReducer):
         raise UnsupportedModelError(f"{type(method).__name__} is neither a ProjectorReducer nor an EncoderReducer.")
     reducer = method if isinstance(method, ProjectorReducer) else KeepAll()
     smaller = reducer.picture(patches) if not flat and not whole else None
     if smaller is not None and parts.arrangement == "grid" and parts.projector is not None and parts.takes_any_size:
-        return _resized(parts, reducer, patches, smaller, kwargs, clock, locate)
-    layers = () if whole else method.encoder_layers(len(parts.layers))
-    with clock.measure("vision"):
-        encoded = encode(parts, layers, kwargs, project=whole or method.reads_projected, runs=runs)
-    rows = None if locate is None else locate(encoded.arrangement.sizes)
+        return _resized(parts, reducer, patches, smaller, kwargs, around)
+    encoded = _encoded(parts, () if whole else method.encoder_layers(len(parts.layers)), kwargs, around, whole, method)
+    rows = around.rows(encoded.arrangement)
     if whole and (method.temporal is None or parts.modality == "image"):
         return unchanged(parts, encoded)
-    visuals = reduce(parts, reducer, encoded, clock, asked, rows)
+    notes = notes_of(parts, method)
+    with around.clock.measure("selection"), torch.autocast(encoded.features.device.type, enabled=False):
+        found, same = reduce(parts, reducer, encoded, around.asked, rows)  # scores are float32 in mixed precision, too
     if smaller is not None:
-        note = f"{method.name}: {parts.tower_kind.model_type} takes no smaller pictures; its features were shrunk instead"
-        visuals = replace(visuals, notes=[*visuals.notes, note])
-    return visuals
+        notes.append(f"{method.name}: {parts.tower_kind.model_type} takes no smaller pictures; its features were shrunk instead")
+    with around.clock.measure("vision"):
+        return unchanged(parts, encoded, notes) if same else assembled(parts, encoded, found, notes)
+
+
+def _encoded(
+    parts: Anatomy, layers: tuple[Any, ...], kwargs: dict[str, Any], around: Around, whole: bool, method: FrontReducer
+) -> EncodedPictures:
+    """The pictures after the encoder, encoded now or before."""
+    with around.clock.measure("vision"):
+        if around.encodings is not None:
+            return around.encodings.get(parts, layers, around.runs)
+        return encode(parts, layers, kwargs, project=whole or method.reads_projected, runs=around.runs)
 
 
 def _rows_of(parts: Anatomy, pixels: Tensor, lead: int, patches: tuple[int, int]) -> Arrangement:
@@ -112,14 +136,7 @@ def _rows_of(parts: Anatomy, pixels: Tensor, lead: int, patches: tuple[int, int]
     return grids(len(pixels), tokens, patches, pixels.device)
 
 
-def _shrunk(
-    parts: Anatomy,
-    method: EncoderReducer,
-    grid: tuple[int, int],
-    kwargs: dict[str, Any],
-    clock: Clock,
-    locate: Callable[[list[int]], list[int]] | None,
-) -> Visuals:
+def _shrunk(parts: Anatomy, method: EncoderReducer, grid: tuple[int, int], kwargs: dict[str, Any], around: Around) -> Visuals:
     """Fewer patches inside the encoder."""
     _check_shrinkable(parts, method)
     pixels, notes = kwargs[PIXELS[parts.modality]], []
@@ -131,40 +148,20 @@ def _shrunk(
     if method.temporal is not None and parts.modality == "video":
         notes.append(f"{method.name} acts inside the encoder, where temporal= has no effect")
     shrinking = Shrinking(parts, method, grid)
-    with clock.measure("vision"):
+    with around.clock.measure("vision"):
         with shrinking.hooks(), projector_input(parts, skip=True) as seen:
             output = encode_visuals(parts.model.base_model, parts.modality, kwargs)
         shrinking.check_ran()
         features = seen[0]
         lead = features.shape[1] - shrinking.cell.shape[1]
         arrangement = _rows_of(parts, pixels, lead, grid)
-        if locate is not None:
-            locate(arrangement.sizes)
+        around.rows(arrangement)
         patches, reduction = shrinking.result(features[:, lead:])
         counts, _ = check(method, cells, patches, reduction, reduction.mask())
         notes = [*notes_of(parts, method), *shrinking.notes, *notes]
-        visuals = _behind_encoder(parts, output, arrangement, features[:, :lead], patches, reduction, counts, notes)
+        found = Reduced(Group(None, arrangement.units), reduction, counts, patches)
+        visuals = behind_encoder(parts, output, arrangement, features[:, :lead], found, notes)
     return replace(visuals, encoder_counts=shrinking.counts)
-
-
-def _behind_encoder(
-    parts: Anatomy,
-    output: Any,
-    arrangement: Arrangement,
-    front: Tensor,
-    patches: Tensor,
-    reduction: Reduction,
-    counts: list[int],
-    notes: list[str],
-) -> Visuals:
-    """Items of what left the encoder: ``front`` [R, L, C] tokens in front of each grid, and ``patches`` [R, M, C]."""
-    found = [Reduced(Group(None, arrangement.units), reduction, counts, patches)]
-    layout = laid_out(arrangement, found)
-    tokens = torch.cat([patches[reduction.mask()], front.flatten(0, 1)])
-    pool = tokens if parts.projector is None else parts.projector(tokens[None])[0]
-    embeds = [pool[order] for order in layout.order]
-    output = with_features(output, embeds)
-    return Visuals(output, embeds, joined(arrangement, found), layout.kept, arrangement, changed=True, notes=notes)
 
 
 def _resized(
@@ -173,29 +170,44 @@ def _resized(
     grid: tuple[int, int],
     smaller: tuple[int, int],
     kwargs: dict[str, Any],
-    clock: Clock,
-    locate: Callable[[list[int]], list[int]] | None,
+    around: Around,
 ) -> Visuals:
     """A smaller picture: the encoder interpolates its position embeddings. Each token stands in the middle of what it shows."""
     pixels: Tensor = kwargs["pixel_values"]
     size = [side * count // full for side, count, full in zip(pixels.shape[-2:], smaller, grid, strict=True)]
-    with clock.measure("vision"):
+    with around.clock.measure("vision"):
         low, high = pixels.amin((-2, -1), keepdim=True), pixels.amax((-2, -1), keepdim=True)
         small = F.interpolate(pixels.float(), size, mode="bicubic", antialias=True, align_corners=False)
         small = small.to(pixels).clamp(low, high)
-        encoded: EncodedPictures = encode(
-            parts, (), {**kwargs, "pixel_values": small, "interpolate_pos_encoding": True}, project=False
-        )
+        encoded = encode(parts, (), {**kwargs, "pixel_values": small, "interpolate_pos_encoding": True}, project=False)
         features = encoded.features.unflatten(0, (len(pixels), -1))
         lead = features.shape[1] - smaller[0] * smaller[1]
         arrangement = _rows_of(parts, pixels, lead, grid)
-        if locate is not None:
-            locate(arrangement.sizes)
+        around.rows(arrangement)
         reduction = _shown(grid, smaller, pixels)
         patches = features[:, lead:]
         counts, _ = check(method, grid[0] * grid[1], patches, reduction, reduction.mask())
         notes = [f"{method.name}: pictures were shrunk to {size[0]} x {size[1]} pixels before the encoder"]
-        return _behind_encoder(parts, encoded.output, arrangement, features[:, :lead], patches, reduction, counts, notes)
+        found = Reduced(Group(None, arrangement.units), reduction, counts, patches)
+        return behind_encoder(parts, encoded.output, arrangement, features[:, :lead], found, notes)
+
+
+def notes_of(parts: Anatomy, method: FrontReducer) -> list[str]:
+    """What has to be said of how a method got on with this model."""
+    notes, kind, reads = [], parts.tower_kind, bool(method.encoder_layers(len(parts.layers)))
+    if method.reads_cls and not kind.has_cls:
+        notes.append(f"{kind.model_type} has no [CLS] token: {method.without_cls}")
+    if reads and kind.rotary:
+        notes.append(f"{kind.model_type}: queries and keys are read in front of their rotary embeddings")
+    if reads and parts.projector is None and parts.arrangement != "packed":
+        notes.append(f"{parts.family.name}: where a visual token stands for several patches, their queries and keys are averaged")
+    if method.positions == "compact" and parts.family.mrope:
+        notes.append(f"{parts.family.name}: tokens keep their (t, h, w) positions, whatever positions= says")
+    if method.reads_question:
+        encoder = method.text_encoder()
+        reader = "the decoder's input embeddings" if encoder is None else f"the text encoder of {encoder}"
+        notes.append(f"{method.name}: the question was read with {reader}")
+    return notes
 
 
 def _shown(grid: tuple[int, int], smaller: tuple[int, int], like: Tensor) -> Reduction:

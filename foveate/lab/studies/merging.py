@@ -21,8 +21,9 @@ from rich.table import Table
 from ...methods.base import Method
 from ...methods.registry import get
 from ...pocket.questions import READING
-from ..compare import COUNTS, Outcome, Runner, each_alone
-from ..evaluate import Scores
+from ..compare import COUNTS
+from ..runner import Outcome, Runner
+from ..scores import Scores
 from ..tables import points
 
 SETTINGS = ("prumerge", "prumerge:paper", "prumerge:released", "prumerge+", "prumerge+:paper", "prumerge+:released")
@@ -37,7 +38,7 @@ class Study:
         self.reading = np.isin(runner.scores.families, READING)
 
     def outcome(self, name: str, budget: int | None, **fields: Any) -> Outcome:
-        method: Method = each_alone(get(name, budget=budget, **fields))
+        method: Method = get(name, budget=budget, **fields).per_image()
         return self.runner.outcome(method)
 
     def difference(self, a: Outcome, b: Outcome, reading: bool = False) -> Difference:
@@ -86,7 +87,7 @@ def main(
     jobs = [(name, budget) for name in SETTINGS for budget in (*study.budgets, None)]
     rows = [study.merging(*job) for job in track(jobs, "merging", console=Console(stderr=True), transient=True)]
     beside = [study.beside(budget) for budget in track(study.budgets, "beside", console=Console(stderr=True), transient=True)]
-    table = Table(title=f"what merging adds to the same choice of tokens, points [95 %], {len(study.runner.asker.asked)} questions")
+    table = Table(title=f"what merging adds to the same choice of tokens, points [95 %], {len(study.runner.data.asked)} questions")
     for head in ("method", "tokens", "unmerged, %", "merging adds", "to reading"):
         table.add_column(head, justify="left" if head == "method" else "right")
     for row in rows:

@@ -13,36 +13,35 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ...engine.model.anatomy import innermost
 from ...loading import load
 from ...methods.registry import get
 from ...pocket import NAME
 from ...pocket.questions import QUESTION_KINDS
 from ..claims import GROUPS
-from ..evaluate import SEED, Evaluator, Result, Scores, TestSet
+from ..evaluate import EVERY
+from ..runner import Outcome, Runner
+from ..scores import Scores
+from ..testset import SEED
 
 
-def results(model: str, method: str, data: TestSet) -> dict[str, list[Result]]:
-    """By what was kept, the answers of the shipped model and of another one."""
-    found: dict[str, list[Result]] = {}
+def results(model: str, method: str, scenes: int, seed: int) -> tuple[dict[str, list[Outcome]], Scores]:
+    """By what was kept, the answers of the shipped model and of another one; and how they are scored."""
+    found: dict[str, list[Outcome]] = {}
     for name in (NAME, model):
-        evaluator = Evaluator(innermost(load(name, dtype="float32").model), data)
-        mine = {"all tokens": evaluator.run(None), method: evaluator.run(get(method).before_decoder())}
-        mine["spatial"] = evaluator.run(get("spatial", budget=round(float(np.mean(mine[method].tokens)))).before_decoder())
-        for kept, result in mine.items():
-            found.setdefault(kept, []).append(result)
-    return found
+        runner = Runner(scenes, EVERY, seed, model=load(name, dtype="float32"))
+        mine = {"all tokens": runner.outcome(None), method: runner.outcome(get(method))}
+        mine["spatial"] = runner.outcome(get("spatial", budget=round(mine[method].tokens)))
+        for kept, outcome in mine.items():
+            found.setdefault(kept, []).append(outcome)
+    return found, runner.scores
 
 
-def table(found: dict[str, list[Result]], data: TestSet) -> Table:
+def table(found: dict[str, list[Outcome]], scores: Scores, scenes: int) -> Table:
     """Right answers in % of both models, and what fine-tuning gains in points: paired, with 95 % intervals."""
-    scores = Scores.of(data)
-    shown = Table(
-        title=f"{len(data.scenes)} scenes, {len(scores.families)} questions: right before -> after, in %", title_justify="left"
-    )
+    shown = Table(title=f"{scenes} scenes, {len(scores.families)} questions: right before -> after, in %", title_justify="left")
     shown.add_column("questions")
     for kept, (_, after) in found.items():
-        shown.add_column(f"{kept}, {np.mean(after.tokens):.0f}", justify="right")
+        shown.add_column(f"{kept}, {after.tokens:.0f}", justify="right")
     for group, members in {**{family: (family,) for family in QUESTION_KINDS}, **GROUPS}.items():
         mask = np.isin(scores.families, members)
         part, cells = Scores(scores.families[mask], scores.scene[mask], scores.resamples), []
@@ -61,9 +60,8 @@ def tuned(
     seed: Annotated[int, typer.Option(help="Seed of the test set.")] = SEED,
 ) -> None:
     """Compare the shipped model with a fine-tuned one, with all tokens and with a method."""
-    data = TestSet.draw(scenes, seed)
     out = Console(highlight=False)
-    (out if out.is_terminal else Console(width=150, highlight=False)).print(table(results(model, method, data), data))
+    (out if out.is_terminal else Console(width=150, highlight=False)).print(table(*results(model, method, scenes, seed), scenes))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...errors import InputError
 
 if TYPE_CHECKING:
-    from ...api import Encoded
+    from ...pictures import Encoded
 
 
 def qwen_request(encoded: Encoded, *, row: int = 0, merge: int = 2) -> dict[str, dict[str, Tensor]]:

@@ -14,10 +14,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ...engine.model.anatomy import Anatomy
 from ...engine.model.families import FAMILIES, TOWERS
-from ...engine.vision.encoding import encode, reduce
 from ...errors import InputError, UnsupportedModelError
 from ...methods.base import ProjectorReducer
-from ...report import Clock
+from ...pictures import Pictures
 from ...tokens import EncoderTap
 
 Gather = Callable[[Tensor], Tensor]  # [..., C of this process] -> [..., C of all]
@@ -85,11 +84,9 @@ class ReducingTower:
     @torch.inference_mode()
     def __call__(self, method: ProjectorReducer, pixels: Tensor) -> list[Tensor]:
         """Pictures [B, 3, H, W] -> for each, visual tokens [m, D] in the space of the decoder."""
-        layers = method.encoder_layers(len(self.parts.layers))
-        encoded = encode(self.parts, layers, {"pixel_values": pixels}, project=method.reads_projected)
-        if self.gather is not None:
-            encoded = replace(encoded, taps={name: self._whole(tap, self.gather) for name, tap in encoded.taps.items()})
-        return reduce(self.parts, method, encoded, Clock(pixels.device)).embeds
+        gather = self.gather
+        tap = None if gather is None else (lambda recorded: self._whole(recorded, gather))
+        return Pictures.of_parts(self.parts, {"pixel_values": pixels}, tap).reduce(method).embeds
 
     @staticmethod
     def _whole(tap: EncoderTap, gather: Gather) -> EncoderTap:

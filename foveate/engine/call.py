@@ -1,0 +1,186 @@
+"""One call of ``generate``, ``forward`` or ``encode``: read once, made shorter, and written as arguments again.
+
+``read`` takes the arguments apart, ``shorten`` encodes and reduces the pictures and lays out the short prompt, and
+``ShortCall.arguments`` is what the model is called with. What the user passed is never changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..methods.base import Method
+from ..report import Report
+from ..tokens import Reduction
+from .model.anatomy import Anatomy
+from .model.seams import PER_TOKEN_INPUTS, PRE_ENCODED, cache_in, encodings_in, modalities, of_modality
+from .prompt.layout import Layout, cached_layout, filler, short_rows
+from .prompt.positions import Positions
+from .prompt.shorten import IGNORED, PromptPictures, check_columns, lay_out, read_pictures
+from .vision.encoding import Encodings
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call says, each thing in its place.
+
+    Attributes
+    ----------
+    parts : of the model.
+    arguments : all of them, by today's names.
+    ids : [B, S] tokens: the whole prompt, or what the cache does not hold yet.
+    mask : [B, T] attention mask of the whole prompt, T >= S.
+    pixels : by modality, what the model's own encoding takes.
+    encodings : pictures that are encoded already, and with them their pixels; None = they come as pixels.
+    """
+
+    parts: Anatomy
+    arguments: dict[str, Any]
+    ids: Tensor
+    mask: Tensor
+    pixels: dict[str, dict[str, Any]]
+    encodings: Encodings | None = None
+
+    @property
+    def cache(self) -> Any:
+        """The key-value cache, or None."""
+        return cache_in(self.arguments)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """[B, S] of a training step."""
+        labels: Tensor | None = self.arguments.get("labels")
+        return labels
+
+    @property
+    def outside(self) -> int:
+        """Columns of the mask that stand for tokens in the cache only."""
+        return self.mask.shape[1] - self.ids.shape[1]
+
+    @property
+    def padded_left(self) -> bool:
+        """Whether any row begins with padding."""
+        return bool((self.mask[:, 0] == 0).any())
+
+
+def read(parts: Anatomy, arguments: dict[str, Any], ids: Tensor, mask: Tensor | None) -> Call:
+    """Take the arguments of a call apart; no mask is a mask of ones.
+
+    Raises
+    ------
+    UnsupportedModelError : there are pictures or videos that the engine does not take.
+    """
+    mask = torch.ones_like(ids) if mask is None else mask
+    encodings = encodings_in(arguments)
+    if encodings is not None:
+        return Call(parts, arguments, ids, mask, encodings.inputs, encodings)
+    kinds = modalities(arguments)
+    for modality in kinds:
+        parts.of(modality).check_modality()
+    base = parts.model.base_model
+    return Call(parts, arguments, ids, mask, {modality: of_modality(base, modality, arguments) for modality in kinds})
+
+
+@dataclass(frozen=True)
+class ShortCall:
+    """A call after reduction.
+
+    Attributes
+    ----------
+    call : as it was read.
+    layout : None where nothing was removed, now or earlier.
+    held : columns of the short prompt that the cache holds.
+    pictures : encoded and reduced.
+    positions : how its tokens are numbered.
+    """
+
+    call: Call
+    layout: Layout | None
+    held: int
+    pictures: PromptPictures
+    positions: Positions
+
+    @property
+    def embeds(self) -> list[Tensor]:
+        """Visual tokens of each item, in the space of the decoder."""
+        return self.pictures.embeds
+
+    @property
+    def reduction(self) -> Reduction | None:
+        """Of all grids; None without pictures."""
+        return self.pictures.reduction
+
+    @property
+    def ids(self) -> Tensor:
+        """[B, S'] tokens, as the model gets them."""
+        call = self.call
+        if self.layout is None:
+            return call.ids
+        fill = filler(call.ids, call.mask[:, call.outside :], call.parts.visual(call.ids))
+        return short_rows(self.layout, call.ids, fill, call.outside, self.held)
+
+    @property
+    def new_ids(self) -> Tensor:
+        """[B, S''] those of them that the cache does not hold."""
+        return self.ids[:, 0 if self.call.outside else self.held :]
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T'] attention mask of the whole short prompt."""
+        return self.call.mask if self.layout is None else self.layout.take(self.call.mask, 0)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """[B, S'] of a training step."""
+        call, labels = self.call, self.call.labels
+        if self.layout is None or labels is None:
+            return labels
+        return short_rows(self.layout, labels, IGNORED, call.outside, self.held)
+
+    def arguments(self) -> dict[str, Any]:
+        """Everything but ``input_ids`` that the model is called with: encoded pictures, and inputs that follow the short prompt."""
+        call, layout = self.call, self.layout
+        raw = {name for inputs in call.pixels.values() for name in inputs}
+        found = {name: value for name, value in call.arguments.items() if name not in raw and name != "input_ids"}
+        if self.pictures.encoded:
+            found[PRE_ENCODED] = self.pictures.encoded
+        positions = self.positions.full
+        if layout is not None:
+            found["attention_mask"], positions = self.mask, self.positions.follow(layout, call.mask)
+            if call.labels is not None:
+                found["labels"] = self.labels
+            for name in PER_TOKEN_INPUTS:
+                if found.get(name) is not None:
+                    found[name] = layout.of_last(found[name])
+        if positions is not None:
+            found["position_ids"] = positions
+        return found
+
+
+def shorten(call: Call, method: Method, report: Report, *, pad_left: bool) -> ShortCall:
+    """Encode and reduce the pictures of a call, and lay out the short prompt.
+
+    Parameters
+    ----------
+    call : as ``read`` gave it.
+    method : what reduces.
+    report : filled in.
+    pad_left : on which side rows are padded.
+
+    Raises
+    ------
+    InputError : prompt, pictures, mask, positions and cache do not fit together.
+    CacheError : the cache cannot be continued.
+    """
+    cached = cached_layout(call.cache, len(call.ids), method.settings(), call.ids.device)
+    past = 0 if cached is None else cached.length
+    positions = Positions(call.parts, method.before_decoder().positions == "compact", call.arguments.get("position_ids"))
+    positions.count(call.ids, call.mask, past, bool(call.pixels), call.arguments)
+    check_columns(call.ids, call.mask, past)
+    report.decoder_layers = call.parts.decoder_layers
+    pictures = read_pictures(call, method, past, report)
+    layout = lay_out(call, method, cached, pictures, report, pad_left=pad_left)
+    return ShortCall(call, layout, 0 if cached is None else cached.gather.shape[1], pictures, positions)

@@ -1,0 +1,235 @@
+"""Putting together what methods left of pictures: in the order of the prompt, projected, with one book of what went where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import FoveateError
+from ...methods.base import KeepAll
+from ...tokens import Reduction
+from ..model.anatomy import Anatomy
+from ..model.seams import deepstack, marked, with_features
+from .arrangement import Arrangement
+from .encoding import EncodedPictures
+from .reduction import Reduced, grouped, keep_every
+
+
+@dataclass(frozen=True)
+class Visuals:
+    """The pictures or videos of one call, encoded and reduced.
+
+    Attributes
+    ----------
+    output : the encoder output of transformers, with the reduced features.
+    embeds : per item [m_i, D] in the space of the decoder.
+    reduction : of all units, over their grids.
+    kept : per item, which of its placeholders stay, in the order of the features.
+    arrangement : of all placeholders.
+    changed : False where every token stayed in place: the prompt and the features are then the unmodified model's.
+    encoder_counts : per encoder layer [units] tokens that leave it, where they became fewer inside.
+    notes : for the report.
+    """
+
+    output: Any
+    embeds: list[Tensor]
+    reduction: Reduction
+    kept: list[Tensor]
+    arrangement: Arrangement
+    changed: bool
+    encoder_counts: list[Tensor] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The tokens that stay, item by item.
+
+    ``order`` says for each item which rows of (outputs of all groups, then the fixed tokens ``fixed``) make it up; ``kept`` which
+    of its placeholders they stand at.
+    """
+
+    order: list[Tensor]
+    kept: list[Tensor]
+    fixed: Tensor
+
+
+def laid_out(arrangement: Arrangement, found: list[Reduced]) -> Assembly:
+    """Put what groups keep, and what is fixed, in the order of the prompt.
+
+    A unit's tokens stay in the order of the method, but where rows of several units alternate.
+    """
+    device = found[0].reduction.index.device
+    # of each item: what to sort by, the row among all outputs, and the placeholder, of the tokens that stay
+    pieces: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in arrangement.sizes]
+    start = 0
+    for reduced in found:
+        index = reduced.reduction.index[reduced.reduction.mask()].split(reduced.counts)
+        for unit, chosen in zip(reduced.group.units, index, strict=True):
+            places = unit.places[chosen]
+            # sorting is stable, so that one key for a whole unit leaves its tokens in the order of the method
+            key = places if arrangement.woven else unit.places[:1].expand(len(places))
+            pieces[unit.item].append((key, start + torch.arange(len(places), device=device), places))
+            start += len(places)
+    fixed: list[int] = []
+    offsets = arrangement.offsets
+    rowed = {each.item for each in arrangement.fixed if each.ends is not None}
+    alive = {item: _alive(arrangement.sizes[item], [places for *_, places in pieces[item]]) for item in rowed}
+    for each in arrangement.fixed:
+        # the newline of a row goes with the last token of that row
+        if each.ends is None or bool(alive[each.item][each.ends].any()):
+            place = torch.tensor([each.place], device=device)
+            pieces[each.item].append((place, torch.tensor([start + len(fixed)], device=device), place))
+            fixed.append(offsets[each.item] + each.place)
+    order, kept = [], []
+    for mine in pieces:
+        keys, rows, places = (torch.cat(part) for part in zip(*mine, strict=True))
+        if len(mine) > 1:
+            by = keys.argsort(stable=True)
+            rows, places = rows[by], places[by]
+        order.append(rows)
+        kept.append(places)
+    return Assembly(order, kept, torch.tensor(fixed, dtype=torch.long, device=device))
+
+
+def _alive(size: int, places: list[Tensor]) -> Tensor:
+    """[size] bool on the host, which placeholders of an item stay."""
+    alive = torch.zeros(size, dtype=torch.bool)
+    if places:
+        alive[torch.cat(places).cpu()] = True
+    return alive
+
+
+def joined(arrangement: Arrangement, found: list[Reduced]) -> Reduction:
+    """One reduction of all units, in the order of ``arrangement.units``, over the cells of their whole grids.
+
+    Groups have other numbers of outputs and cells, and a unit may lack cells: index, owner and scores of each are written into
+    tensors of the largest size, at the cells that the unit really has.
+    """
+    units = arrangement.units
+    if len(found) == 1 and len(found[0].group.units) == len(units) and all(unit.cells is None for unit in found[0].group.units):
+        return found[0].reduction
+    number = {(unit.item, unit.part): i for i, unit in enumerate(units)}
+    cells = max(unit.grid[0] * unit.grid[1] for unit in units)
+    outputs = max(reduced.reduction.index.shape[1] for reduced in found)
+    first = found[0].reduction.index
+    index = first.new_zeros(len(units), outputs)
+    valid = torch.zeros_like(index, dtype=torch.bool)
+    owner = first.new_full((len(units), cells), -1)
+    scored = any(reduced.reduction.scores is not None for reduced in found)
+    scores = torch.zeros(len(units), cells, device=first.device)
+    bounded = all(reduced.reduction.threshold is not None for reduced in found)
+    threshold = torch.zeros(len(units), device=first.device)
+    for reduced in found:
+        source = reduced.reduction.source_map(len(reduced.group.units[0].places))
+        for row, unit in enumerate(reduced.group.units):
+            i, width = number[unit.item, unit.part], reduced.reduction.index.shape[1]
+            cell = torch.arange(len(unit.places), device=first.device) if unit.cells is None else unit.cells
+            index[i, :width] = cell[reduced.reduction.index[row]]
+            valid[i, :width] = reduced.reduction.mask()[row]
+            owner[i, cell] = source[row]
+            if reduced.reduction.scores is not None:
+                scores[i, cell] = reduced.reduction.scores[row].float()
+            if reduced.reduction.threshold is not None:
+                threshold[i] = reduced.reduction.threshold[row]
+    return Reduction(index, valid, scores=scores if scored else None, threshold=threshold if bounded else None, owner=owner)
+
+
+def stacked(reductions: list[Reduction], cells: list[int], rows: list[int]) -> Reduction:
+    """Several reductions, over grids of up to so many ``cells``, as one; ``rows`` is their order, counted through all of them."""
+
+    def padded(values: list[Tensor], fill: float) -> Tensor:
+        width = max(each.shape[1] for each in values)
+        return torch.cat([F.pad(each, (0, width - each.shape[1]), value=fill) for each in values])[rows]
+
+    scores, thresholds = [each.scores for each in reductions], [each.threshold for each in reductions]
+    known = [score for score in scores if score is not None]
+    bounds = [bound for bound in thresholds if bound is not None]
+    return Reduction(
+        padded([each.index for each in reductions], 0),
+        padded([each.mask() for each in reductions], False),
+        scores=padded(known, 0.0) if len(known) == len(scores) else None,
+        threshold=torch.cat(bounds)[rows] if len(bounds) == len(thresholds) else None,
+        owner=padded([each.source_map(n) for each, n in zip(reductions, cells, strict=True)], -1),
+    )
+
+
+def assembled(parts: Anatomy, encoded: EncodedPictures, found: list[Reduced], notes: list[str]) -> Visuals:
+    """What groups left, projected, in the order of the prompt."""
+    arrangement, projected = encoded.arrangement, encoded.projected
+    layout = laid_out(arrangement, found)
+    pure = all(reduced.reduction.weights is None and reduced.reduction.added is None for reduced in found)
+    # a pure choice can be taken from what is projected already; merged tokens are projected anew
+    source = projected if projected is not None and (pure or parts.projector is None) else encoded.features
+    outputs = _outputs(arrangement, found, source, made=source is encoded.features)
+    if source is projected:
+        pool = torch.cat([outputs, projected[layout.fixed]])
+    elif projected is None:
+        pool = _projected(parts, torch.cat([outputs, encoded.features[layout.fixed]]))
+    else:
+        pool = torch.cat([_projected(parts, outputs), projected[layout.fixed]])
+    embeds = [pool[order] for order in layout.order]
+    levels = deepstack(encoded.output)
+    if levels is not None:
+        whole = [torch.cat(list(level)) for level in levels]
+        pools = [torch.cat([_outputs(arrangement, found, level), level[layout.fixed]]) for level in whole]
+        levels = [[pool[order] for order in layout.order] for pool in pools]
+    output = with_features(encoded.output, embeds, levels)
+    return Visuals(output, embeds, joined(arrangement, found), layout.kept, arrangement, changed=True, notes=notes)
+
+
+def unchanged(parts: Anatomy, encoded: EncodedPictures, notes: list[str] | None = None) -> Visuals:
+    """Every token of every item."""
+    arrangement, projected, output = encoded.arrangement, encoded.projected, encoded.output
+    if projected is not None:
+        embeds = list(projected.split(arrangement.sizes))
+    elif encoded.batch is not None and parts.projector is not None:  # in the shape that the model itself projects
+        projected = parts.projector(encoded.batch).flatten(0, 1)
+        embeds = list(projected.split(arrangement.sizes))
+        output = with_features(output, embeds)
+    else:
+        raise FoveateError("an encoder that was not asked to project showed no features. This is a fault of foveate.")
+    kept = [torch.arange(size, device=projected.device) for size in arrangement.sizes]
+    groups = [
+        keep_every(group, encoded.features[group.places(arrangement)])
+        for group in grouped(KeepAll(), arrangement, arrangement.units)
+    ]
+    return Visuals(marked(output), embeds, joined(arrangement, groups), kept, arrangement, changed=False, notes=notes or [])
+
+
+def behind_encoder(
+    parts: Anatomy,
+    output: Any,
+    arrangement: Arrangement,
+    front: Tensor,
+    found: Reduced,
+    notes: list[str],
+) -> Visuals:
+    """Items of what left the encoder: ``front`` [R, L, C] tokens in front of each grid, and the outputs [R, M, C] of ``found``."""
+    layout = laid_out(arrangement, [found])
+    tokens = torch.cat([found.outputs[found.reduction.mask()], front.flatten(0, 1)])
+    pool = tokens if parts.projector is None else _projected(parts, tokens)
+    embeds = [pool[order] for order in layout.order]
+    output = with_features(output, embeds)
+    return Visuals(output, embeds, joined(arrangement, [found]), layout.kept, arrangement, changed=True, notes=notes)
+
+
+def _outputs(arrangement: Arrangement, found: list[Reduced], source: Tensor, *, made: bool = False) -> Tensor:
+    """[sum of counts, C] what all groups keep of ``source`` [S, C], one group behind the other; ``made``: it is at hand already."""
+    kept = []
+    for reduced in found:
+        outputs = reduced.outputs if made else reduced.reduction.apply(source[reduced.group.places(arrangement)])
+        kept.append(outputs[reduced.reduction.mask()])
+    return torch.cat(kept)
+
+
+def _projected(parts: Anatomy, tokens: Tensor) -> Tensor:
+    """[S, C] -> [S, D], by the model's projector."""
+    if parts.projector is None:
+        raise FoveateError("tokens of this model are merged behind its projector. This is a fault of foveate.")
+    behind: Tensor = parts.projector(tokens[None])[0]
+    return behind

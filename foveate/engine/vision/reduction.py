@@ -1,0 +1,178 @@
+"""Letting a method reduce encoded pictures: units of one shape together, each with its share of the budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import FoveateError, InputError, UnsupportedModelError
+from ...methods.base import FrontReducer, ProjectorReducer
+from ...tokens import Budget, Reduction, VisualTokens, keep_all, resolve_budget
+from ..model.anatomy import Anatomy
+from .arrangement import Arrangement, Unit
+from .encoding import EncodedPictures
+from .question import Asking
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units of the same shape. ``method`` has their share of the budget; None = they keep everything."""
+
+    method: ProjectorReducer | None
+    units: list[Unit]
+
+    def places(self, arrangement: Arrangement) -> Tensor:
+        """[B, N] their tokens among those of all items."""
+        offsets = arrangement.offsets
+        return torch.stack([unit.places + offsets[unit.item] for unit in self.units])
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What a method made of a group: how many tokens each unit keeps, and ``outputs`` [B, M, C], the invalid ones included."""
+
+    group: Group
+    reduction: Reduction
+    counts: list[int]
+    outputs: Tensor
+
+
+def shares(budget: Budget, sizes: list[int]) -> list[int] | None:
+    """Tokens to keep of each unit of an item, in proportion to their sizes; None where the method decides.
+
+    They sum to the budget, to all tokens at most. Remainders go to the largest fractions, then to earlier units.
+    """
+    total = sum(sizes)
+    count = resolve_budget(budget, total) if total else 0
+    if count is None:
+        return None
+    floors = [count * size // total for size in sizes] if total else list(sizes)
+    order = sorted(range(len(sizes)), key=lambda i: (-(count * sizes[i] % max(1, total)), i))
+    for i in order[: count - sum(floors)]:
+        floors[i] += 1
+    return floors
+
+
+def grouped(method: FrontReducer, arrangement: Arrangement, units: list[Unit]) -> list[Group]:
+    """Units by their shape and share of the budget. Those that keep nothing are in no group.
+
+    A method is vectorised over pictures of one grid and one count, so that pictures of several sizes are several calls of it.
+    """
+    groups: dict[tuple[tuple[int, int], int | None], list[Unit]] = {}
+    for item in range(len(arrangement.sizes)):
+        mine = [unit for unit in units if unit.item == item]
+        numbers = [len(unit.places) for unit in mine]
+        parts = shares(method.budget, numbers)
+        for unit, share in zip(mine, [None] * len(mine) if parts is None else parts, strict=True):
+            if share != 0 and len(unit.places):
+                groups.setdefault((unit.shape, share), []).append(unit)
+    found = []
+    for (shape, share), some in groups.items():
+        covered = share is not None and share >= shape[0] * shape[1]
+        one = method if share == resolve_budget(method.budget, shape[0] * shape[1]) else method.with_budget(share)
+        found.append(Group(one if isinstance(one, ProjectorReducer) and not covered else None, some))
+    return found
+
+
+def changed_cells(arrangement: Arrangement, features: Tensor, similar: float) -> list[Unit]:
+    """The units of videos without the tokens that look as in the frame before: cosine similarity above ``similar``.
+
+    The first frame of each video is whole.
+    """
+    offsets, found = arrangement.offsets, []
+    for item in range(len(arrangement.sizes)):
+        before: Tensor | None = None
+        for unit in arrangement.of_item(item):
+            now = F.normalize(features[unit.places + offsets[item]].float(), dim=-1)
+            if before is not None and before.shape == now.shape:
+                unit = unit.only((now * before).sum(-1) <= similar)
+            found.append(unit)
+            before = now
+    return found
+
+
+def keep_every(group: Group, cells: Tensor) -> Reduced:
+    """The reduction of a group that keeps everything."""
+    return Reduced(group, keep_all(cells), [cells.shape[1]] * len(cells), cells)
+
+
+def reduce(
+    parts: Anatomy,
+    method: ProjectorReducer,
+    encoded: EncodedPictures,
+    asked: Asking | None = None,
+    rows: list[int] | None = None,
+) -> tuple[list[Reduced], bool]:
+    """What a method leaves of encoded pictures, group by group, and whether that is everything in its place.
+
+    Parameters
+    ----------
+    parts : where the parts of the model are.
+    method : what reduces.
+    encoded : with its projection, where the method reads that.
+    asked : gives the question, where the method reads that.
+    rows : the prompt of each item; with ``asked``.
+
+    Raises
+    ------
+    InputError : the attention or features hold NaN or infinite values.
+    FoveateError : the method returned something that breaks its contract.
+    """
+    arrangement, features, projected = encoded.arrangement, encoded.features, encoded.projected
+    if method.reads_projected and projected is None:
+        raise FoveateError("a method that reads the question, or projected features, has to say reads_projected. A fault of it.")
+    found: list[Reduced] = []
+    units = arrangement.units
+    if parts.modality == "video" and method.temporal is not None:
+        units = changed_cells(arrangement, features, method.temporal)
+    every = sum(len(unit.places) for unit in units)
+    same = every == sum(len(unit.places) for unit in arrangement.units)
+    for group in grouped(method, arrangement, units):
+        places = group.places(arrangement)
+        cells = features[places]
+        if group.method is None:
+            found.append(keep_every(group, cells))
+            continue
+        behind = projected[places] if projected is not None and method.reads_projected else None
+        question = None
+        if asked is not None and method.reads_question and behind is not None:
+            question = asked(cells, behind, [rows[unit.item] if rows else 0 for unit in group.units])
+        taps = {name: encoded.tap(name, group.units) for name in method.encoder_layers(len(parts.layers))}
+        reduction = group.method.reduce(VisualTokens(cells, group.units[0].shape, taps, behind, question))
+        if reduction.added is not None and parts.projector is None:
+            raise UnsupportedModelError(
+                f"{method.name} hands on [CLS] in front of the projector, where {parts.family.name} has no visual tokens yet. "
+                "Use another method."
+            )
+        outputs = reduction.apply(cells)
+        counts, in_place = check(method, cells.shape[1], outputs, reduction, reduction.mask())
+        same = same and in_place
+        found.append(Reduced(group, reduction, counts, outputs))
+    return found, same and sum(sum(reduced.counts) for reduced in found) == every
+
+
+def check(method: FrontReducer, number: int, reduced: Tensor, reduction: Reduction, valid: Tensor) -> tuple[list[int], bool]:
+    """Counts per image and whether nothing changed, with one transfer from the device; the contract is checked on the way."""
+    batch, index = len(reduced), reduction.index
+    flags = torch.stack(
+        [
+            torch.isfinite(reduced).all() & (True if reduction.scores is None else torch.isfinite(reduction.scores).all()),
+            ((index >= 0) & (index < number) | ~valid).all(),
+            (index == torch.arange(index.shape[1], device=index.device)).all() & valid.all(),
+        ]
+    )
+    *counts, finite, inside, ordered = torch.cat([valid.sum(1), flags]).tolist()
+    if not finite:
+        raise InputError(
+            f"{method.name}: the vision encoder gave NaN or infinite values. Check the picture, and the dtype of the model "
+            "(float16 overflows on some encoders: use bfloat16 or float32)."
+        )
+    if not inside or index.shape[0] != batch or not 1 <= min(counts) <= max(counts) <= number:
+        raise FoveateError(
+            f"{method.name} kept no token of an image, more tokens than there are, or one that does not exist. "
+            "This is a fault of the method."
+        )
+    return counts, bool(ordered) and index.shape[1] == number and reduction.weights is None

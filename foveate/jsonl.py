@@ -1,0 +1,55 @@
+"""Files of JSON lines that are only appended to. A run that is killed leaves at most one unfinished line, which does not count."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def whole_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Number from 1 on, end in bytes, and contents of every finished line of a file; none where there is no file."""
+    if not path.exists():
+        return
+    end = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            end += len(line)
+            yield number, end, line
+
+
+def append(file: BinaryIO, documents: Iterable[Mapping[str, Any]]) -> None:
+    """Write documents as lines; they are with the operating system when this returns."""
+    file.write(b"".join(json.dumps(document).encode() + b"\n" for document in documents))
+    file.flush()
+
+
+@contextlib.contextmanager
+def held(file: Any, *, wait: bool) -> Iterator[None]:
+    """Within this no other process holds the file; where the system has no locks, nothing happens.
+
+    Raises
+    ------
+    BlockingIOError : another process holds it, and ``wait`` is False.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # file systems without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):  # the file may be closed
+            fcntl.flock(file, fcntl.LOCK_UN)

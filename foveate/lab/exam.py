@@ -1,0 +1,184 @@
+"""Two ways to put the questions of a test set to a model.
+
+``Evaluator`` answers all questions about a picture in one forward, with the tokens that a method leaves of it: fast, for the pocket
+model and methods that never see the question. ``Asker`` gives every question a prompt of its own and calls ``generate``: for any
+method, and any model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ..chat import Prompt, collate
+from ..engine.model.anatomy import innermost
+from ..errors import InputError
+from ..loading import Loaded
+from ..methods.base import FrontReducer, KeepAll, Method
+from ..pictures import Pictures
+from ..pocket.answers import text_states
+from ..pocket.batches import IGNORE, collate_text, normalise, text_rows
+from ..pocket.questions import PocketQuestion
+from ..pocket.vocabulary import TOKEN_ID
+from .testset import TestSet
+
+LONGEST = 5  # tokens of an answer of the pocket model, its end included
+WORDS = 32  # tokens of an answer of another model
+HELD = 2**30  # bytes of encoded pictures that an Asker keeps for the next method
+
+
+@dataclass
+class Result:
+    """How one method did.
+
+    Attributes
+    ----------
+    right : [questions] bool.
+    tokens : [scenes] visual tokens that enter the decoder.
+    layers : visual tokens of a picture in each decoder layer, the mean over questions.
+    """
+
+    right: NDArray[np.bool_]
+    tokens: list[int] = field(default_factory=list)
+    layers: list[float] = field(default_factory=list)
+
+
+class Evaluator:
+    """Encodes the pictures of a test set once, and answers all questions for any method that acts before the decoder.
+
+    Parameters
+    ----------
+    model : a pocket model.
+    data : the test set.
+    chunk : scenes at a time.
+    """
+
+    def __init__(self, model: Any, data: TestSet, chunk: int = 12) -> None:
+        self.model: Any = innermost(model)
+        self.data, self.chunk = data, chunk
+        self.depth = int(model.config.get_text_config().num_hidden_layers)
+        self.pictures: list[Pictures] = []
+        self.text: list[dict[str, Tensor]] = []
+        for part in data.chunks(chunk):
+            pixels = normalise([scene.image for scene in data.scenes[part]]).to(model.device, model.dtype)
+            self.pictures.append(Pictures(model, pixel_values=pixels))
+            rows = collate_text([text_rows(asked) for asked in data.questions[part]])
+            self.text.append({name: value.to(model.device) for name, value in rows.items()})
+
+    @torch.no_grad()
+    def run(self, method: FrontReducer | None, *, wrong_picture: bool = False) -> Result:
+        """Answer everything with the tokens a method leaves; None = all of them.
+
+        With ``wrong_picture`` each question is asked about another picture of the chunk: what remains is what can be guessed.
+
+        Raises
+        ------
+        InputError : the method reads the question, and all questions of a picture share one reduction here.
+        """
+        if method is not None and method.reads_question:
+            raise InputError(f"{method.name} reads the question, and here all questions of a picture share its tokens. Use Asker.")
+        right, tokens = [], []
+        for pictures, text in zip(self.pictures, self.text, strict=True):
+            embeds = pictures.reduce(method or KeepAll()).embeds
+            if wrong_picture:
+                embeds = embeds[1:] + embeds[:1]
+            tokens += [len(visual) for visual in embeds]
+            right += self.answers(embeds, text)
+        return Result(np.array(right, bool), tokens, [float(np.mean(tokens))] * self.depth)
+
+    def answers(self, embeds: list[Tensor], text: dict[str, Tensor]) -> list[bool]:
+        """Per question of a chunk whether every token of the answer, its end included, is the most likely one."""
+        visual = torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True)
+        counts = torch.tensor([len(each) for each in embeds], device=visual.device)
+        real = torch.arange(visual.shape[1], device=visual.device) < counts[:, None]
+        hidden = text_states(self.model, visual, real, text)[-1]
+        labels, block = text["labels"], text["block"]
+        asked = labels != IGNORE
+        wrong = torch.zeros_like(asked)
+        wrong[asked] = self.model.lm_head(hidden[asked]).argmax(-1) != labels[asked]
+        return [
+            not bool(wrong[row][block[row] == question].any())
+            for row in range(len(block))
+            for question in range(int(block[row].max()) + 1)
+        ]
+
+
+class Asker:
+    """Every question of a test set as a prompt of its own. Pictures are encoded once, as far as memory for them is set aside.
+
+    Parameters
+    ----------
+    loaded : any supported model.
+    data : the test set.
+    chunk : questions at a time.
+    """
+
+    def __init__(self, loaded: Loaded, data: TestSet, chunk: int = 16) -> None:
+        self.loaded, self.asked, self.chunk = loaded, data.asked, chunk
+        self.images = [Image.fromarray(scene.image) for scene in data.scenes]
+        self.exact = speaks_pocket(loaded)
+        self._encoded: dict[int, dict[str, Any]] = {}
+        self._size = 0
+
+    def inputs(self, part: Sequence[tuple[int, PocketQuestion]]) -> dict[str, Any]:
+        """Prompts of some questions, padded on the left."""
+        prompts = []
+        for number, question in part:
+            image = self.images[number]
+            content = [{"type": "image", "image": image}, {"type": "text", "text": question.text}]
+            prompts.append(Prompt([{"role": "user", "content": content}], question.text, [image], []))
+        return collate(self.loaded, prompts)
+
+    def encoded(self, start: int) -> dict[str, Any]:
+        """The prompts of the chunk that begins at ``start``, their pictures encoded if there is room to keep them."""
+        if start not in self._encoded:
+            inputs = self.inputs(self.asked[start : start + self.chunk])
+            if self._size >= HELD:
+                return inputs
+            pictures = Pictures(self.loaded.model, **inputs)
+            self._size += 3 * sum(each.nbytes for each in pictures.embeds)  # features, and what is behind the projector
+            self._encoded[start] = pictures.inputs
+        return self._encoded[start]
+
+    def run(self, method: Method) -> Result:
+        """Answer everything with a method attached.
+
+        Raises
+        ------
+        InputError, UnsupportedModelError : the method cannot do that.
+        """
+        model, processor = self.loaded.model, self.loaded.processor
+        right: list[bool] = []
+        layers = np.zeros(int(model.config.get_text_config().num_hidden_layers))
+        with method(model) as session:
+            for start in range(0, len(self.asked), self.chunk):
+                inputs, part = self.encoded(start), self.asked[start : start + self.chunk]
+                longest = LONGEST if self.exact else WORDS
+                out = model.generate(**inputs, max_new_tokens=longest, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+                texts = processor.batch_decode(out, skip_special_tokens=True)
+                right += [self.judged(text.strip(), question.answer) for text, (_, question) in zip(texts, part, strict=True)]
+                layers += session.report.layers
+        return Result(np.array(right, bool), [], (layers / len(self.asked)).tolist())
+
+    def judged(self, text: str, answer: str) -> bool:
+        """Whether an answer is right: word by word of the pocket model, by its beginning of others."""
+        return text == answer if self.exact else said(text, answer)
+
+
+def speaks_pocket(loaded: Loaded) -> bool:
+    """Whether a model has the words of the pocket world and no others, so that its answers can be taken word by word."""
+    return bool(loaded.processor.tokenizer.get_vocab() == TOKEN_ID)
+
+
+def said(text: str, answer: str) -> bool:
+    """Whether a text is the answer or begins with its words, whatever the case."""
+    words, wanted = (re.findall(r"\w+", each.lower()) for each in (text, answer))
+    return words[: len(wanted)] == wanted

@@ -1,0 +1,231 @@
+"""Pictures that are encoded once and reduced by any number of methods."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from .engine.call import Call, read, shorten
+from .engine.model.anatomy import Anatomy, anatomy, innermost
+from .engine.model.seams import (
+    PER_TOKEN_INPUTS,
+    PRE_ENCODED,
+    brings_pictures,
+    check_pre_encoded_input,
+    named_arguments,
+    unturned,
+    with_encodings,
+)
+from .engine.prompt.layout import original_positions
+from .engine.prompt.shorten import read_alone
+from .engine.vision.encoding import Encodings
+from .engine.vision.front import check_front
+from .errors import InputError
+from .methods.base import KeepAll, Method
+from .methods.registry import get
+from .report import Clock, Report
+from .tokens import EncoderTap, Reduction
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Pictures encoded and reduced, for an engine of your own.
+
+    Attributes
+    ----------
+    embeds : per image, visual tokens [m_i, D] in the space of the decoder.
+    reduction : which tokens stayed, for all images.
+    inputs : the short prompt: ``input_ids``, ``attention_mask`` and ``position_ids`` [B, T'] (with M-RoPE [4, B, T']); empty where
+        pictures came without a prompt.
+    report : as ``session.report``.
+    """
+
+    embeds: list[Tensor]
+    reduction: Reduction | None
+    inputs: dict[str, Tensor]
+    report: Report
+
+
+class Pictures:
+    """Pictures or videos of a call, encoded once; ``reduce`` then costs no more than the choice of tokens.
+
+    Parameters
+    ----------
+    model : a supported model, wrapped or not. Nothing is attached to it.
+    **inputs : what the processor returned. Without ``input_ids`` there is no prompt, and methods that read the question cannot act.
+
+    Attributes
+    ----------
+    embeds : per image, all of its visual tokens [n_i, D].
+    report : of keeping all of them.
+
+    Raises
+    ------
+    InputError : there are no pictures among the inputs.
+    UnsupportedModelError : the model is not supported.
+
+    Examples
+    --------
+    >>> pictures = foveate.Pictures(model, **processor(images=images, text=prompts, return_tensors="pt"))
+    >>> for budget in (64, 144, 288):
+    ...     reduced = pictures.reduce("prumerge+", budget=budget)
+    ...     print(reduced.report, [each.shape for each in reduced.embeds])
+    >>> with foveate.FastV()(model):  # the encoder does not run again
+    ...     out = model.generate(**pictures.inputs, max_new_tokens=64)
+
+    Notes
+    -----
+    Queries and keys of an encoder layer are recorded when a method first asks for them; the pictures are encoded again then.
+    Methods inside the encoder, and smaller pictures, need the encoder each time.
+    """
+
+    def __init__(self, model: Any, **inputs: Any) -> None:
+        parts = anatomy(model)
+        check_pre_encoded_input(parts.model)
+        self._start(parts, named_arguments(parts.model.forward, (), inputs))
+
+    @classmethod
+    def of_parts(cls, parts: Anatomy, inputs: dict[str, Any], tap: Callable[[EncoderTap], EncoderTap] | None = None) -> Self:
+        """Pictures of a model whose parts are found already; ``tap`` changes what was recorded of encoder layers."""
+        made = cls.__new__(cls)
+        made._start(parts, dict(inputs), tap)
+        return made
+
+    def _start(self, parts: Anatomy, arguments: dict[str, Any], tap: Callable[[EncoderTap], EncoderTap] | None = None) -> None:
+        if not brings_pictures(arguments):
+            raise InputError("there are no pictures: pass what the processor returned for text and images, pixel_values among them")
+        self._parts, self._ids = parts, arguments.get("input_ids")
+        ids = torch.empty((0, 0), dtype=torch.long) if self._ids is None else self._ids
+        self._call = read(parts, arguments, ids, arguments.get("attention_mask"))
+        self._encodings = self._call.encodings or Encodings(self._call.pixels, tap)
+        self._whole: Encoded | None = None
+
+    @torch.no_grad()
+    def reduce(self, method: str | Method, **fields: Any) -> Encoded:
+        """What a method leaves of the pictures, and the shortened prompt.
+
+        Parameters
+        ----------
+        method : a name as in ``foveate.methods()``, or an instance.
+        **fields : hyper-parameters, where ``method`` is a name.
+
+        Raises
+        ------
+        InputError : unknown method or field, or placeholders and pictures do not fit.
+        UnsupportedModelError : the model lacks what the method needs.
+        """
+        method = built(method, fields)
+        check_front(self._parts, method.before_decoder())
+        call = Call(self._parts, self._call.arguments, self._call.ids, self._call.mask, self._call.pixels, self._encodings)
+        return encoded_alone(call, method) if self._ids is None else encoded_call(call, method)
+
+    @property
+    def embeds(self) -> list[Tensor]:
+        """Per image, all of its visual tokens [n_i, D]."""
+        return self._all.embeds
+
+    @property
+    def report(self) -> Report:
+        """Of keeping all of them: what the encoder took, and the grids."""
+        return self._all.report
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What ``generate`` and ``forward`` of the model take in place of the inputs: the pictures come encoded.
+
+        Works with and without a method attached. A method that reads encoder layers finds what was recorded here.
+        """
+        raw = {name for inputs in self._call.pixels.values() for name in inputs}
+        found = {name: value for name, value in self._call.arguments.items() if name not in raw}
+        _ = self._all  # as the prompt has them
+        outputs = {modality: self._encodings.output(self._parts.of(modality)) for modality in self._call.pixels}
+        return {**found, PRE_ENCODED: {modality: with_encodings(out, self._encodings) for modality, out in outputs.items()}}
+
+    @property
+    def _all(self) -> Encoded:
+        if self._whole is None:
+            self._whole = self.reduce(KeepAll())
+        return self._whole
+
+
+def built(method: str | Method, fields: dict[str, Any]) -> Method:
+    """A method from its name and fields, or the instance that was given.
+
+    Raises
+    ------
+    InputError : fields were given with an instance, or the method is unknown.
+    """
+    if isinstance(method, str):
+        return get(method, **fields)
+    if fields:
+        raise InputError(f"fields ({', '.join(fields)}) can only be given with the name of a method, not with an instance")
+    return method
+
+
+@torch.no_grad()
+def encode(model: Any, method: str | Method, **inputs: Any) -> Encoded:
+    """Encode pictures, reduce their visual tokens and shorten the prompt, without running the decoder.
+
+    Parameters
+    ----------
+    model, method : as for ``attach``; nothing is attached.
+    **inputs : what the processor returned: ``input_ids``, ``attention_mask``, ``pixel_values`` ...; and fields of the method, where
+        that is a name.
+
+    Raises
+    ------
+    InputError : there are no pictures, placeholders and pictures do not fit, or an argument is neither an input of the model nor a
+        field of the method.
+    """
+    inner = innermost(model)
+    known = {*inspect.signature(type(inner).forward).parameters, *PER_TOKEN_INPUTS}
+    method = built(method, {name: value for name, value in inputs.items() if name not in known})
+    parts = anatomy(inner)
+    check_front(parts, method.before_decoder())
+    check_pre_encoded_input(parts.model)
+    arguments = named_arguments(type(inner).forward, (), {name: value for name, value in inputs.items() if name in known})
+    ids = arguments.get("input_ids")
+    if ids is None or not brings_pictures(arguments):
+        raise InputError("encode needs input_ids and pixel_values: pass what the processor returned for text and images")
+    return encoded_call(read(parts, arguments, ids, arguments.get("attention_mask")), method)
+
+
+def encoded_call(call: Call, method: Method) -> Encoded:
+    """Pictures and the shortened prompt of a call."""
+    parts, report = call.parts, _report(call.parts, method)
+    with unturned(parts.model.base_model):
+        short = shorten(call, method, report, pad_left=call.padded_left)
+    mask = short.mask
+    positions = short.arguments().get("position_ids")
+    positions = original_positions(mask.bool()) if positions is None else positions
+    if not short.positions.given:
+        positions = positions + parts.family.first_position * mask
+    prompt = {"input_ids": short.ids, "attention_mask": mask, "position_ids": positions}
+    return Encoded(short.embeds, short.reduction, prompt, report)
+
+
+def encoded_alone(call: Call, method: Method) -> Encoded:
+    """Pictures that belong to no prompt.
+
+    Raises
+    ------
+    InputError : the method reads the question.
+    """
+    front, report = method.before_decoder(), _report(call.parts, method)
+    if front.reads_question:
+        raise InputError(f"{front.name} reads the question, and these pictures came without a prompt. Pass input_ids, too.")
+    pictures = read_alone(call, front, report)
+    return Encoded(pictures.embeds, pictures.reduction, {}, report)
+
+
+def _report(parts: Anatomy, method: Method) -> Report:
+    report = Report(method.settings(), parts.decoder_layers, Clock(parts.device), notes=method.notes())
+    if method.inside_decoder():
+        report.warnings.append(f"{method.name} also acts inside the decoder; encode does not run it")
+    return report
