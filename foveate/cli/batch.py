@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import InputError
+from .common import err, parse_budget
 
 if TYPE_CHECKING:
     from ..serving.batch.rows import AnswerSettings, RowPlace, Source
@@ -56,7 +56,6 @@ def batch_command(
     from ..serving.batch.results import Output
     from ..serving.batch.rows import AnswerSettings, Source
     from ..serving.encoding import method_of
-    from .main import parse_budget
 
     if engine not in ENGINES:
         raise InputError(f"there is no engine {engine!r}; choose {', '.join(ENGINES)}")
@@ -70,13 +69,12 @@ def batch_command(
     _ = any_method(wanted) if engine == "transformers" else method_of(wanted.method, wanted.budget)
     source = Source(questions)
     lines = source.lines()
-    err = Console(stderr=True, highlight=False)
     with Output(answers, settings(model, wanted, engine), retry_failed=retry_failed) as output:
         waiting = [line for line in lines if line.id not in output.answered and line.id not in output.failed]
         if waiting:
             size = batch_size or ENGINES[engine]
-            found = _answered(engine, source, waiting, wanted, model, size, export, (encoders or 1, engines or 1, address), err)
-            with _bar(err) as bar:
+            found = _answered(engine, source, waiting, wanted, model, size, export, (encoders or 1, engines or 1, address))
+            with _bar() as bar:
                 task = bar.add_task("rows", total=len(lines), completed=len(lines) - len(waiting), failed=len(output.failed))
                 for rows in found:
                     output.add(rows)
@@ -96,7 +94,6 @@ def _answered(
     size: int,
     export: Path | None,
     cluster: tuple[int, int, str | None],
-    err: Console,
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows of the output, from an engine that has started."""
     from ..loading import quiet_loading
@@ -118,7 +115,7 @@ def _answered(
     return answered_by_ray(source, waiting, wanted, model, folder, size, Cluster(*cluster))
 
 
-def _bar(err: Console) -> Progress:
+def _bar() -> Progress:
     counts = (MofNCompleteColumn(), TextColumn("{task.fields[failed]} failed"))
     return Progress(TextColumn("rows"), BarColumn(), *counts, TimeElapsedColumn(), TimeRemainingColumn(), console=err)
 

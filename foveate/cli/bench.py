@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import InputError, first_line
+from ..errors import InputError
+from .common import POCKET, err, method_of, out, sayer, wide
 
 if TYPE_CHECKING:
+    from ..loading import Loaded
     from ..measuring.bench import Measured, Variant
     from ..methods.base import Method
 
-WIDTH = 150  # of tables that go to a file or a pipe
 DTYPES = ("float32", "bfloat16", "float16")
 QUESTION = "Describe the picture."
 LEVEL, SEED = 1, 7  # of the scene that stands in for a picture
@@ -34,7 +35,7 @@ EPILOG = (
 class BenchOptions:
     """What was asked for."""
 
-    model: str | None
+    model: str
     methods: Mapping[str, Method]
     sizes: list[int]
     image: Path | None
@@ -48,7 +49,7 @@ class BenchOptions:
 
 
 def bench_command(
-    model: Annotated[str | None, typer.Option(help="Hub id or folder; the pocket model by default.")] = None,
+    model: Annotated[str, typer.Option(help="Hub id, folder, or pocket, the shipped model.")] = POCKET,
     method: Annotated[
         list[str] | None, typer.Option(help="As listed by 'foveate methods'; may be given again. Default: prumerge+.")
     ] = None,
@@ -69,15 +70,11 @@ def bench_command(
     ] = None,
 ) -> None:
     """Time, memory and the share of the possible speed-up, with and without methods, on this machine."""
-    from .main import err, out, parse_budget
-
     names, sizes = _names(method), parse_sizes(batch)
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     _check_file(json_file)
-    from ..methods.registry import get
-
-    methods = {name: get(name, **({} if budget is None else {"budget": parse_budget(budget)})) for name in names}
+    methods = {name: method_of(name, budget) for name in names}
     options = BenchOptions(model, methods, sizes, image, prompt, new_tokens, rounds, dtype, device, attn, seed)
     with err.status("starting") as status:
         document, measured = run_bench(options, lambda what: status.update(escape(what)))
@@ -117,8 +114,8 @@ def _check_file(path: Path | None) -> None:
         raise InputError(f"--json {path}: give the name of a file in a folder that exists")
 
 
-def load(options: BenchOptions) -> tuple[Any, Any]:
-    """The model as asked for, and its processor.
+def load_asked(options: BenchOptions) -> Loaded:
+    """The model as asked for.
 
     Raises
     ------
@@ -126,9 +123,9 @@ def load(options: BenchOptions) -> tuple[Any, Any]:
     """
     import torch
 
-    from .. import answering
+    from ..loading import load
 
-    device, dtype = options.device, None if options.dtype is None else getattr(torch, options.dtype)
+    device = options.device
     if device is not None:
         try:
             kind = torch.device(device).type
@@ -136,17 +133,7 @@ def load(options: BenchOptions) -> tuple[Any, Any]:
             raise InputError(f"--device {device!r} is no device. Use cpu, cuda or cuda:1.") from error
         if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
             raise InputError(f"--device {device!r}: time is taken on cpu, and on cuda where PyTorch finds a GPU")
-    model, processor = answering.load_model(options.model)
-    if options.model is None and device is None and torch.cuda.is_available():
-        device = "cuda"
-    try:
-        if device is not None or dtype is not None:
-            model = model.to(device=device, dtype=dtype)
-        if options.attn is not None:
-            model.set_attn_implementation(options.attn)
-    except (ImportError, ValueError, RuntimeError) as error:
-        raise InputError(f"the model cannot run as asked for: {first_line(error)}") from error
-    return model, processor
+    return load(options.model, dtype=options.dtype, device=device, attention=options.attn)
 
 
 def shown_picture(image: Path | None, prompt: str | None) -> tuple[Any, str, str, list[str]]:
@@ -154,12 +141,12 @@ def shown_picture(image: Path | None, prompt: str | None) -> tuple[Any, str, str
     from PIL import Image
 
     from ..answering import open_shown
-    from .demo import pick_scene
+    from ..pocket.questions import example
 
     if image is not None:
         shown, notes = open_shown(image, None)
         return shown, prompt or QUESTION, str(image), notes
-    scene, question = pick_scene(LEVEL, SEED)
+    scene, question = example(LEVEL, SEED)
     return Image.fromarray(scene.image), prompt or question.text, f"scene of level {LEVEL}, seed {SEED}", []
 
 
@@ -178,9 +165,10 @@ def run_bench(options: BenchOptions, tell: Callable[[str], None]) -> tuple[dict[
     load_before = ledger.load_average()
     shown, question, picture, notes = shown_picture(options.image, options.prompt)
     tell("loading the model")
-    model, processor = load(options)
+    loaded = load_asked(options)
+    model = loaded.model
     device = check_one_device(model)
-    inputs, note = make_inputs(processor, model, shown, question)
+    inputs, note = make_inputs(loaded.processor, model, shown, question)
     notes += [line for line in (note, ledger.busy(load_before)) if line]
     tell("measuring the machine")
     hardware = this_machine(device, model.dtype)
@@ -216,7 +204,7 @@ def run_bench(options: BenchOptions, tell: Callable[[str], None]) -> tuple[dict[
         "load_average": {"before": load_before, "after": ledger.load_average()},
         "hardware_measured": vars(hardware),
         "model": {
-            "name": options.model or "pocket",
+            "name": options.model,
             "type": model.config.model_type,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -239,12 +227,8 @@ def run_bench(options: BenchOptions, tell: Callable[[str], None]) -> tuple[dict[
 
 def show(document: dict[str, Any], measured: list[Measured], console: Console) -> None:
     """Print what was measured, what can be said about it, and where it comes from."""
-    if not console.is_terminal and console.width < WIDTH:
-        console = Console(file=console.file, width=WIDTH, highlight=False)
-
-    def say(line: str, style: str = "") -> None:
-        console.print(line, style=style, markup=False, soft_wrap=True)
-
+    console = wide(console)
+    say = sayer(console)
     model, machine, hardware = document["model"], document["machine"], document["hardware_measured"]
     say(
         f"{model['name']} ({model['parameters'] / 1e6:,.4g} M parameters, {model['dtype']}, {model['attention']}) on "

@@ -9,23 +9,53 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..errors import InputError
-from ..lab.compare import COUNTS, TOTAL, Tell, check_methods, compare
-from ..lab.paper_tables import BUILD, cells, paper_table
-from ..lab.runner import Runner
-from ..lab.tables import RANKED, about, csv_text, markdown, markdown_table, rank_table, reasons
-from ..loading import quiet_loading
-from ..methods.registry import registered
-from ..viz.overlay import make_folder, picture_file
+from .common import POCKET, err, out, parts_of, sayer, wide
 
-WIDTH = 150  # of tables that go to a file or a pipe
+if TYPE_CHECKING:
+    from ..lab.runner import Tell
+
+EPILOG = (
+    "Examples:  foveate compare --methods prumerge+,visionzip --budgets 64,144 --scenes 60  |  "
+    "foveate compare --save results  |  foveate compare --table 4"
+)
+
+
+def compare_command(
+    methods: Annotated[
+        str | None, typer.Option(help="Names or name:preset, separated by commas. Default: all registered methods.")
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Visual tokens of 576 to keep, separated by commas. Default: 16,36,64,144,288.")
+    ] = None,
+    own: Annotated[bool, typer.Option("--own/--no-own", help="Also run the methods' own adaptive rules.")] = True,
+    scenes: Annotated[int, typer.Option(min=1, help="Test scenes to draw.")] = 501,
+    each: Annotated[int, typer.Option(min=1, help="Questions about each scene, at most; a scene has about 16.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the test set.")] = 2403,
+    model: Annotated[str, typer.Option(help="Hub id, folder, or pocket, the shipped model.")] = POCKET,
+    store: Annotated[Path, typer.Option(help="Results so far; an interrupted run goes on from there.")] = Path(
+        "foveate-compare.jsonl"
+    ),
+    save: Annotated[Path | None, typer.Option(help="Folder for the tables and the picture (md, json, csv, png).")] = None,
+    table: Annotated[int | None, typer.Option(help="Table 4, 5 or 7 of the LLaVA-PruMerge paper in small, instead.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+) -> None:
+    """Registered methods at several budgets on the pocket test set, beside baselines at equal cost."""
+    options = checked(CompareOptions(methods, budgets, own, scenes, each, seed, model, store, save, table))
+    report = run_compare(options, err)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        show(report, out)
+    if save:
+        sayer(err)(f"written to {save}")
 
 
 @dataclass(frozen=True)
@@ -38,50 +68,53 @@ class CompareOptions:
     scenes: int
     each: int
     seed: int
+    model: str
     store: Path
     save: Path | None
     table: int | None
 
     @property
     def names(self) -> tuple[str, ...]:
-        return check_methods(
-            tuple(registered()) if self.methods is None else _parts(self.methods, "methods", "prumerge+,visionzip")
-        )
+        from ..lab.compare import check_methods
+        from ..methods.registry import registered
+
+        given = tuple(registered()) if self.methods is None else parts_of(self.methods, "methods", "prumerge+,visionzip")
+        return check_methods(given)
 
     @property
     def counts(self) -> tuple[int, ...]:
-        return COUNTS if self.budgets is None else parse_counts(self.budgets)
+        from ..lab.compare import COUNTS
+
+        return COUNTS if self.budgets is None else parse_counts(self.budgets, self.model)
 
     @property
     def command(self) -> str:
         """What gives the same report again."""
         chosen: list[Any] = ["foveate", "compare"]
         chosen += ["--table", self.table] if self.table is not None else []
-        for name, value in (("--methods", self.methods), ("--budgets", self.budgets)):
+        model = None if self.model == POCKET else self.model
+        for name, value in (("--methods", self.methods), ("--budgets", self.budgets), ("--model", model)):
             chosen += [] if value is None else [name, value]
         chosen += [] if self.own else ["--no-own"]
         return shlex.join(map(str, [*chosen, "--scenes", self.scenes, "--each", self.each, "--seed", self.seed]))
 
 
-def _parts(text: str, what: str, example: str) -> tuple[str, ...]:
-    found = tuple(part.strip() for part in text.split(","))
-    if not all(found):
-        raise InputError(f"--{what} {text!r} has an empty entry. Give names separated by commas, such as {example}.")
-    return found
-
-
-def parse_counts(text: str) -> tuple[int, ...]:
+def parse_counts(text: str, model: str = POCKET) -> tuple[int, ...]:
     """Counts in ascending order.
 
     Raises
     ------
-    InputError : the text is no list of counts.
+    InputError : the text is no list of counts that a picture of the model can have.
     """
+    from ..errors import InputError
+    from ..lab.compare import TOTAL
+
+    most = TOTAL if model.startswith(POCKET) else 2**31
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError as error:
         raise InputError(f"--budgets {text!r} is no list of whole numbers. Give counts of {TOTAL}, such as 64,144.") from error
-    wrong = [count for count in counts if not 1 <= count <= TOTAL]
+    wrong = [count for count in counts if not 1 <= count <= most]
     if wrong:
         raise InputError(f"--budgets {text!r}: {wrong[0]} is not between 1 and {TOTAL}, the visual tokens of a picture.")
     return tuple(sorted(set(counts)))
@@ -94,6 +127,10 @@ def checked(options: CompareOptions) -> CompareOptions:
     ------
     InputError : something is wrong with them; nothing has been computed yet.
     """
+    from ..errors import InputError
+    from ..lab.paper_tables import BUILD
+    from ..viz.overlay import make_folder, picture_file
+
     if options.table is not None:
         if options.table not in BUILD:
             raise InputError(f"there is no preset for table {options.table}; choose one of {', '.join(map(str, BUILD))}")
@@ -125,8 +162,13 @@ def progress(console: Console) -> Iterator[Tell]:
 
 def run_compare(options: CompareOptions, console: Console) -> dict[str, Any]:
     """Run what the store does not hold, write the files, and return the report."""
-    with console.status("loading the pocket model"), quiet_loading(bars=False):
-        runner = Runner(options.scenes, options.each, options.seed, options.store)
+    from ..lab.compare import compare
+    from ..lab.paper_tables import paper_table
+    from ..lab.runner import Runner
+    from ..lab.tables import files
+
+    with console.status(escape(f"loading {options.model}")):
+        runner = Runner(options.scenes, options.each, options.seed, options.store, model=options.model)
     with progress(console) as tell:
         if options.table is None:
             report = compare(runner, options.names, options.counts, own=options.own, tell=tell)
@@ -143,41 +185,12 @@ def run_compare(options: CompareOptions, console: Console) -> dict[str, Any]:
     return report
 
 
-def files(report: dict[str, Any]) -> dict[str, str]:
-    """What ``--save`` writes, but for the picture."""
-    document = json.dumps(report, indent=1) + "\n"
-    if "table" in report:
-        return {f"table-{report['table']}.md": table_markdown(report), f"table-{report['table']}.json": document}
-    return {"comparison.md": markdown(report), "comparison.json": document, "comparison.csv": csv_text(report)}
-
-
-def table_markdown(report: dict[str, Any]) -> str:
-    """A table of the paper, its claims and what must be said about it."""
-    heads, rows = cells(report)
-    left = 1 if report["table"] == 4 else 3
-    lines = [f"# {report['title']}, in small", "", about_table(report) + ".", "", "```bash", report["command"], "```", ""]
-    lines += [*markdown_table(heads, rows, left), "", report["tally"] + ".", ""]
-    lines += [f"- {claim['sentence']}" for claim in report["claims"]]
-    return "\n".join([*lines, "", *report["notes"], *failed(report), ""])
-
-
-def about_table(report: dict[str, Any]) -> str:
-    return f"Paper / ours: {report['questions']} questions about {report['scenes']} scenes (seed {report['seed']})"
-
-
-def failed(report: dict[str, Any]) -> list[str]:
-    """Why lines of a table are empty."""
-    return [f"{line['label']}: {line['reason']}" for line in report["lines"] if line["reason"]]
-
-
 def show(report: dict[str, Any], console: Console) -> None:
     """Print a report."""
-    if not console.is_terminal and console.width < WIDTH:
-        console = Console(file=console.file, width=WIDTH, highlight=False)
+    from ..lab.tables import RANKED, about, about_table, cells, failed, rank_table, reasons
 
-    def say(line: str, style: str = "") -> None:
-        console.print(line, style=style, markup=False, soft_wrap=True)
-
+    console = wide(console)
+    say = sayer(console)
     if "table" not in report:
         say(about(report), "bold")
         console.print(rank_table(report))

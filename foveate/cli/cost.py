@@ -15,6 +15,7 @@ from rich.table import Table
 from ..analysis.hardware import HARDWARE, Hardware
 from ..analysis.roofline import PARTS, Cost, Part
 from ..errors import InputError
+from .common import POCKET, err, out, wide
 
 CLOSE = 3.5  # percent
 WIDTH = 132  # of tables that go to a file or a pipe
@@ -27,7 +28,7 @@ EPILOG = (
 
 def cost_command(
     model: Annotated[
-        str, typer.Argument(help="Hub id, folder or config file; llava-1.5-7b and -13b need no network.")
+        str, typer.Argument(help="Hub id, folder, config file or pocket; llava-1.5-7b and -13b need no network.")
     ] = "llava-1.5-7b",
     hardware: Annotated[str, typer.Option(help=f"One of {', '.join(HARDWARE)}.")] = "a100",
     bandwidth: Annotated[float | None, typer.Option(help="GB/s of other hardware; needs --peak.")] = None,
@@ -52,14 +53,12 @@ def cost_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
 ) -> None:
     """What a run costs at least, from the config alone: FLOPs, bytes and time of every operator."""
-    from .main import err, out
-
     if table is not None:
         _paper_table(table, as_json, out)
         return
     from ..analysis.configs import read_architecture
     from ..analysis.cost import cost
-    from ..loading import quiet_loading
+    from ..loading import quiet_loading, source_of
     from ..viz.overlay import picture_file
 
     save = save and picture_file(save)
@@ -76,7 +75,7 @@ def cost_command(
     }
     runs = _asked(visual, layers) if report is None else _reported(report, visual, layers)
     with err.status(escape(f"reading the config of {model}")), quiet_loading(bars=False):
-        shape = read_architecture(model)
+        shape = read_architecture(source_of(model) if model.startswith(POCKET) else model)
     costs = {}
     for name, numbers in runs.items():
         costs[name] = cost(shape, **{**options, "batch": batch, "pictures": pictures, "patches": patches, **numbers})
@@ -87,7 +86,7 @@ def cost_command(
     if as_json:
         print(json.dumps({"runs": {name: each.to_dict() for name, each in costs.items()}, "picture": str(save) if save else None}))
         return
-    show(costs, _wide(out), operators)
+    show(costs, wide(out, WIDTH), operators)
     if save:
         err.print(f"picture: {save}", soft_wrap=True, markup=False)
 
@@ -147,13 +146,6 @@ def _reported(path: Path, visual: str | None, layers: str | None) -> dict[str, d
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path} is no report of a session ({reason}). Write one with session.report.to_json().") from error
     return runs
-
-
-def _wide(console: Console) -> Console:
-    """Wide enough for the tables where nobody's terminal says how wide."""
-    if console.is_terminal or console.width >= WIDTH:
-        return console
-    return Console(file=console.file, width=WIDTH, highlight=False)
 
 
 def show(costs: Mapping[str, Cost], console: Console, operators: bool = True) -> None:
@@ -261,7 +253,7 @@ def _paper_table(number: int, as_json: bool, console: Console) -> None:
             digits, off = len(printed.partition(".")[2]) + 1, abs(found["difference_percent"][name]) > CLOSE
             cells.append(f"{printed} / {found['ours'][name]:.{digits}f}{' *' if off else ''}")
         table.add_row(row.method, f"Vicuna-{row.backbone}", row.quantization, str(row.tokens), *cells)
-    console = _wide(console)
+    console = wide(console, WIDTH)
     console.print(table)
     console.print(f"* more than {CLOSE} % apart", style="dim")
     console.print(document["explanation"])

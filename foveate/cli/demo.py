@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from PIL import Image
+import typer
+from rich.markup import escape
+from rich.table import Table
 
-from ..answering import Answer, ask
-from ..chat import make_inputs
-from ..errors import InputError
-from ..loading import load_model
-from ..methods.base import Method
-from ..methods.registry import get
-from ..pocket.questions import PocketQuestion, exam
-from ..pocket.scenes import LEVELS, Scene, draw_scene
-from ..viz.overlay import as_seen, picture_file, save_figure
+from .common import POCKET, err, out, sayer
 
-SEED = 7
+if TYPE_CHECKING:
+    from ..answering import Answer
+    from ..methods.base import Method
+
+EPILOG = "Example:  foveate demo --folder pictures"
+SHOWN = ("prumerge+", "prumerge")
 BUDGET = 144  # tokens for methods that have no rule of their own
 
 
@@ -50,48 +49,94 @@ class Shown:
         }
 
 
+def demo_command(
+    folder: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("foveate-demo"),
+    seed: Annotated[int, typer.Option(help="Other scenes.")] = 7,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Show this method instead of prumerge+ and prumerge; may be given again. 144 tokens if it has no rule."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Hub id, folder, or pocket, the shipped model.")] = POCKET,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+) -> None:
+    """The pocket model answers about three scenes, with all visual tokens and with a fraction of them."""
+    methods = {name: with_a_budget(name) for name in method or SHOWN}
+    with err.status("starting") as status:
+        scenes = run_demo(folder, seed, methods, lambda what: status.update(escape(what)), model)
+    if as_json:
+        print(json.dumps({"scenes": [scene.to_dict() for scene in scenes]}))
+        return
+    say = sayer(out)
+    for scene in scenes:
+        out.print(_table(scene))
+        say(f"what they keep: {scene.picture}\n")
+    asked = scenes[0]
+    say(f"Ask about one yourself:  foveate ask {asked.scene} '{asked.question}' --compare")
+
+
+def _table(scene: Shown) -> Table:
+    """The answers about one scene, and what they cost."""
+    title = f"{scene.level} scene: [bold]{escape(scene.question)}[/bold]  expected: [bold]{escape(scene.expected)}[/bold]"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "answer", "visual tokens", "LLM prefill", "LLM FLOPs saved"):
+        table.add_column(column, justify="left" if column in ("", "answer") else "right")
+    full = scene.answers["full"]
+    for name, answer in scene.answers.items():
+        said = f"[{'green' if answer.text == scene.expected else 'red'}]{escape(answer.text)}[/]"
+        tokens = f"{answer.shown_tokens} ({answer.mean_tokens / full.visual_tokens:.0%})"
+        saved = "" if answer is full else f"{(full.flops - answer.flops) / full.flops:.0%}"
+        table.add_row("all tokens" if name == "full" else name, said, tokens, f"{1000 * answer.prefill:.1f} ms", saved)
+    return table
+
+
 def with_a_budget(name: str) -> Method:
     """A method with its own rule, or with ``BUDGET`` tokens where it has none."""
+    from ..errors import InputError
+    from ..methods.registry import get
+
     try:
         return get(name)
     except InputError:
         return get(name, budget=BUDGET)
 
 
-def pick_scene(level: int, seed: int) -> tuple[Scene, PocketQuestion]:
-    """A scene of the test split of a level, and one question about it."""
-    random = Random(f"demo/{seed}/{level}")
-    wanted = ("color", "where", "word")[level % 3]
-    while True:
-        scene = draw_scene(random, split="test", level=level)
-        matching = [question for question in exam(scene, random) if question.family == wanted]
-        if matching:
-            return scene, matching[0]
-
-
-def run_demo(folder: Path, seed: int, methods: dict[str, Method], progress: Callable[[str], None]) -> list[Shown]:
+def run_demo(
+    folder: Path, seed: int, methods: dict[str, Method], progress: Callable[[str], None], model: str = POCKET
+) -> list[Shown]:
     """Draw three scenes from plain to crowded, answer one question about each with all tokens and with each method, and save a
     picture of each.
     """
+    from PIL import Image
+
+    from ..answering import ask
+    from ..chat import make_inputs
+    from ..loading import SPREAD, load
+    from ..pocket.questions import example
+    from ..pocket.scenes import LEVELS
+    from ..viz.frames import first_as_seen
+    from ..viz.overlay import picture_file, save_figure
+
     kept_files = [picture_file(folder / f"kept-{level + 1}-{name}.png") for level, name in enumerate(LEVELS)]
-    progress("loading the pocket model")
-    model, processor = load_model(None)
+    progress(f"loading {model}")
+    loaded = load(model, device=SPREAD)
     ways: dict[str, Method | None] = {"full": None, **methods}
     shown: list[Shown] = []
     for level, name in enumerate(LEVELS):
-        scene, question = pick_scene(level, seed)
+        scene, question = example(level, seed)
         progress(f"{name} scene: {question.text}")
-        inputs, _ = make_inputs(processor, model, Image.fromarray(scene.image), question.text)
+        picture = Image.fromarray(scene.image)
+        inputs, _ = make_inputs(loaded.processor, loaded.model, picture, question.text)
         if not shown:
-            ask(model, processor, inputs, None, new_tokens=2)  # warm-up, so that the first prefill is timed like the others
-        answers = {key: ask(model, processor, inputs, method, new_tokens=8, repeats=3) for key, method in ways.items()}
-        Image.fromarray(scene.image).save(folder / f"scene-{level + 1}-{name}.png")
+            ask(loaded.model, loaded.processor, inputs, None, new_tokens=2)  # warm-up, so that all prefills are timed alike
+        answers = {}
+        for key, method in ways.items():
+            answers[key] = ask(loaded.model, loaded.processor, inputs, method, new_tokens=8, repeats=3)
+        file = folder / f"scene-{level + 1}-{name}.png"
+        picture.save(file)
         reports = {key: answer.report.images[0] for key, answer in answers.items() if answer.report}
         said = ", ".join(f"{key}: {answer.text}" for key, answer in answers.items())
         title = f"{question.text}   {question.answer}   ({said})"
         layers = {key: answer.layers for key, answer in answers.items()}
-        save_figure(as_seen(inputs["pixel_values"][0], processor), reports, kept_files[level], title, layers)
-        shown.append(
-            Shown(name, question.text, question.answer, answers, folder / f"scene-{level + 1}-{name}.png", kept_files[level])
-        )
+        save_figure(first_as_seen(inputs, loaded.processor, picture), reports, kept_files[level], title, layers)
+        shown.append(Shown(name, question.text, question.answer, answers, file, kept_files[level]))
     return shown

@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..errors import InputError, MissingExtraError
-from ..methods.registry import get
+from .common import err, method_of, out, parts_of, sayer, wide
 
 EPILOG = (
     "Examples:  foveate eval --limit 100  |  foveate eval --model llava-hf/llava-1.5-7b-hf --tasks pope,mme --budget 144  |  "
     "accelerate launch --num_processes 4 -m foveate eval --tasks textvqa_val --methods prumerge,prumerge+"
 )
-WIDTH = 150  # of tables that go to a file or a pipe
 HEADS = ("method", "visual tokens", "LLM prefill, GFLOPs", "s per question")
 
 
@@ -49,9 +47,8 @@ def eval_command(
     if show_tasks:
         print(known_tasks())
         return
-    chosen = [get(name, **_budget(budget)) for name in _parts(methods, "methods")]
-    names = _parts(tasks, "tasks")
-    err = Console(stderr=True, highlight=False)
+    chosen = [method_of(name, budget) for name in parts_of(methods, "methods", "prumerge,prumerge+")]
+    names = parts_of(tasks, "tasks", "pope,mme")
     first = int(os.environ.get("RANK", "0")) == 0
     if save is not None:
         _folder(save)
@@ -61,7 +58,7 @@ def eval_command(
 
     def tell(line: str) -> None:
         if first:
-            err.print(line, style="dim", markup=False, soft_wrap=True)
+            sayer(err)(line, "dim")
 
     with quiet_loading(bars=False):
         loaded = load(model, dtype=dtype, device=own_device(device), attention=attention)
@@ -74,24 +71,11 @@ def eval_command(
     if save is not None:
         (save / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
         (save / "evaluation.md").write_text(markdown(report))
-        err.print(f"written to {save}", soft_wrap=True, markup=False)
+        sayer(err)(f"written to {save}")
     if as_json:
         print(json.dumps(report))
     else:
         show(report)
-
-
-def _budget(text: str | None) -> dict[str, Any]:
-    from .main import parse_budget
-
-    return {} if text is None else {"budget": parse_budget(text)}
-
-
-def _parts(text: str, what: str) -> tuple[str, ...]:
-    found = tuple(part.strip() for part in text.split(","))
-    if not all(found):
-        raise InputError(f"--{what} {text!r} has an empty entry. Give names separated by commas.")
-    return tuple(dict.fromkeys(found))
 
 
 def _folder(path: Path) -> None:
@@ -155,14 +139,13 @@ def missing(report: dict[str, Any]) -> list[str]:
 
 def show(report: dict[str, Any]) -> None:
     """Print a table for each task."""
-    out = Console(highlight=False)
-    out = out if out.is_terminal or out.width >= WIDTH else Console(width=WIDTH, highlight=False)
+    console = wide(out)
     for task, rows in tables(report).items():
         table = Table(title=escape(f"{task}, {rows[0]['questions']} questions"), title_justify="left")
         for number, head in enumerate((*HEADS, rows[0]["metric"])):
             table.add_column(escape(str(head)), justify="left" if number == 0 else "right")
         for line in rows:
             table.add_row(*map(escape, cells(line)))
-        out.print(table)
+        console.print(table)
     for reason in missing(report):
-        out.print(reason, markup=False, soft_wrap=True)
+        sayer(console)(reason)

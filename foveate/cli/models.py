@@ -6,9 +6,10 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from .common import out
 
 EPILOG = "Example:  foveate models"
 
@@ -24,7 +25,6 @@ def models_command(
     if as_json:
         print(json.dumps({"supported": [vars(info) for info in found], "refused": REFUSED}))
         return
-    out = Console(highlight=False)
     table = Table()
     for column in ("config.model_type", "images", "videos", "merge", "encoder", "[CLS]", "positions"):
         table.add_column(escape(column), no_wrap=True)

@@ -1,12 +1,10 @@
-"""``foveate export`` and ``foveate serve``: vLLM with fewer visual tokens."""
+"""``foveate serve``: OpenAI's chat API with fewer visual tokens, in front of vLLM."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,43 +12,16 @@ import typer
 from rich.markup import escape
 
 from ..errors import InputError, MissingExtraError
+from .common import err, parse_budget
 
 if TYPE_CHECKING:
     from ..serving.encoding import PictureEncoder
 
 KEEP_ALIVE = 75  # seconds; longer than proxies and clients keep idle connections, which would use one that is being closed
-EXPORT_EPILOG = "Example:  foveate export llava-hf/llava-1.5-7b-hf llava-1.5-7b-text"
-SERVE_EPILOG = (
+EPILOG = (
     "Examples:  foveate serve --launch  |  foveate serve --model llava-hf/llava-1.5-7b-hf --launch --vllm-python bin/python  |  "
     "foveate serve --model llava-hf/llava-1.5-7b-hf --vllm-url http://127.0.0.1:8001 --method prumerge+ --budget 144"
 )
-
-
-def export_command(
-    model: Annotated[str, typer.Argument(help="Hub id or folder; 'pocket' is the shipped model.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as saved by default.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
-) -> None:
-    """Write the language model of a vision-language model as a folder that vLLM serves, with pictures as embeddings."""
-    from ..serving.export import export
-    from .main import err
-    from .main import out as console
-
-    with err.status(escape(f"exporting {model}")):
-        told = export(model, out, dtype=dtype)
-    if as_json:
-        print(json.dumps(asdict(told)))
-        return
-    chats = f"{told.conversations} conversations give its tokens" if not told.no_chat else f"no chat template: {told.no_chat}"
-    served = f"--dtype {told.dtype} --chat-template-content-format openai --host 127.0.0.1 --port 8001"
-    console.print(
-        f"{told.architecture}, {told.parameters / 1e6:,.1f} million parameters, {told.dtype}, in {out}\n"
-        f"logits differ by {told.logit_difference:.2g} from the model's own; {chats}\n"
-        f"serve it:  vllm serve {out} --enable-prompt-embeds {served}",
-        markup=False,
-        soft_wrap=True,
-    )
 
 
 def serve_command(
@@ -79,8 +50,6 @@ def serve_command(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until an answer must be complete.")] = 300.0,
 ) -> None:
     """OpenAI's chat API with fewer visual tokens: pictures are encoded and reduced here, vLLM reads their embeddings."""
-    from .main import err, parse_budget
-
     if (vllm_url is None) == (not launch):
         raise InputError("give either --vllm-url of a running vLLM, or --launch to start one")
     if launch and vllm_key:

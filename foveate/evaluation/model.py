@@ -6,7 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,15 @@ from ..chat import Prompt, collate, generation
 from ..engine.session import Session
 from ..errors import InputError
 from ..fingerprint import digest
-from ..lab.store import key_of
+from ..lab.store import Store, key_of
 from ..loading import POCKET, Loaded, load, own_device
 from ..methods.base import KeepAll, Method
 from ..methods.registry import get
-from .answers import CostedAnswer, Ledger
+from .answers import CostedAnswer
 from .prompts import MessageReader, spent
 
 FULL = KeepAll.name
+ANSWERS = "answers.jsonl"  # in the folder of answers
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,15 @@ class FoveateModel(lmms):
         self.batch_size = _count(batch_size, "batch_size")
         if max_batch_size is not None:
             raise InputError("max_batch_size is for an automatic batch size, which foveate has not. Give batch_size.")
-        self.method = _method(method, budget, fields)
+        self.method: Method = _method(method, budget, fields)
         self.frames = _count(frames, "frames")
         self.loaded = loaded or load(pretrained, dtype=dtype, device=own_device(device), attention=attention)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self.accelerator = Accelerator(cpu=self.device.type == "cpu")
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.session: Session = attach(self.loaded.model, self.method or KeepAll())
+        self.session: Session = attach(self.loaded.model, self.method)
         self.reader = MessageReader(self.loaded, self.frames)
-        self.ledger = Ledger(None if cache is None else Path(cache), self.setting(), self._rank)
+        self.store = Store(None if cache is None else Path(cache) / ANSWERS, self.setting(), self._rank)
         self.answers: dict[str, dict[int, CostedAnswer]] = {}
 
     @property
@@ -114,7 +115,7 @@ class FoveateModel(lmms):
         return device
 
     def setting(self) -> dict[str, Any]:
-        """Everything that answers depend on, but for the question: one ledger for each."""
+        """Everything that answers depend on, but for the question."""
         from importlib.metadata import version
 
         from .. import __version__
@@ -142,7 +143,7 @@ class FoveateModel(lmms):
         """Nothing goes: the model may answer for other methods."""
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answer requests, in batches, as far as the ledger does not hold them.
+        """Answer requests, in batches, as far as the store does not hold them.
 
         Raises
         ------
@@ -154,20 +155,23 @@ class FoveateModel(lmms):
         for request in requests:
             asked = self._read(request)
             keys.append(asked.key)
-            if self.ledger.get(asked.key) is None:
+            if self.store.get(asked.key) is None:
                 group = waiting.setdefault(asked.batch, {})
                 group[asked.key] = asked
                 if len(group) == self.batch_size:
-                    self.ledger.put(self._answer(waiting.pop(asked.batch)))
+                    self._keep(self._answer(waiting.pop(asked.batch)))
             bar.update()
         for group in waiting.values():
-            self.ledger.put(self._answer(group))
+            self._keep(self._answer(group))
         bar.close()
-        found = [answer for answer in map(self.ledger.get, keys) if answer is not None]
+        found = [CostedAnswer(**answer) for answer in map(self.store.get, keys) if answer is not None]
         for request, answer in zip(requests, found, strict=True):
             self.answers.setdefault(request.task_name, {})[int(request.doc_id)] = answer
         self._log(found)
         return [GenerationResult(answer.text, TokenCounts(answer.prompt, answer.written)) for answer in found]
+
+    def _keep(self, answers: Mapping[str, CostedAnswer]) -> None:
+        self.store.put_all({key: asdict(answer) for key, answer in answers.items()})
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise InputError(f"the task {_task(requests)} asks for likelihoods, and foveate generates answers. Choose another task.")
@@ -180,7 +184,7 @@ class FoveateModel(lmms):
     @property
     def shown(self) -> str:
         """The method, in a few letters."""
-        return FULL if self.method is None else f"{self.method.name} {self.method.budget or 'own rule'}"
+        return shown(self.method)
 
     def _read(self, request: Instance) -> _Asked:
         _, to_messages, kwargs, document, task, split = request.args
@@ -237,15 +241,19 @@ class FoveateModel(lmms):
         log_metrics(seconds, written, written / max(seconds, 1e-9), additional)
 
 
-def _method(method: str | Method, budget: Any, fields: dict[str, Any]) -> Method | None:
-    """A method from the arguments of a command line; None keeps all visual tokens."""
-    if isinstance(method, str) and method != FULL:
-        return get(method, **({} if budget is None else {"budget": budget}), **fields)
-    given = [*([] if budget is None else ["budget"]), *fields]
+def shown(method: Method) -> str:
+    """A method and its budget, in a few letters."""
+    return method.name if isinstance(method, KeepAll) else f"{method.name} {method.budget or 'own rule'}"
+
+
+def _method(method: str | Method, budget: Any, fields: dict[str, Any]) -> Method:
+    """A method from the arguments of a command line."""
+    given = {**({} if budget is None else {"budget": budget}), **fields}
+    if isinstance(method, str):
+        return get(method, **given)
     if given:
-        what = f"method={FULL!r} keeps all visual tokens" if method == FULL else "fields belong to the name of a method"
-        raise InputError(f"unknown argument {given[0]!r}: {what}. Name a method with it, such as method=prumerge+.")
-    return None if isinstance(method, str) else method
+        raise InputError(f"unknown argument {next(iter(given))!r}: fields belong to the name of a method, such as method=prumerge+")
+    return method
 
 
 def _count(value: Any, what: str) -> int:

@@ -14,7 +14,8 @@ from typing import Any
 
 from ..errors import InputError, MissingExtraError, UnsupportedModelError
 from ..loading import Loaded
-from ..methods.base import Method
+from ..methods.base import KeepAll, Method
+from ..methods.baselines import BASELINES, BESIDE
 from ..methods.registry import get
 from . import TASKS
 from .answers import CostedAnswer
@@ -31,9 +32,8 @@ with redirect_stdout(sys.stderr):  # from its import on, lmms-eval logs to what 
     except ImportError as error:
         raise MissingExtraError(f"lmms-eval, or {error.name} that it needs,", "eval") from error
 
-from .model import FULL, FoveateModel
+from .model import FoveateModel, shown
 
-BASELINES = ("random", "spatial", "resize")  # run beside every method
 MAIN = {  # metric that stands for a task, where it is not the first one
     "pope": "pope_f1_score",
     "pocket_pope": "pope_f1_score",
@@ -65,15 +65,14 @@ class TaskRun:
     cache: Path | None = None
     output: Path | None = None
 
-    def answers(self, method: Method | None, tasks: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def answers(self, method: Method, tasks: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Rows of one method, one for each task; in several processes all get the same, but for scores, which the first one has.
 
         Raises
         ------
         UnsupportedModelError : the method does not work on the model.
         """
-        options = {"batch_size": self.batch_size, "frames": self.frames, "cache": self.cache}
-        model = FoveateModel(loaded=self.loaded, method=FULL if method is None else method, **options)  # type: ignore[arg-type]
+        model = FoveateModel(loaded=self.loaded, method=method, batch_size=self.batch_size, frames=self.frames, cache=self.cache)
         try:
             results = scored(model, tasks, limit=self.limit, batch_size=self.batch_size, output=self.output)
         finally:
@@ -114,7 +113,7 @@ def _merged(mine: dict[str, dict[int, CostedAnswer]]) -> dict[str, dict[int, Cos
     return found
 
 
-def row(task: str, method: Method | None, answers: Mapping[int, CostedAnswer], results: Mapping[str, Any]) -> dict[str, Any]:
+def row(task: str, method: Method, answers: Mapping[int, CostedAnswer], results: Mapping[str, Any]) -> dict[str, Any]:
     """One line: scores and costs of a method on a task.
 
     Parameters
@@ -131,8 +130,8 @@ def row(task: str, method: Method | None, answers: Mapping[int, CostedAnswer], r
     items, number = max(1, sum(answer.items for answer in each)), max(1, len(answers))
     return {
         "task": task,
-        "method": FULL if method is None else method.name,
-        "budget": None if method is None else method.budget,
+        "method": method.name,
+        "budget": None if isinstance(method, KeepAll) else method.budget,
         "metric": main,
         "score": None if main is None else factor * plain[main],
         "stderr": None if error is None or not math.isfinite(error) else factor * error,
@@ -142,7 +141,7 @@ def row(task: str, method: Method | None, answers: Mapping[int, CostedAnswer], r
         "tokens_before": sum(answer.before for answer in each) / items,
         "flops": sum(answer.flops for answer in each) / number,
         "seconds": math.fsum(answer.seconds for answer in each) / number,
-        "settings": {"name": FULL} if method is None else method.settings(),
+        "settings": method.settings(),
     }
 
 
@@ -211,29 +210,28 @@ def evaluate(
     run : how.
     tasks : as ``load_tasks`` returned them.
     methods : to compare.
-    baselines : whether ``BASELINES`` run beside each method, at the tokens that its decoder layers run on average.
+    baselines : whether ``BESIDE`` run beside each method, at the tokens that its decoder layers run on average.
     tell : is told what comes next.
     """
     rows, missing = [], []
 
-    def add(method: Method | None, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
-        shown = FULL if method is None else f"{method.name} {method.budget or ''}".strip()
-        tell(f"{shown} on {', '.join(mine)}")
+    def add(method: Method, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
+        tell(f"{shown(method)} on {', '.join(mine)}")
         try:
             found = run.answers(method, mine)
         except UnsupportedModelError as error:
-            missing.append({"method": shown, "tasks": [*mine], "reason": str(error)})
+            missing.append({"method": shown(method), "tasks": [*mine], "reason": str(error)})
             return []
         rows.extend(found)
         return found
 
-    add(None, tasks)
+    add(KeepAll(), tasks)
     asked: dict[tuple[str, float | None], dict[str, Any]] = {}
     for method in methods:
         lines = add(method, tasks)
         for line in lines if baselines and method.name not in BASELINES else ():
             budget = level(line, method)
-            for name in BASELINES if budget is not None else ():
+            for name in BESIDE if budget is not None else ():
                 asked.setdefault((name, budget), {})[line["task"]] = tasks[line["task"]]
     for (name, budget), mine in asked.items():
         add(get(name, budget=budget), mine)

@@ -183,30 +183,3 @@ def paper_table(number: int, runner: Runner, tell: Tell = lambda *_: None) -> di
         "tally": tally(claims),
         "notes": [MIRRORED, *NOTES[number]],
     }
-
-
-def cells(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Heads and lines in the layout of the paper: Table 4 in blocks by task, the others with a column for each."""
-    tasks: dict[str, str] = report["tasks"]
-    if report["table"] == 4:
-        rows = []
-        for task, group in tasks.items():
-            rows.append([f"Task: {task} / {group}", "", "", "", ""])
-            for line in report["lines"]:
-                if task in line["paper"]:
-                    ours = _ours(line["ours"][task], True)
-                    rows.append([line["label"], line["told"][task], f"{line['paper'][task]:g}", line["shown"], ours])
-        return ["approach", "tokens in the paper", "paper", "tokens here", "ours, % [95 %]"], rows
-    heads = ["method", "tokens in the paper", "ours", "tokens here", *(f"{task} / {group}" for task, group in tasks.items())]
-    return heads, [
-        [line["label"], next(iter(line["told"].values())), line["setting"].split(",")[0], line["shown"]]
-        + [f"{line['paper'][task]:g} / {_ours(line['ours'][task], False)}" for task in tasks]
-        for line in report["lines"]
-    ]
-
-
-def _ours(value: Any, interval: bool) -> str:
-    if value is None:
-        return "-"
-    mean, low, high = (100 * each for each in value)
-    return f"{mean:.1f} [{low:.1f}, {high:.1f}]" if interval else f"{mean:.1f}"

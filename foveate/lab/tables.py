@@ -1,9 +1,10 @@
-"""Reports of ``foveate compare`` as tables, Markdown and CSV."""
+"""Reports of ``foveate compare``, and of the tables of a paper, as tables, Markdown and CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -178,3 +179,60 @@ def csv_text(report: Row) -> str:
         first = ["own" if part == "budget" and row[part] is None else row[part] for part in plain]
         writer.writerow([*first, *differences, *(row["families"].get(f, "") for f in report["all"]["families"]), row["seconds"]])
     return text.getvalue()
+
+
+# -- tables of a paper
+
+
+def cells(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines in the layout of the paper: Table 4 in blocks by task, the others with a column for each."""
+    tasks: dict[str, str] = report["tasks"]
+    if report["table"] == 4:
+        rows = []
+        for task, group in tasks.items():
+            rows.append([f"Task: {task} / {group}", "", "", "", ""])
+            for line in report["lines"]:
+                if task in line["paper"]:
+                    ours = _ours(line["ours"][task], True)
+                    rows.append([line["label"], line["told"][task], f"{line['paper'][task]:g}", line["shown"], ours])
+        return ["approach", "tokens in the paper", "paper", "tokens here", "ours, % [95 %]"], rows
+    heads = ["method", "tokens in the paper", "ours", "tokens here", *(f"{task} / {group}" for task, group in tasks.items())]
+    return heads, [
+        [line["label"], next(iter(line["told"].values())), line["setting"].split(",")[0], line["shown"]]
+        + [f"{line['paper'][task]:g} / {_ours(line['ours'][task], False)}" for task in tasks]
+        for line in report["lines"]
+    ]
+
+
+def _ours(value: Any, interval: bool) -> str:
+    if value is None:
+        return "-"
+    mean, low, high = (100 * each for each in value)
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]" if interval else f"{mean:.1f}"
+
+
+def files(report: dict[str, Any]) -> dict[str, str]:
+    """What ``--save`` writes, but for the picture."""
+    document = json.dumps(report, indent=1) + "\n"
+    if "table" in report:
+        return {f"table-{report['table']}.md": table_markdown(report), f"table-{report['table']}.json": document}
+    return {"comparison.md": markdown(report), "comparison.json": document, "comparison.csv": csv_text(report)}
+
+
+def table_markdown(report: dict[str, Any]) -> str:
+    """A table of the paper, its claims and what must be said about it."""
+    heads, rows = cells(report)
+    left = 1 if report["table"] == 4 else 3
+    lines = [f"# {report['title']}, in small", "", about_table(report) + ".", "", "```bash", report["command"], "```", ""]
+    lines += [*markdown_table(heads, rows, left), "", report["tally"] + ".", ""]
+    lines += [f"- {claim['sentence']}" for claim in report["claims"]]
+    return "\n".join([*lines, "", *report["notes"], *failed(report), ""])
+
+
+def about_table(report: dict[str, Any]) -> str:
+    return f"Paper / ours: {report['questions']} questions about {report['scenes']} scenes (seed {report['seed']})"
+
+
+def failed(report: dict[str, Any]) -> list[str]:
+    """Why lines of a table are empty."""
+    return [f"{line['label']}: {line['reason']}" for line in report["lines"] if line["reason"]]

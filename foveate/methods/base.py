@@ -44,6 +44,7 @@ class Method:
     reference: ClassVar[str] = ""
     adaptive: ClassVar[bool] = True
     reconstruction: ClassVar[str] = ""  # what of it no paper or code told; goes into every report
+    searched: ClassVar[str] = ""  # the kind of search that finds its setting on a calibration set (foveate.tuning.search)
     instead_of_budget: ClassVar[tuple[str, ...]] = ()  # fields that also say how many tokens stay, where they have a value
 
     budget: Budget = None

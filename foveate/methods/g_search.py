@@ -27,6 +27,7 @@ class GSearch(Schedule, name="g-search", paper=PAPER, adaptive=False, reconstruc
     rates : the keep rates themselves, one for each decoder layer, not increasing.
     """
 
+    searched = "rates"
     instead_of_budget = ("plan", "rates")
 
     plan: str | None = None

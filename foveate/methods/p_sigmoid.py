@@ -27,6 +27,8 @@ class PSigmoid(Schedule, name="p-sigmoid", paper=PAPER, adaptive=False, reconstr
     low, high : what the sigmoid falls to, and from.
     """
 
+    searched = "sigmoid"
+
     budget: Budget = 0.125
     steepness: float | None = None
     low: float = 0.0

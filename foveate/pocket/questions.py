@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from .scenes import SIDE, Scene, SceneItem
+from .scenes import SIDE, Scene, SceneItem, draw_scene
 from .vocabulary import COLORS, COLUMNS, LETTERS, ROWS, SHAPES, WORDS
 
 QUESTION_KINDS = (
@@ -265,3 +265,14 @@ def exam(scene: Scene, random: Random) -> list[PocketQuestion]:
         for color, answer in ((item.color, "yes"), (wrong, "no")):
             found[f"is the {item.name} {color} ?"] = PocketQuestion("pair", f"is the {item.name} {color} ?", answer)
     return list(found.values())
+
+
+def example(level: int, seed: int) -> tuple[Scene, PocketQuestion]:
+    """A scene of the test split of a level, and one question about it."""
+    random = Random(f"demo/{seed}/{level}")
+    wanted = ("color", "where", "word")[level % 3]
+    while True:
+        scene = draw_scene(random, split="test", level=level)
+        matching = [question for question in exam(scene, random) if question.family == wanted]
+        if matching:
+            return scene, matching[0]

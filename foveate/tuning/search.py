@@ -22,7 +22,9 @@ from ..errors import InputError
 from ..methods.base import DecoderReducer, Method
 from ..methods.g_search import GSearch
 from ..methods.p_sigmoid import PSigmoid
+from ..methods.registry import look_up, registered
 from ..methods.tools.scoring import prompt_attention
+from .calibration import Calibration
 
 Evaluate = Callable[[Method], float]
 Progress = Callable[[str], None]
@@ -53,8 +55,11 @@ class Plan:
         """Keep rate on average over layers."""
         return sum(self.rates) / len(self.rates)
 
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "mean": self.mean}
+
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps({**asdict(self), "mean": self.mean}, indent=1) + "\n")
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 def g_search(
@@ -193,3 +198,61 @@ def head_mask(model: Any, prompts: Iterable[dict[str, Any]], share: float = 0.5,
     stays = agreed >= threshold
     stays[:2] = True
     return [*(layer.tolist() for layer in stays), [True] * ratios.shape[-1]]
+
+
+# -- by the kind that a method names
+
+
+@dataclass(frozen=True)
+class Search:
+    """One kind of search.
+
+    Attributes
+    ----------
+    options : that it reads, of those of the command line.
+    run : from a calibration set, the options and what is told on the way, to the document to write and what was found in a line.
+    """
+
+    options: tuple[str, ...]
+    run: Callable[[Calibration, dict[str, Any], Progress], tuple[dict[str, Any], str]]
+
+
+def _plan_found(plan: Plan, calibration: Calibration) -> tuple[dict[str, Any], str]:
+    plan.settings["data"] = calibration.name
+    rates = " ".join(f"{rate:.0%}" for rate in plan.rates)
+    return plan.to_dict(), f"keep rates {rates}: {plan.mean:.1%} on average, accuracy {plan.accuracy:.1%} of {plan.full:.1%}"
+
+
+def _rates(calibration: Calibration, options: dict[str, Any], progress: Progress) -> tuple[dict[str, Any], str]:
+    return _plan_found(g_search(calibration.accuracy, calibration.layers, progress=progress, **options), calibration)
+
+
+def _sigmoid(calibration: Calibration, options: dict[str, Any], progress: Progress) -> tuple[dict[str, Any], str]:
+    return _plan_found(p_sigmoid_search(calibration.accuracy, calibration.layers, progress=progress, **options), calibration)
+
+
+def _heads(calibration: Calibration, options: dict[str, Any], progress: Progress) -> tuple[dict[str, Any], str]:
+    mask = head_mask(calibration.loaded.model, calibration.prompts(), **options)
+    kept = sum(map(sum, mask)) / sum(map(len, mask))
+    return {"data": calibration.name, "heads": mask}, f"{kept:.0%} of the heads take part in visual tokens"
+
+
+SEARCHES = {
+    "rates": Search(("epsilon", "steps"), _rates),
+    "sigmoid": Search(("budget",), _sigmoid),
+    "heads": Search(("share",), _heads),
+}
+
+
+def search_of(method: str) -> Search:
+    """The search that finds a setting of a method.
+
+    Raises
+    ------
+    InputError : there is no such method, or none for it.
+    """
+    known = [name for name, cls in registered().items() if cls.searched]
+    cls, _ = look_up(method)
+    if not cls.searched:
+        raise InputError(f"there is no search for {method!r}; choose {', '.join(known)}")
+    return SEARCHES[cls.searched]

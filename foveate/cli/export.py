@@ -1,0 +1,40 @@
+"""``foveate export``: the language model of a vision-language model, for vLLM."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from .common import err, out
+
+EPILOG = "Example:  foveate export llava-hf/llava-1.5-7b-hf llava-1.5-7b-text"
+
+
+def export_command(
+    model: Annotated[str, typer.Argument(help="Hub id or folder; 'pocket' is the shipped model.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as saved by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+) -> None:
+    """Write the language model of a vision-language model as a folder that vLLM serves, with pictures as embeddings."""
+    from ..serving.export import export
+
+    with err.status(escape(f"exporting {model}")):
+        told = export(model, folder, dtype=dtype)
+    if as_json:
+        print(json.dumps(asdict(told)))
+        return
+    chats = f"{told.conversations} conversations give its tokens" if not told.no_chat else f"no chat template: {told.no_chat}"
+    served = f"--dtype {told.dtype} --chat-template-content-format openai --host 127.0.0.1 --port 8001"
+    out.print(
+        f"{told.architecture}, {told.parameters / 1e6:,.1f} million parameters, {told.dtype}, in {folder}\n"
+        f"logits differ by {told.logit_difference:.2g} from the model's own; {chats}\n"
+        f"serve it:  vllm serve {folder} --enable-prompt-embeds {served}",
+        markup=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,43 @@
+"""``foveate methods``: the table of methods."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .common import err, out, sayer
+
+EPILOG = "Example:  foveate methods"
+PLACES = {"inside the vision encoder": "encoder", "before the projector": "projector", "inside the decoder": "decoder"}
+
+
+def methods_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+) -> None:
+    """The table of methods."""
+    from ..methods.registry import methods
+
+    found = methods()
+    if as_json:
+        print(json.dumps([vars(info) for info in found]))
+        return
+    table = Table(show_lines=True)
+    for column in ("name", "where", "reads", "count"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("what it does")
+    for info in found:
+        name = "\n".join([info.name, *([", ".join(info.presets)] if info.presets else [])])
+        paper = info.paper.rpartition("/")[2]
+        where = PLACES.get(info.stage, "both")
+        reads = "\n".join(["[CLS]"] * info.reads_cls + ["question"] * info.reads_question)
+        row = (name, where, reads, "adaptive" if info.adaptive else "budget", f"{info.summary} {paper}")
+        table.add_row(*(escape(cell) for cell in row))
+    out.print(table)
+    out.print("second line of a name: its presets, as in prumerge:paper; last word: the paper's number at arxiv.org", style="dim")
+    for info in found:
+        if info.problem:
+            sayer(err)(f"note: {info.name} cannot be built here ({info.problem})", "yellow")
