@@ -49,7 +49,7 @@ $(VENV)/eval: $(VENV)/dev
 	touch $@
 
 test-eval: $(VENV)/eval
-	$(BIN)/python -m pytest -n 2 tests/test_evaluation.py tests/test_evaluation_data.py
+	$(BIN)/python -m pytest -n 2 tests/evaluation/test_running.py tests/evaluation/test_local.py
 
 # torchvision of PyPI does not load beside a torch for CPUs; the tests of the plugin bring what it lacks (tests/vllm/shim)
 $(VLLM)/ready: pyproject.toml

@@ -13,7 +13,6 @@ from typing import Annotated
 
 import torch
 import typer
-from foveate.engine.vision.encoding.front import encode_and_reduce
 from rich.console import Console
 from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -22,6 +21,7 @@ import foveate
 from benchmarks.common import interleaved, ratio, save, summary
 from foveate.analysis.flops import encoder_flops
 from foveate.engine.model.anatomy import anatomy
+from foveate.engine.vision.front import Around, encode_and_reduce
 from foveate.report import Clock
 
 METHODS = ("tome", "crossget", "evit", "ats", "resize")
@@ -64,10 +64,10 @@ def main(
 
         def run(method: foveate.FrontReducer, pixels: torch.Tensor = pixels) -> list[list[int]]:
             with torch.no_grad():
-                visuals = encode_and_reduce(parts, method, {"pixel_values": pixels}, Clock(model.device))
+                visuals = encode_and_reduce(parts, method, {"pixel_values": pixels}, Around(Clock(model.device)))
             return [counts.tolist() for counts in visuals.encoder_counts]
 
-        methods = {("all", patches): foveate.Sequential(budget=1.0)}
+        methods = {("all", patches): foveate.KeepAll()}
         methods |= {(name, int(b)): foveate.get(name, budget=int(b)) for name in METHODS for b in budgets.split(",")}
         counts = {key: run(method) for key, method in methods.items()}
         times = interleaved({str(key): (lambda method=method: run(method)) for key, method in methods.items()}, rounds)

@@ -95,7 +95,7 @@ def calls(shapes: Shapes, budget: int) -> Iterator[tuple[str, Callable[[], Any]]
             jobs: list[Callable[[], Any]] = []
             if isinstance(front, EncoderReducer):
                 jobs += [functools.partial(front.shrink, block) for block in shapes.blocks(front)]
-            elif type(front) is not ProjectorReducer and front.picture(shapes.grid) is None:
+            elif not isinstance(front, foveate.KeepAll) and front.picture(shapes.grid) is None:
                 seen = shapes.visual(front)
                 jobs.append(lambda f=front, s=seen: f.reduce(s).apply(s.features))  # type: ignore[misc]
             for inside in method.inside_decoder():

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from foveate.serving.gateway.gateway.launch import HOST, free_port
+from foveate.serving.gateway.launch import HOST, free_port
 
 ROOT = Path(__file__).parents[1]
 SHIM = ROOT / "tests" / "vllm" / "shim"

@@ -92,7 +92,7 @@ class Runner:
     def evaluator(self) -> Evaluator:
         """Has encoded all pictures."""
         made = Evaluator(self.loaded.model, self.data)
-        made.run(None)
+        _ = [pictures.embeds for pictures in made.pictures]
         return made
 
     def outcome(self, method: Method | None) -> Outcome:

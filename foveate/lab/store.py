@@ -42,8 +42,8 @@ class Store:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            known = [self._read(file) for file in {self.path, *path.parent.glob(f"{path.name}.[0-9]*"), path}]
-            if not any(known):
+            known = [self._read(file) for file in {*path.parent.glob(f"{path.name}.[0-9]*"), path}]
+            if not any(known) or not self.path.exists():
                 self._append([{"format": FORMAT, "setting": self.setting, "is": json.loads(json.dumps(setting, default=str))}])
             else:
                 self.path.open("ab").close()  # whether it can be written is known before anything is computed

@@ -79,7 +79,7 @@ class SparseVLM(DecoderReducer, name="sparsevlm", paper="https://arxiv.org/abs/2
     def left(self, total: int, layers: int) -> list[float] | None:
         cuts = self.cuts(layers)
         if self.counts is not None:
-            return steps(total, layers, {cut: total * count // 576 for cut, count in zip(cuts, self.counts, strict=True)})
+            return steps(total, layers, {cut: total * count // 576 for cut, count in zip(cuts, self.counts, strict=False)})
         if self.budget is None:
             return None
         ratio = float(stage_ratio(self.name, self.budget, torch.tensor([[total]]), cuts, layers))

@@ -13,7 +13,8 @@ from typing import TypeVar
 
 import httpx
 import psutil
-from foveate.serving.gateway.gateway.launch import free_port
+
+from foveate.serving.gateway.launch import free_port
 
 ENGINE = "--enforce-eager --max-model-len 1024 --max-num-seqs 16"
 PATIENCE = 400  # seconds for a start of vLLM, which takes 20 on a machine that nobody else uses

@@ -22,13 +22,13 @@ import httpx
 import psutil
 import pytest
 import torch
-from foveate.serving.gateway.gateway.app import create_app
-from foveate.serving.gateway.gateway.gateway import Settings
 from PIL import Image
 
 from foveate.loading import load_encoder
 from foveate.pocket.scenes import draw_scene
 from foveate.serving.encoding import PictureEncoder
+from foveate.serving.gateway.app import create_app
+from foveate.serving.gateway.gateway import GatewaySettings
 from tests.serving_fakes import data_url, events, served, shown
 
 from .stack import PATIENCE, Stack, running
@@ -274,7 +274,7 @@ def test_features_that_are_not_finite_never_reach_vllm(gateway: Served, right: d
         torch.nn.init.constant_(parameter, float("nan"))
     engine = gateway.engine()
     url = f"http://127.0.0.1:{engine.cmdline()[engine.cmdline().index('--port') + 1]}"
-    broken = create_app(Settings("pocket", url, vllm_key=engine.environ()["VLLM_API_KEY"]), [encoder])
+    broken = create_app(GatewaySettings("pocket", url, vllm_key=engine.environ()["VLLM_API_KEY"]), [encoder])
 
     async def both(there: str) -> None:
         async with connected(gateway) as client:

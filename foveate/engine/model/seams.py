@@ -1,6 +1,6 @@
 """The parts of transformers that foveate relies on and that are not documented as stable, all in this file.
 
-``tests/test_seams.py`` names the seam when a new release moves it.
+``tests/engine/model/test_seams.py`` names the seam when a new release moves it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,242 @@
+"""Wrong input: our own exception, one sentence on what is wrong and one on what to do, and a model left as it was (T10)."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import foveate
+from foveate.errors import FoveateError
+
+from .. import zoo
+
+
+@pytest.fixture
+def model():
+    return zoo.load()
+
+
+def refused(model, error, match, **inputs):
+    """Both ways of calling refuse, and the model then works as if nothing had happened."""
+    good = zoo.batch()
+    with foveate.PruMergePlus()(model):
+        for call in (lambda: model.generate(**inputs, max_new_tokens=2), lambda: model(**inputs)):
+            with pytest.raises(error, match=match):
+                call()
+        model.generate(**good, max_new_tokens=1)
+    assert "generate" not in model.__dict__
+    assert not model._forward_pre_hooks
+
+
+def test_more_placeholders_than_pictures(model):
+    inputs = zoo.batch()
+    inputs["pixel_values"] = inputs["pixel_values"][:3]
+    refused(model, foveate.InputError, r"256 image placeholders and the 3 image\(s\) give 192", **inputs)
+
+
+def test_a_picture_without_placeholders(model):
+    ids = torch.tensor([[1, 20, 21]])
+    match = r"0 image placeholders and the 1 image\(s\)"
+    refused(model, foveate.InputError, match, input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=zoo.pictures(1))
+
+
+def test_placeholders_of_one_picture_in_two_prompts(model):
+    half = zoo.TOKENS // 2
+    ids = torch.tensor([[1, *[zoo.IMAGE] * half, 20], [1, *[zoo.IMAGE] * half, 20]])
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=zoo.pictures(1))
+    refused(model, foveate.InputError, "lie in two prompts", **inputs)
+
+
+def test_placeholders_without_any_picture(model):
+    ids = zoo.batch()["input_ids"]
+    with foveate.PruMerge()(model), pytest.raises(foveate.InputError, match="no picture is given"):
+        model.generate(input_ids=ids, max_new_tokens=1)
+
+
+def test_a_batch_of_text_is_left_alone(model):
+    inputs = zoo.batch(rows=(2,))
+    plain = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    with foveate.PruMergePlus()(model) as session:
+        assert torch.equal(plain, model.generate(**inputs, max_new_tokens=4, do_sample=False))
+        assert session.report.images == []
+        assert "no image" in str(session.report)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", [foveate.PruMergePlus(), foveate.PruMerge(budget=5), foveate.Spatial(budget=5)])
+def test_broken_values(model, value, method):
+    inputs = zoo.batch()
+    inputs["pixel_values"][1, 0, 3, 3] = value
+    with method(model), pytest.raises(foveate.InputError, match="NaN or infinite"):
+        model.generate(**inputs, max_new_tokens=1)
+
+
+def test_features_that_overflow_where_scores_do_not():
+    """The features are broken, the attention of the layer the method reads is not."""
+    model = zoo.load()
+    with torch.no_grad():
+        model.model.vision_tower.encoder.layers[1].mlp.fc2.bias[0] = float("inf")
+    tower = model.model.vision_tower
+    tower.encoder.layers[2].layer_norm1.register_forward_hook(lambda _, __, out: torch.nan_to_num(out))
+    with foveate.PruMerge()(model), pytest.raises(foveate.InputError, match="NaN or infinite"):
+        model.generate(**zoo.batch(), max_new_tokens=1)
+
+
+def test_model_and_method_swapped(model):
+    with pytest.raises(foveate.InputError, match="not LlavaForConditionalGeneration"):
+        foveate.attach("prumerge", model)
+    with pytest.raises(foveate.InputError, match="a method was expected and not dict"):
+        foveate.attach(model, {})
+
+
+def test_embeddings_instead_of_pictures(model):
+    inputs = zoo.batch()
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    with foveate.PruMergePlus()(model):
+        with pytest.raises(foveate.InputError, match="inputs_embeds holds pictures that are encoded already"):
+            model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], max_new_tokens=1)
+        with pytest.raises(foveate.InputError, match="inputs_embeds"):
+            model(inputs_embeds=embeds, pixel_values=inputs["pixel_values"])
+        encoded = model.get_image_features(inputs["pixel_values"])
+        ids = inputs["input_ids"]
+        with pytest.raises(foveate.InputError, match="mm_encoder_outputs holds pictures"):
+            model.generate(input_ids=ids, mm_encoder_outputs={"image": encoded}, max_new_tokens=1)
+
+
+def test_labels_of_the_wrong_length(model):
+    inputs = zoo.batch()
+    with foveate.PruMergePlus()(model), pytest.raises(foveate.InputError, match="labels have shape"):
+        model(**inputs, labels=inputs["input_ids"][:, 1:])
+
+
+def test_masks_that_do_not_fit(model):
+    inputs = zoo.batch()
+    with foveate.PruMergePlus()(model):
+        with pytest.raises(foveate.InputError, match="attention_mask has 3 columns"):
+            model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"], attention_mask=torch.ones(4, 3))
+        with pytest.raises(foveate.InputError, match="4 dimensions"):
+            model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"], attention_mask=torch.ones(4, 1, 3, 3))
+
+
+def test_position_ids_where_the_prompt_is_renumbered(model):
+    inputs = zoo.batch(rows=(0,))
+    places = torch.arange(inputs["input_ids"].shape[1])[None]
+    with foveate.PruMergePlus()(model), pytest.raises(foveate.InputError, match="positions='original'"):
+        model(**inputs, position_ids=places)
+    with torch.no_grad(), foveate.PruMergePlus(positions="original")(model):
+        assert torch.equal(model(**inputs, position_ids=places).logits, model(**inputs).logits)
+
+
+def test_attaching_twice(model):
+    handle = foveate.attach(model, "prumerge")
+    with pytest.raises(foveate.InputError, match="'prumerge' is attached to this model already"):
+        foveate.attach(model, "prumerge+")
+    with foveate.PruMergePlus()(model):  # a block inside is fine
+        pass
+    handle.detach()
+    handle.detach()
+    assert "generate" not in model.__dict__
+    with foveate.attach(model, "prumerge+") as handle:  # so is a block that takes over the handle
+        model.generate(**zoo.batch(), max_new_tokens=1)
+    assert handle.report.after
+    assert "generate" not in model.__dict__
+    session = foveate.PruMerge()(model)
+    with session, pytest.raises(foveate.InputError, match="attached already"), session:
+        pass
+
+
+def test_unknown_methods_and_fields(model):
+    for arguments, fields in (
+        (("prunemerge",), {}),
+        (("prumerge",), {"ratio": 2}),
+        ((foveate.PruMerge(),), {"budget": 3}),
+        ((5,), {}),
+    ):
+        with pytest.raises(foveate.InputError):
+            foveate.attach(model, *arguments, **fields)
+    assert "generate" not in model.__dict__
+
+
+@pytest.mark.parametrize("layer", [7, -9, "first"])
+def test_layers_the_encoder_does_not_have(model, layer):
+    with pytest.raises(foveate.UnsupportedModelError, match="does not exist"):
+        foveate.attach(model, "prumerge", score_layer=layer)
+    assert "generate" not in model.__dict__
+
+
+def test_models_that_are_not_supported(model):
+    text = LlamaForCausalLM(
+        LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    )
+    for wrong, match in (
+        (text, "a model without vision"),
+        (model.model, "no language head"),
+        (torch.nn.Linear(2, 2), "not a Hugging Face model"),
+        ("llava-hf/llava-1.5-7b-hf", "not a Hugging Face model"),
+    ):
+        with pytest.raises(foveate.UnsupportedModelError, match=match):
+            foveate.attach(wrong, "prumerge+")
+
+
+def test_another_vision_encoder_is_named():
+    from transformers import ViTConfig
+
+    tower = ViTConfig(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14
+    )
+    model = zoo.build_llava("llama", tower=tower)
+    with pytest.raises(
+        foveate.UnsupportedModelError, match="with a 'vit' vision encoder is not supported; supported encoders: clip"
+    ):
+        foveate.attach(model, "spatial", budget=3)
+
+
+def test_weights_that_are_not_loaded():
+    with torch.device("meta"):
+        model = zoo.build_llava("llama")
+    with pytest.raises(foveate.UnsupportedModelError, match="meta tensors"):
+        foveate.attach(model, "spatial", budget=3)
+
+
+def test_encode_needs_pictures(model):
+    inputs = zoo.batch(rows=(2,))
+    with pytest.raises(foveate.InputError, match="encode needs input_ids and pixel_values"):
+        foveate.encode(model, "prumerge", **inputs)
+    with pytest.raises(foveate.InputError, match="encode needs"):
+        foveate.encode(model, "prumerge", pixel_values=zoo.pictures(1))
+
+
+def test_pictures_of_another_size_than_the_encoder_takes(model):
+    inputs = zoo.batch(rows=(0,))
+    inputs["pixel_values"] = torch.randn(1, 3, 56, 56)
+    with foveate.PruMergePlus()(model), pytest.raises(ValueError, match="doesn't match model"):  # transformers' own words
+        model.generate(**inputs, max_new_tokens=1)
+    assert not model.model.multi_modal_projector._forward_pre_hooks
+
+
+def test_one_family_for_everything_we_raise():
+    for error in (foveate.InputError, foveate.UnsupportedModelError, foveate.CacheError, foveate.MissingExtraError):
+        assert issubclass(error, FoveateError)
+    assert "pip install 'foveate[viz]'" in str(foveate.MissingExtraError("matplotlib", "viz"))
+
+
+def test_unreadable_checkpoints(tmp_path):
+    with pytest.raises(foveate.InputError, match="no readable pocket model"):
+        foveate.load_pocket(folder=tmp_path)
+    good = zoo.saved("llava", "llama")
+    (tmp_path / "config.json").write_bytes((good / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(foveate.InputError, match="no readable pocket model"):
+        foveate.load_pocket(folder=tmp_path)
+
+
+def test_pictures_without_matplotlib(monkeypatch):
+    from foveate.viz.canvas import new_figure
+
+    assert new_figure(figsize=(3, 2)).get_figwidth() == 3
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(foveate.MissingExtraError, match=r"foveate\[viz\]"):
+        new_figure()

@@ -1,0 +1,247 @@
+"""Shared vocabulary of methods, baselines, registry, budgets."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import foveate
+from foveate.methods.registry import REGISTRY
+from foveate.methods.tools.merging import nearest_neighbours
+from foveate.methods.tools.scoring import cls_attention
+from foveate.methods.tools.selection import iqr_fence, ranks, take_in_order, uniform_lattice, uniform_stride
+from foveate.tokens import EncoderTap, Reduction, VisualTokens, resolve_budget
+
+from .. import reference, zoo
+
+
+def visual(rows: int = 6, columns: int = 8, images: int = 2) -> VisualTokens:
+    return VisualTokens(torch.randn(images, rows * columns, 4), (rows, columns))
+
+
+@pytest.mark.parametrize("heads", ["fused", "per_head_mean"])
+def test_cls_attention_is_one_row_of_the_full_attention(heads):
+    query, keys = torch.randn(2, 12), torch.randn(2, 10, 12)
+    scores = cls_attention(EncoderTap(query, keys, 3), heads)
+    for b in range(2):
+        expected = reference.attention_row(query[b], keys[b], 3, fused=heads == "fused")
+        np.testing.assert_allclose(scores[b], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["last", "aligned", 0, -3])
+def test_the_taps_hold_what_the_encoder_computes(layer):
+    """Against the attention weights of an eager encoder, which the package itself never asks for."""
+    model = zoo.load(attn="eager")
+    pixels = zoo.pictures(3)
+
+    class Probe(foveate.Sequential):
+        def encoder_layers(self, depth):
+            return (layer,)
+
+        def reduce(self, tokens):
+            self.seen = cls_attention(tokens.taps[layer])
+            return super().reduce(tokens)
+
+    probe = Probe(budget=3)
+    foveate.encode(model, probe, **zoo.pad([zoo.prompt(1, 2, 2, s) for s in range(3)]), pixel_values=pixels)
+    attentions = model.model.vision_tower(pixels, output_attentions=True).attentions
+    index = {"last": -1, "aligned": -2}.get(layer, layer)
+    torch.testing.assert_close(probe.seen, attentions[index][:, :, 0, 1:].mean(1), atol=1e-6, rtol=1e-5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=60), st.floats(0, 3))
+def test_iqr_fence_is_numpys(scores, factor):
+    q1, q3 = np.percentile(np.array(scores, np.float64), [25, 75])
+    fence = iqr_fence(torch.tensor([scores], dtype=torch.float64), factor)
+    np.testing.assert_allclose(fence.item(), q3 + factor * (q3 - q1), rtol=1e-6, atol=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=30))
+def test_ranks_give_ties_to_the_earlier_token(values):
+    expected = [sorted(range(len(values)), key=lambda i: (-values[i], i)).index(n) for n in range(len(values))]
+    assert ranks(torch.tensor([values], dtype=torch.float32))[0].tolist() == expected
+
+
+def test_take_in_order():
+    key = torch.tensor([[5, 0, 9, 8, 3], [10, 10, 1, 10, 10]])
+    index, valid = take_in_order(key, 3)
+    assert index[0].tolist() == [1, 4, 0]
+    assert valid.tolist() == [[True] * 3, [True, False, False]]
+    assert index[1, 0] == 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 900))
+def test_uniform_lattice_is_even_on_any_grid(rows, columns, count):
+    cells = uniform_lattice(rows, columns, count)
+    assert len(cells) == len(set(cells.tolist())) == min(count, rows * columns)
+    assert cells.tolist() == sorted(cells.tolist())
+    if len(cells):
+        assert 0 <= cells.min() <= cells.max() < rows * columns
+        per_row = torch.bincount(cells // columns, minlength=rows)  # rows that hold cells share them evenly
+        used = per_row[per_row > 0]
+        assert used.max() - used.min() <= 1
+
+
+def test_uniform_lattice_of_a_square_number_is_the_regular_pattern():
+    cells = uniform_lattice(24, 24, 64)
+    assert sorted(set((cells // 24).tolist())) == sorted(set((cells % 24).tolist())) == list(range(1, 24, 3))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 300))
+def test_uniform_stride(tokens, count):
+    cells = uniform_stride(tokens, min(count, tokens)).tolist()
+    assert len(set(cells)) == len(cells) == min(count, tokens)
+    assert all(0 <= cell < tokens for cell in cells)
+
+
+def test_nearest_neighbours_never_leave_the_allowed_tokens():
+    similar = torch.randn(2, 3, 7)
+    allowed = torch.zeros(2, 3, 7, dtype=torch.bool)
+    allowed[..., [1, 4]] = True
+    chosen = nearest_neighbours(similar, allowed, 5)
+    assert torch.equal(chosen, allowed)
+    assert not nearest_neighbours(similar, torch.zeros_like(allowed), 5).any()
+    assert nearest_neighbours(similar, torch.ones_like(allowed), 4).sum(-1).unique().tolist() == [4]
+
+
+def test_baselines():
+    tokens = visual()
+    sequential = foveate.Sequential(budget=5).reduce(tokens)
+    assert sequential.index.tolist() == [[0, 1, 2, 3, 4]] * 2
+    shaped = foveate.Spatial(shape=(2, 3)).reduce(tokens)
+    assert shaped.index[0].tolist() == [1 * 8 + 1, 1 * 8 + 4, 1 * 8 + 6, 4 * 8 + 1, 4 * 8 + 4, 4 * 8 + 6]
+    one, again, other = (foveate.Random(budget=9, seed=s).reduce(tokens).index for s in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert one[0].tolist() == sorted(set(one[0].tolist()))
+
+
+def test_pool_is_average_pooling():
+    tokens = visual(6, 8)
+    pooled = foveate.Pool(budget=12).reduce(tokens)
+    features = tokens.features.transpose(1, 2).reshape(2, 4, 6, 8)
+    expected = torch.nn.functional.avg_pool2d(features, 2).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(pooled.apply(tokens.features), expected)
+    torch.testing.assert_close(pooled.weights.sum(-1), torch.ones(2, 12))
+    assert ((pooled.weights > 0).sum(1) == 1).all(), "every token goes to exactly one"
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3,), (1, 2, 3)])
+def test_spatial_refuses_impossible_shapes(shape):
+    with pytest.raises(foveate.InputError, match="shape"):
+        foveate.Spatial(shape=shape)
+    with pytest.raises(foveate.InputError, match="does not fit"):
+        foveate.Spatial(shape=(7, 7)).reduce(visual(6, 8))
+
+
+@pytest.mark.parametrize(("budget", "kept"), [(None, None), (1, 1), (99, 64), (1.0, 64), (0.5, 32), (0.001, 1), (np.int64(7), 7)])
+def test_budgets(budget, kept):
+    assert resolve_budget(budget, 64) == kept
+
+
+@pytest.mark.parametrize("budget", [0, -3, 0.0, -0.5, 1.5, 2.0, math.nan, math.inf, True, False, "12", [3]])
+def test_bad_budgets_say_what_to_use(budget):
+    for make in (lambda: foveate.PruMerge(budget=budget), lambda: foveate.get("spatial", budget=budget)):
+        with pytest.raises(foveate.InputError, match="int >= 1"):
+            make()
+
+
+def test_registry_errors_name_what_exists():
+    with pytest.raises(foveate.InputError, match=r"unknown method 'prune'; available: .*prumerge"):
+        foveate.get("prune")
+    with pytest.raises(foveate.InputError, match=r"no field 'ratio'; its fields: .*budget"):
+        foveate.get("prumerge", ratio=0.5)
+    with pytest.raises(foveate.InputError, match="no preset 'best'; available: paper, released"):
+        foveate.get("prumerge:best")
+    with pytest.raises(foveate.InputError, match="no rule of its own"):
+        foveate.get("random")
+
+
+def test_a_method_registers_itself_by_being_defined():
+    class Corner(foveate.ProjectorReducer, name="test-corner", paper="here"):
+        def reduce(self, tokens):
+            return Reduction(torch.zeros(len(tokens.features), 1, dtype=torch.long))
+
+    try:
+        assert isinstance(foveate.get("test-corner"), Corner)
+        model = zoo.load()
+        with foveate.get("test-corner")(model) as session:
+            model.generate(**zoo.batch(), max_new_tokens=1)
+            assert session.report.after == [1] * 4
+        with pytest.raises(foveate.InputError, match="already registered"):
+
+            class Another(foveate.ProjectorReducer, name="test-corner"):
+                pass
+    finally:
+        REGISTRY.pop("test-corner")
+
+
+def test_a_method_that_breaks_the_contract_is_caught():
+    class Nothing(foveate.ProjectorReducer):
+        def reduce(self, tokens):
+            index = torch.zeros(len(tokens.features), 1, dtype=torch.long)
+            return Reduction(index, torch.zeros_like(index, dtype=torch.bool))
+
+    class Outside(foveate.ProjectorReducer):
+        def reduce(self, tokens):
+            return Reduction(torch.full((len(tokens.features), 1), tokens.number - 1), scores=None, weights=None)
+
+    model = zoo.load()
+    with pytest.raises(foveate.FoveateError, match="kept no token"):
+        foveate.encode(model, Nothing(), **zoo.batch())
+    assert foveate.encode(model, Outside(), **zoo.batch()).embeds[0].shape == (1, 64)
+    with pytest.raises(TypeError, match="does not implement"):
+        foveate.encode(model, foveate.ProjectorReducer(), **zoo.batch())
+
+
+def test_methods_lists_every_method_with_its_paper():
+    table = {info.name: info for info in foveate.methods()}
+    assert {"prumerge", "prumerge+", "random", "spatial", "sequential", "pool"} <= set(table)
+    assert table["prumerge"].reads_cls
+    assert not table["pool"].reads_cls
+    assert table["prumerge+"].presets == ("paper", "released")
+    assert all(info.paper.startswith("https://arxiv.org/") and info.summary for info in table.values())
+
+
+def test_source_map_of_a_merge():
+    weights = torch.tensor([[[1.0, 0.2, 0.0, 0.0], [0.0, 0.3, 0.0, 1.0]]])
+    reduction = Reduction(torch.tensor([[0, 3]]), weights=weights)
+    assert reduction.source_map(4).tolist() == [[0, 1, -1, 1]]
+    half = Reduction(torch.tensor([[0, 3]]), torch.tensor([[True, False]]), weights)
+    assert half.source_map(4).tolist() == [[0, 0, -1, -1]]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(k=2.5),
+        dict(k=True),
+        dict(k="3"),
+        dict(k=0),
+        dict(include_self="no"),
+        dict(iqr_factor="x"),
+        dict(iqr_factor=float("nan")),
+        dict(iqr_factor=-1.0),
+        dict(min_tokens=2.5),
+        dict(similarity="euclid"),
+    ],
+)
+def test_fields_are_checked_when_a_method_is_built(fields):
+    with pytest.raises(foveate.InputError, match=next(iter(fields))):
+        foveate.PruMerge(**fields)
+
+
+def test_numbers_of_numpy_are_numbers():
+    method = foveate.PruMergePlus(budget=np.int64(5), k=np.int32(3))
+    assert json.dumps(method.settings()["budget"]) == "5"
+    assert foveate.Spatial(budget=np.float32(0.5)).budget == 0.5

@@ -1,0 +1,114 @@
+"""What the gateway limits: sizes, numbers, times, hosts and keys."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import socket
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from PIL import Image
+
+from foveate.serving.encoding import PictureEncoder
+from foveate.serving.gateway.requests import Limits
+from tests.serving_fakes import FakeEngine, events, metric, served, shown, wait_for
+
+from .asked import ASKED, MESSAGE, expected, picture, post, started
+
+
+def test_bodies_are_limited(engine: FakeEngine, encoder: PictureEncoder) -> None:
+    with started(engine, encoder, limits=Limits(body_bytes=10_000, body_seconds=1.0)) as url:
+        sent = json.dumps({"messages": [{"role": "user", "content": "a" * 20_000}]}).encode()
+        answer = httpx.post(f"{url}/v1/chat/completions", content=sent)
+        assert (answer.status_code, "larger than 10000 bytes" in answer.text) == (413, True)
+
+        def pieces() -> Iterator[bytes]:  # without a length that is told before
+            yield from (sent[i : i + 3000] for i in range(0, len(sent), 3000))
+
+        assert httpx.post(f"{url}/v1/chat/completions", content=pieces()).status_code == 413
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 5000\r\n\r\n{")
+            slow.settimeout(10)
+            begin = time.monotonic()
+            assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+        assert 0.9 < time.monotonic() - begin < 8
+    assert not engine.seen
+
+
+def test_more_requests_than_allowed_are_turned_away(engine: FakeEngine, encoder: PictureEncoder) -> None:
+    engine.pause = 1.5
+    with started(engine, encoder, limits=Limits(waiting=3)) as url:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            answers = [*pool.map(lambda _: post(url, {"messages": [MESSAGE]}), range(8))]
+        codes = sorted(answer.status_code for answer in answers)
+        assert codes == [200] * 3 + [429] * 5
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert refused.headers["retry-after"] == "5"
+        engine.pause = 0
+        assert post(url, {"messages": [MESSAGE]}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_that_take_too_long(engine: FakeEngine, encoder: PictureEncoder, stream: bool) -> None:
+    engine.pause = 0.6 if stream else 5
+    with started(engine, encoder, limits=Limits(seconds=1.5)) as url:
+        answer = post(url, {"messages": [MESSAGE], "stream": stream})
+        if stream:
+            told = events(answer.text)
+            assert told[-1]["error"]["code"] == 504
+            assert "[DONE]" not in told
+            wait_for(lambda: engine.cancelled == 1)
+        else:
+            assert answer.status_code == 504
+        assert metric(url, 'foveate_requests_total{status="504"}') == 1
+
+
+def test_pictures_of_allowed_hosts(engine: FakeEngine, encoder: PictureEncoder) -> None:
+    from fastapi import FastAPI, Response
+    from fastapi.responses import RedirectResponse
+
+    store, saved = FastAPI(), picture(1)
+    store.get("/a.bmp")(lambda: Response(_bytes(saved), media_type="image/bmp"))
+    store.get("/large")(lambda: Response(b"0" * 400_000))
+    store.get("/away")(lambda: RedirectResponse("http://127.0.0.1:1/secret"))
+    with served(store) as there:
+        host = there.removeprefix("http://")
+        with started(engine, encoder, hosts={host}, limits=Limits(body_bytes=200_000)) as url:
+
+            def ask(link: str) -> httpx.Response:
+                return post(url, {"messages": [{"role": "user", "content": [shown(link), {"type": "text", "text": ASKED}]}]})
+
+            answer = ask(f"{there}/a.bmp")
+            assert (
+                answer.json()["choices"][0]["message"]["content"].split()[0].endswith(f":{expected('prumerge+', None, 1)[1][0]}]")
+            )
+            assert ask(f"{there}/none").status_code == 400
+            assert ask(f"{there}/large").status_code == 413
+            assert "status 307" in ask(f"{there}/away").text  # which could lead anywhere
+            assert host in ask("http://localhost:1/a.png").json()["error"]["message"]
+            assert ask(f"http://{host}@localhost:1/a.png").status_code == 400
+
+
+def _bytes(image: Image.Image) -> bytes:
+    import io
+
+    saved = io.BytesIO()
+    image.save(saved, "BMP")
+    return saved.getvalue()
+
+
+def test_keys(encoder: PictureEncoder) -> None:
+    engine = FakeEngine(key="inner")
+    with started(engine, encoder, api_key="outer", vllm_key="inner") as url:
+        assert post(url, {"messages": [MESSAGE]}).status_code == 401
+        assert post(url, {"messages": [MESSAGE]}, headers={"Authorization": "Bearer wrong"}).status_code == 401
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert post(url, {"messages": [MESSAGE]}, headers={"Authorization": "Bearer outer"}).status_code == 200
+        assert httpx.get(f"{url}/health").status_code == 200
+    with started(engine, encoder, vllm_key="wrong") as url:
+        answer = post(url, {"messages": [MESSAGE]})
+        assert (answer.status_code, "--vllm-key" in answer.text) == (502, True)
