@@ -17,7 +17,7 @@ from torch import nn
 from .engine.model.anatomy import Anatomy, anatomy
 from .errors import FoveateError, InputError, MissingExtraError, UnsupportedModelError, first_line
 from .fingerprint import digest, fingerprint
-from .pocket import ADAPTERS, NAME, WEIGHTS, load_pocket
+from .pocket import ADAPTERS, NAME, WEIGHTS
 
 POCKET = NAME
 SPREAD = "auto"  # the device that stands for all of them
@@ -144,7 +144,7 @@ def source_of(name: str) -> str:
             raise InputError(f"there is no model {name!r}. Shipped are {POCKET}, {known}.")
         return str(folder)
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
-        raise InputError(f"there is no folder {name}")
+        raise InputError(f"there is no folder {name}. Give {POCKET}, a folder that holds a model, or a Hub id.")
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
@@ -186,8 +186,6 @@ def _read_whole(name: str, dtype: str | None, options: dict[str, Any]) -> tuple[
     """A model that is no adapter, with all of its weights, and its processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    if name == POCKET and "config" not in options:
-        return load_pocket(**options, **({} if dtype is None else {"dtype": dtype}))
     source, dtype = source_of(name), dtype or ("float32" if name == POCKET else "auto")
     found: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     model, told = found

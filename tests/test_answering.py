@@ -160,7 +160,7 @@ def test_families_with_videos_are_given_one():
     processor = VideoProcessor()
     inputs, _ = chat.make_inputs(processor, as_model("video_llava"), FILM, "what is it ?")
     given = processor.given
-    assert given["text"] == "USER: <video>\nwhat is it ? ASSISTANT:"
+    assert given["text"] == ["USER: <video>\nwhat is it ? ASSISTANT:"]
     np.testing.assert_array_equal(given["videos"][0], [np.asarray(frame) for frame in FILM.frames])
     assert given["videos_kwargs"]["do_sample_frames"] is False
     metadata = given["videos_kwargs"]["video_metadata"][0]
@@ -178,8 +178,8 @@ def test_other_families_are_given_pictures():
     assert not chat.takes_videos(processor, as_model("glm4v"))
     assert not chat.takes_videos(SimpleNamespace(), as_model("video_llava"))
     chat.make_inputs(processor, as_model("glm4v"), FILM, "what is it ?")
-    assert processor.given["text"] == "USER: <image>\n<image>\n<image>\n<image>\nwhat is it ? ASSISTANT:"
-    assert processor.given["images"] == [*FILM.frames]
+    assert processor.given["text"] == ["USER: <image>\n<image>\n<image>\n<image>\nwhat is it ? ASSISTANT:"]
+    assert processor.given["images"] == [[*FILM.frames]]
 
 
 @pytest.fixture

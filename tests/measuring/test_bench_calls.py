@@ -306,7 +306,7 @@ def test_a_model_of_ones_own(capsys, monkeypatch, tmp_path):
         (("--dtype", "int3"), "choose one of float32, bfloat16, float16"),
         (("--device", "abacus"), "is no device"),
         (("--device", "mps"), "time is taken on cpu"),
-        (("--attn", "telepathy"), "the model cannot run as asked for"),
+        (("--attn", "telepathy"), "cannot be loaded: Specified `attn_implementation"),
         (("--json", "no-such-folder/bench.json"), "a file in a folder that exists"),
         (("--image", "no-such-picture.png"), "there is no file no-such-picture.png"),
         (("--model", "./no-such-model"), "there is no folder ./no-such-model"),

@@ -181,7 +181,7 @@ def test_what_is_refused_before_anything_runs(pictures, tmp_path, capsys, monkey
         ((good, out, "--engine", "magic"), "no engine 'magic'"),
         ((good, out, "--method", "magic"), "magic"),
         ((good, out, "--method", "fastv", "--budget", "0.5", "--engine", "vllm"), "inside the language model"),
-        ((good, out, "--model", str(tmp_path / "nowhere")), "cannot be found"),
+        ((good, out, "--model", str(tmp_path / "nowhere")), "there is no folder"),
         ((good, out, "--encoders", "2"), "--encoders is for --engine ray"),
         ((good, out, "--export", "x"), "--export is for --engine vllm or ray"),
         ((good, out, "--temperature", "inf"), "temperature"),
