@@ -16,6 +16,7 @@ _ROOMS = {
         **{name: f"methods.tools.{name}" for name in ("scoring", "selection", "merging", "inflection", "schedule")},
         "shrinking": "methods.tools.plans",
     },
+    "foveate.engine": {"families": "families"},
     "foveate.evaluation": {"loading": "loading", "ledger": "fingerprint"},
     "foveate.pocket": {
         "comparison": "lab.compare",

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from .engine.model.families import FAMILIES, TOWERS
 from .engine.session import Session
+from .families import FAMILIES, TOWERS
 from .methods.base import Method
 from .pictures import built
 
@@ -43,7 +43,7 @@ class ModelInfo:
     ----------
     name, model_type, example : the family, ``config.model_type``, and the Hub id of one of its models.
     images, videos : whether its pictures, and its videos, can be reduced.
-    merging : where methods merge tokens, in front of the projector or behind it.
+    merging : where methods merge tokens, before the projector or after it.
     in_encoder : whether methods can act inside the vision encoder.
     reads_cls : whether the encoder has a [CLS] token; elsewhere methods take the substitute that the report names.
     positions : "1-D", or "(t, h, w)".
@@ -71,7 +71,8 @@ def models() -> list[ModelInfo]:
         config = AutoConfig.for_model(kind)
         one_layer = isinstance(getattr(config, "vision_feature_layer", -1), int)
         notes = [family.notes] if family.notes else []
-        notes += ["cuts from the layer behind the deepstack layers on"] if kind == "qwen3_vl" else []
+        deepstack = getattr(config.vision_config, "deepstack_visual_indexes", None)
+        notes += ["cuts from the layer after the deepstack layers on"] if deepstack else []
         found.append(
             ModelInfo(
                 name=family.name,
@@ -79,7 +80,7 @@ def models() -> list[ModelInfo]:
                 example=family.example,
                 images=True,
                 videos=family.videos is not None,
-                merging="behind the projector" if family.projector is None else "in front of the projector",
+                merging="after the projector" if family.projector is None else "before the projector",
                 in_encoder=family.shrinkable and one_layer,
                 reads_cls=TOWERS[config.vision_config.model_type].has_cls,
                 positions="(t, h, w)" if family.mrope else "1-D",

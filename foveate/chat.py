@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .engine.model.families import FAMILIES
 from .errors import InputError, first_line
+from .families import FAMILIES
 from .loading import Loaded, quiet_loading
 from .video import Video
 

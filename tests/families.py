@@ -1,6 +1,6 @@
 """Small random models of every family, saved to disk and loaded as a user loads them, and batches for them.
 
-``SPECS`` must cover ``foveate.engine.model.families.FAMILIES`` (test_families checks it).
+``SPECS`` must cover ``foveate.families.FAMILIES`` (test_families checks it).
 """
 
 from __future__ import annotations

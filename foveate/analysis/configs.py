@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, first_line
+from ..families import FAMILIES
 from .architecture import Architecture
 from .decoders import read_decoder
 from .projectors import read_projectors
@@ -82,9 +83,10 @@ def read_architecture(model: Any) -> Architecture:
         return Architecture(name, read_decoder(config, tied))
     projectors = read_projectors(config)
     tower = read_tower(config.vision_config)
-    if kind == "video_llava":  # one encoder for pictures, one for frames
+    family = FAMILIES[kind]
+    if family.video_tower is not None:  # one encoder for pictures, one for frames
         tower = replace(tower, copies=2)
-    decoder = read_decoder(config, tied, causal=kind not in ("paligemma", "gemma3"))  # their pictures see all of themselves
+    decoder = read_decoder(config, tied, causal=not family.two_way)
     whole = getattr(config, "vision_feature_select_strategy", "default") == "full"
     tokens = None
     if tower.patches is not None:

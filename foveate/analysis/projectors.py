@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ..errors import UnsupportedModelError
-from .architecture import LAYER_NORM, RMS_NORM, Linear, Projector
+from ..families import FAMILIES, TOWERS
+from .architecture import LAYER_NORM, RMS_NORM, Linear, Norm, Projector
 
 Projectors = tuple[Projector, ...]
 
 
-def _llava(config: Any) -> Projectors:
+def _mlp(config: Any, norm: Norm | None = None, newline: bool = False) -> Projectors:
     taken = config.vision_feature_layer
     features = config.vision_config.hidden_size * (1 if isinstance(taken, int) else len(taken))
-    width, newline = config.text_config.hidden_size, config.model_type not in ("llava", "vipllava", "video_llava")
-    norm = LAYER_NORM if config.model_type == "vipllava" else None
+    width = config.text_config.hidden_size
     bias = getattr(config, "multimodal_projector_bias", True)
     layers = (Linear(features, width, bias, norm), Linear(width, width, bias, activation="plain"))
     return (Projector(layers, more=newline * width),)
 
 
-def _gemma(config: Any) -> Projectors:
-    features, width = config.vision_config.hidden_size, config.text_config.hidden_size
-    pooled = config.model_type == "gemma3"  # pooled and normalised, then projected
-    return (Projector((Linear(features, width, bias=not pooled, norm=RMS_NORM if pooled else None),)),)
+def _linear(config: Any, bias: bool = True, norm: Norm | None = None) -> Projectors:
+    return (Projector((Linear(config.vision_config.hidden_size, config.text_config.hidden_size, bias, norm),)),)
 
 
-def _qwen(config: Any) -> Projectors:
+def _merger(config: Any) -> Projectors:
     vision, width = config.vision_config, config.text_config.hidden_size
-    features = vision.embed_dim if config.model_type == "qwen2_vl" else vision.hidden_size
+    features = getattr(vision, "embed_dim", None) or vision.hidden_size
     merge = vision.spatial_merge_size**2
     wide = merge * features
-    norm = RMS_NORM if config.model_type == "qwen2_5_vl" else LAYER_NORM
+    norm = RMS_NORM if TOWERS[vision.model_type].gated else LAYER_NORM
 
     def projector(channels: int) -> Projector:
         return Projector((Linear(wide, wide, norm=norm, channels=channels), Linear(wide, width, activation="plain")), merge)
@@ -40,7 +39,7 @@ def _qwen(config: Any) -> Projectors:
     return (projector(features), *(projector(wide) for _ in getattr(vision, "deepstack_visual_indexes", ())))
 
 
-def _glm(config: Any) -> Projectors:
+def _convolution(config: Any) -> Projectors:
     """Four patches become one by a convolution; then a layer, and a gated MLP whose two first matrices are one here."""
     vision = config.vision_config
     merge, width, inner = vision.spatial_merge_size**2, vision.out_hidden_size, vision.intermediate_size
@@ -53,18 +52,18 @@ def _glm(config: Any) -> Projectors:
     return (Projector(layers, merge),)
 
 
-def _internvl(config: Any) -> Projectors:
+def _shuffle(config: Any) -> Projectors:
     merge, width = int(1 / config.downsample_ratio) ** 2, config.text_config.hidden_size
     first = Linear(merge * config.vision_config.hidden_size, width, norm=LAYER_NORM)
     return (Projector((first, Linear(width, width, activation="plain")), merge),)
 
 
-def _idefics(config: Any) -> Projectors:
+def _one(config: Any) -> Projectors:
     merge = config.scale_factor**2
     return (Projector((Linear(merge * config.vision_config.hidden_size, config.text_config.hidden_size, bias=False),), merge),)
 
 
-def _mistral(config: Any) -> Projectors:
+def _merged_mlp(config: Any) -> Projectors:
     features, width = config.vision_config.hidden_size, config.text_config.hidden_size
     merge, bias = config.spatial_merge_size**2, config.multimodal_projector_bias
     layers = (
@@ -75,22 +74,25 @@ def _mistral(config: Any) -> Projectors:
     return (Projector(layers, merge),)
 
 
-def _aya(config: Any) -> Projectors:
+def _gated(config: Any) -> Projectors:
     merge, width = config.downsample_factor**2, config.text_config.hidden_size
     inner = getattr(config, "alignment_intermediate_size", width)
     first = Linear(merge * config.vision_config.hidden_size, inner, norm=LAYER_NORM)
     return (Projector((first, Linear(inner // 2, width, activation="gated")), merge),)
 
 
-_PROJECTORS: dict[str, Callable[[Any], Projectors]] = {
-    **dict.fromkeys(("llava", "vipllava", "llava_next", "llava_next_video", "llava_onevision", "video_llava"), _llava),
-    **dict.fromkeys(("paligemma", "gemma3"), _gemma),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _qwen),
-    **dict.fromkeys(("idefics3", "smolvlm"), _idefics),
-    "glm4v": _glm,
-    "internvl": _internvl,
-    "mistral3": _mistral,
-    "aya_vision": _aya,
+SHAPES: dict[str, Callable[[Any], Projectors]] = {
+    "mlp": _mlp,
+    "mlp, newline": partial(_mlp, newline=True),  # one learnt token at the end of each line of tiles
+    "normed mlp": partial(_mlp, norm=LAYER_NORM),
+    "merged mlp": _merged_mlp,
+    "linear": _linear,
+    "pooled": partial(_linear, bias=False, norm=RMS_NORM),  # pooled and normalised, then projected
+    "merger": _merger,
+    "convolution": _convolution,
+    "shuffle": _shuffle,
+    "one": _one,
+    "gated": _gated,
 }
 
 
@@ -101,9 +103,9 @@ def read_projectors(config: Any) -> Projectors:
     ------
     UnsupportedModelError : the model is of a kind that is not known here.
     """
-    read = _PROJECTORS.get(config.model_type)
-    if read is None:
+    family = FAMILIES.get(config.model_type)
+    if family is None:
         raise UnsupportedModelError(
-            f"how a model of type {config.model_type!r} joins pictures and text is not known; known: {', '.join(_PROJECTORS)}."
+            f"how a model of type {config.model_type!r} joins pictures and text is not known; known: {', '.join(FAMILIES)}."
         )
-    return read(config)
+    return SHAPES[family.joins](config)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import UnsupportedModelError
+from ..families import TOWERS, TowerKind
 from .architecture import LAYER_NORM, RMS_NORM, Stack, Tower
 
 
@@ -22,25 +23,25 @@ def _stack(vision: Any, **more: Any) -> Stack:
     return Stack(**(sizes | {"heads": heads, "key_value_heads": heads, "head": vision.hidden_size // heads} | more))
 
 
-def _clip(vision: Any) -> Tower:
-    """CLIP, SigLIP, and the SigLIP inside Idefics 3 and SmolVLM."""
-    clip = vision.model_type == "clip_vision_model"
+def _plain(vision: Any, kind: TowerKind) -> Tower:
+    """With learnt positions and plain MLPs."""
+    cls = kind.has_cls
     patches = _area(vision.image_size) // _area(vision.patch_size)
     return Tower(
         _stack(vision),
         patch=vision.num_channels * _area(vision.patch_size),
-        patch_bias=not clip,
+        patch_bias=kind.patch_bias,
         patches=patches,
-        prefix=int(clip),
-        positions=patches + clip,
-        before=LAYER_NORM if clip else None,
+        prefix=int(cls),
+        positions=patches + cls,
+        before=LAYER_NORM if cls else None,
         behind=LAYER_NORM,
-        cls_alone=clip,
-        pools=vision.model_type == "siglip_vision_model" and getattr(vision, "vision_use_head", True),
+        cls_alone=cls,
+        pools=kind.pools and getattr(vision, "vision_use_head", True),
     )
 
 
-def _internvl(vision: Any) -> Tower:
+def _scaled(vision: Any, kind: TowerKind) -> Tower:
     patches = _area(vision.image_size) // _area(vision.patch_size)
     stack = _stack(
         vision,
@@ -53,32 +54,30 @@ def _internvl(vision: Any) -> Tower:
     return Tower(
         stack,
         patch=vision.num_channels * _area(vision.patch_size),
-        patch_bias=True,
+        patch_bias=kind.patch_bias,
         patches=patches,
-        prefix=1,
+        prefix=int(kind.has_cls),
         positions=patches + 1 if vision.use_absolute_position_embeddings else 0,
         behind=None if vision.use_mean_pooling else LAYER_NORM,
         unused=vision.hidden_size if vision.use_mask_token else 0,
     )
 
 
-def _pixtral(vision: Any) -> Tower:
+def _sized(vision: Any, kind: TowerKind) -> Tower:
     bare: dict[str, Any] = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), False)
     return Tower(
-        _stack(vision, gated=True, norm=RMS_NORM, rotary=True, **bare),
+        _stack(vision, gated=kind.gated, norm=RMS_NORM, rotary=kind.rotary, **bare),
         patch=vision.num_channels * _area(vision.patch_size),
-        patch_bias=False,
+        patch_bias=kind.patch_bias,
         patches=None,
         before=RMS_NORM,
         packed=True,
     )
 
 
-def _qwen(vision: Any) -> Tower:
-    kind = vision.model_type
-    width = vision.embed_dim if kind == "qwen2_vl_vision" else vision.hidden_size
-    inner = int(width * vision.mlp_ratio) if kind == "qwen2_vl_vision" else vision.intermediate_size
-    gated = kind == "qwen2_5_vl_vision"
+def _fused(vision: Any, kind: TowerKind) -> Tower:
+    width = getattr(vision, "embed_dim", None) or vision.hidden_size
+    inner = int(width * vision.mlp_ratio) if hasattr(vision, "mlp_ratio") else vision.intermediate_size
     side = getattr(vision, "window_size", 0) // vision.patch_size  # of a window, in patches
     whole = getattr(vision, "fullatt_block_indexes", range(vision.depth))
     stack = Stack(
@@ -88,21 +87,21 @@ def _qwen(vision: Any) -> Tower:
         heads=vision.num_heads,
         key_value_heads=vision.num_heads,
         head=width // vision.num_heads,
-        gated=gated,
-        norm=RMS_NORM if gated else LAYER_NORM,
+        gated=kind.gated,
+        norm=RMS_NORM if kind.gated else LAYER_NORM,
         rotary=True,
         windows=tuple(None if layer in whole else side**2 for layer in range(vision.depth)),
     )
     return Tower(
         stack,
         patch=vision.in_channels * vision.temporal_patch_size * _area(vision.patch_size),
-        patch_bias=kind == "qwen3_vl_vision",
+        patch_bias=kind.patch_bias,
         patches=None,
         positions=getattr(vision, "num_position_embeddings", 0),
     )
 
 
-def _glm(vision: Any) -> Tower:
+def _normed(vision: Any, kind: TowerKind) -> Tower:
     """Its MLP is as wide as what it hands on; ``intermediate_size`` is of the projector."""
     stack = Stack(
         width=vision.hidden_size,
@@ -111,7 +110,7 @@ def _glm(vision: Any) -> Tower:
         heads=vision.num_heads,
         key_value_heads=vision.num_heads,
         head=vision.hidden_size // vision.num_heads,
-        gated=True,
+        gated=kind.gated,
         qkv_bias=vision.attention_bias,
         out_bias=False,
         mlp_bias=False,
@@ -121,7 +120,7 @@ def _glm(vision: Any) -> Tower:
     return Tower(
         stack,
         patch=vision.in_channels * vision.temporal_patch_size * _area(vision.patch_size),
-        patch_bias=True,
+        patch_bias=kind.patch_bias,
         patches=None,
         positions=_area(vision.image_size // vision.patch_size),
         before=RMS_NORM,
@@ -129,12 +128,12 @@ def _glm(vision: Any) -> Tower:
     )
 
 
-_TOWERS: dict[str, Callable[[Any], Tower]] = {
-    **dict.fromkeys(("clip_vision_model", "siglip_vision_model", "idefics3_vision", "smolvlm_vision"), _clip),
-    **dict.fromkeys(("qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision"), _qwen),
-    "glm4v_vision": _glm,
-    "internvl_vision": _internvl,
-    "pixtral": _pixtral,
+SHAPES: dict[str, Callable[[Any, TowerKind], Tower]] = {
+    "plain": _plain,
+    "scaled": _scaled,
+    "sized": _sized,
+    "fused": _fused,
+    "normed": _normed,
 }
 
 
@@ -145,9 +144,9 @@ def read_tower(vision: Any) -> Tower:
     ------
     UnsupportedModelError : it is of a kind that is not known here.
     """
-    read = _TOWERS.get(vision.model_type)
-    if read is None:
+    kind = TOWERS.get(vision.model_type)
+    if kind is None:
         raise UnsupportedModelError(
-            f"the cost of a vision encoder of type {vision.model_type!r} is not known; known types: {', '.join(_TOWERS)}."
+            f"the cost of a vision encoder of type {vision.model_type!r} is not known; known types: {', '.join(TOWERS)}."
         )
-    return read(vision)
+    return SHAPES[kind.shape](vision, kind)

@@ -19,7 +19,7 @@ def models_command(
 ) -> None:
     """The table of models: what works on each family, and why others are refused."""
     from ..api import models
-    from ..engine.model.families import REFUSED
+    from ..families import REFUSED
 
     found = models()
     if as_json:
@@ -38,7 +38,7 @@ def models_command(
         table.add_row(info.model_type, *marks, escape(info.positions))
     out.print(table)
     out.print(
-        "Methods before the projector and inside the decoder work on every family; merge: in front of the projector, or behind it. "
+        "Methods before the projector and inside the decoder work on every family; merge: before the projector, or after it. "
         "encoder: tome, ats, evit and crossget work, too. Without a [CLS] token, methods use the substitute that the report names. "
         "What proves a family: pytest tests/engine/model/test_families.py -k MODEL_TYPE-",
         style="dim",

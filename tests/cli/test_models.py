@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import foveate
 from foveate.engine.model.anatomy import anatomy
-from foveate.engine.model.families import FAMILIES, REFUSED
+from foveate.families import FAMILIES, REFUSED
 
 from .. import families
 from ..engine.model.test_families import INSIDE_ENCODER, MROPE
@@ -38,7 +38,7 @@ def test_what_a_row_says(family):
     assert all(embeds.shape[1] == width for embeds in encoded.embeds)
     without = any("no [CLS] token" in note for note in encoded.report.notes)
     assert info.reads_cls != without
-    assert (parts.projector is not None) == (info.merging == "in front of the projector")
+    assert (parts.projector is not None) == (info.merging == "before the projector")
 
 
 @pytest.mark.parametrize("kind", REFUSED)

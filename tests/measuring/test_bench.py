@@ -16,7 +16,7 @@ from transformers import DynamicCache
 import foveate
 from foveate.analysis.hardware import Hardware
 from foveate.cli import bench as benching
-from foveate.engine.model.families import FAMILIES
+from foveate.families import FAMILIES
 from foveate.measuring import bench, runs
 from foveate.measuring.noise import median_interval, paired, quartiles
 

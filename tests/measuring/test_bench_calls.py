@@ -16,7 +16,7 @@ from foveate.analysis.decoders import _DECODERS
 from foveate.analysis.flops import prefill_flops
 from foveate.analysis.hardware import Hardware
 from foveate.engine.model.anatomy import anatomy
-from foveate.engine.model.families import FAMILIES
+from foveate.families import FAMILIES
 from foveate.measuring import bench, ideal, ledger, runs
 from foveate.pocket import load_pocket
 from foveate.pocket.vocabulary import build_tokenizer

@@ -18,8 +18,8 @@ from foveate import UnsupportedModelError
 from foveate.chat import Prompt, collate
 from foveate.cli.main import app
 from foveate.engine.model.anatomy import anatomy, innermost
-from foveate.engine.model.families import FAMILIES
 from foveate.errors import InputError
+from foveate.families import FAMILIES
 from foveate.loading import check_plain_positions, load, load_encoder
 from foveate.pocket import WEIGHTS, load_pocket
 from foveate.serving.encoding import PictureEncoder, method_of

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
+from ...families import FAMILIES, REFUSED, TOWERS, Family, TowerKind
 from ...tokens import EncoderLayer
-from .families import FAMILIES, REFUSED, TOWERS, Family, TowerKind
 
 
 def innermost(model: Any) -> PreTrainedModel:
@@ -131,7 +131,7 @@ class Anatomy:
 
     @property
     def deepstack_levels(self) -> int:
-        """Behind how many of the first decoder layers features of the vision encoder are added."""
+        """After how many of the first decoder layers features of the vision encoder are added."""
         return len(getattr(self.model.config.vision_config, "deepstack_visual_indexes", None) or ())
 
     @property
@@ -247,7 +247,7 @@ def anatomy(model: Any) -> Anatomy:
         )
     if any(p.is_meta for p in tower.parameters()) and not _offloaded(tower):
         raise UnsupportedModelError("the weights of the model are not loaded (meta tensors). Load them before attaching.")
-    if tower_type == "pixtral" and family.images == "grid":  # pictures of any size, of which each patch is a token
+    if TOWERS[tower_type].any_size and family.images == "grid":
         family = replace(family, images="sizes", projector=None, shrinkable=False)
     projector = None if family.projector is None else _part(model.base_model, family.projector, "projector")
     return Anatomy(model, family, TOWERS[tower_type], tower, projector)

@@ -4,15 +4,12 @@ embeddings of any number. Nothing of vLLM is imported before it serves a model t
 
 from __future__ import annotations
 
+from ...families import FAMILIES
 from .requests import qwen_request
 
 __all__ = ["qwen_request", "register"]
 
-MODELS = {
-    "LlavaForConditionalGeneration": "llava:FoveateLlava",
-    "Qwen2VLForConditionalGeneration": "qwen:FoveateQwen2VL",
-    "Qwen2_5_VLForConditionalGeneration": "qwen:FoveateQwen25VL",
-}
+MODELS = dict(family.vllm for family in FAMILIES.values() if family.vllm)
 
 
 def register() -> None:

@@ -26,6 +26,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems, MultiModalDataParser
 from vllm.multimodal.processing import BaseMultiModalProcessor, InputProcessingContext, PromptReplacement
 
+from ...families import TOWERS
 from ..checks import check_embeds
 from .embeds import check_picture
 from .settings import REQUESTED, kept, method_of
@@ -149,7 +150,7 @@ class FoveateLlava(LlavaForConditionalGeneration):
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Visual tokens of each image [n_i, D]; n_i may differ."""
         keep, embeds = kwargs.pop(KEEP, None), kwargs.get("image_embeds")
-        if embeds is not None and self.config.vision_config.model_type != "pixtral":
+        if embeds is not None and not TOWERS[self.config.vision_config.model_type].any_size:
             return [each.to(self.embeds_dtype) for each in embeds]
         if keep is None or self.method is None:
             return super().embed_multimodal(**kwargs)

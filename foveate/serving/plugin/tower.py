@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ...engine.model.anatomy import Anatomy
-from ...engine.model.families import FAMILIES, TOWERS
 from ...errors import InputError, UnsupportedModelError
+from ...families import FAMILIES, TOWERS
 from ...methods.base import ProjectorReducer
 from ...pictures import Pictures
 from ...tokens import EncoderTap
@@ -23,10 +23,11 @@ Gather = Callable[[Tensor], Tensor]  # [..., C of this process] -> [..., C of al
 
 
 def check_reducible(config: Any) -> None:
-    """Raise ``UnsupportedModelError`` unless the model's visual tokens are a grid of patches from one layer of CLIP or SigLIP."""
+    """Raise ``UnsupportedModelError`` unless visual tokens are a grid of patches from one layer of an encoder known in vLLM."""
     kind = config.vision_config.model_type
-    if kind not in ("clip_vision_model", "siglip_vision_model"):
-        raise UnsupportedModelError(f"LLaVA with a {kind!r} vision encoder cannot be reduced inside vLLM; CLIP and SigLIP can.")
+    if kind not in TOWERS or TOWERS[kind].vllm is None:
+        able = ", ".join(name for name, tower in TOWERS.items() if tower.vllm)
+        raise UnsupportedModelError(f"LLaVA with a {kind!r} vision encoder cannot be reduced inside vLLM; these can: {able}.")
     layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
     if not isinstance(layer, int) or strategy not in (("default", "full") if TOWERS[kind].has_cls else ("full",)):
         raise UnsupportedModelError(
@@ -36,7 +37,7 @@ def check_reducible(config: Any) -> None:
 
 
 def leading(config: Any) -> int:
-    """Tokens in front of the grid, which stay: [CLS], or none."""
+    """Tokens before the grid, which stay: [CLS], or none."""
     return int(TOWERS[config.vision_config.model_type].has_cls and config.vision_feature_select_strategy == "full")
 
 
@@ -76,9 +77,9 @@ class ReducingTower:
         self, config: Any, tower: Any, projector: Any, features: Callable[[Tensor], Tensor], gather: Gather | None
     ) -> None:
         kind = TOWERS[config.vision_config.model_type]
-        kind = replace(kind, layers="vision_model.encoder.layers", qkv="self_attn.qkv_proj", resizable=False)
+        kind = replace(kind, layers=kind.vllm or kind.layers, qkv="self_attn.qkv_proj", resizable=False)
         model: Any = SimpleNamespace(config=config, base_model=_Base(features, projector))
-        self.parts = Anatomy(model, FAMILIES["llava"], kind, tower, projector)
+        self.parts = Anatomy(model, FAMILIES[config.model_type], kind, tower, projector)
         self.gather = gather
 
     @torch.inference_mode()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate.engine.model.families import FAMILIES
+from foveate.families import FAMILIES
 from foveate.methods.base import EncoderReducer, ProjectorReducer
 
 from ... import families, reference

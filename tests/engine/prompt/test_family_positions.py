@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from foveate.engine.model.families import FAMILIES
+from foveate.families import FAMILIES
 from foveate.methods.base import ProjectorReducer
 from foveate.tokens import Reduction, VisualTokens
 

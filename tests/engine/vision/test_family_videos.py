@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate.engine.model.families import FAMILIES
+from foveate.families import FAMILIES
 
 from ... import families
 from ... import family_reference as by_hand

@@ -1,8 +1,12 @@
-"""Which models the engine can drive. Models differ in data, not in code: supporting one more is a row in these tables."""
+"""The table of models. Models differ in data, not in code: supporting one more is a row here.
+
+The engine, the analysis of costs and the plugin of vLLM read it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,11 +19,13 @@ class Family:
     images, videos : how the visual tokens of a picture, or a video, are arranged in its run of placeholders (a name in
         ``arrangement.ARRANGEMENTS``); None = the engine does not take it.
     tower, video_tower : vision encoders; None = the one of pictures.
-    projector : where it works on each token by itself, so that tokens can be merged in front of it; None = they are merged behind.
+    projector : where it works on each token by itself, so that tokens can be merged before it; None = they are merged after it.
+    joins : the layers of the projector, for their cost (a name in ``analysis.projectors.SHAPES``).
     shrinkable : every patch that leaves the encoder is a visual token, so that methods inside the encoder can act.
     mrope : tokens have (t, h, w) positions, which those that stay keep.
     first_position : of a prompt.
     two_way : tokens of a picture see each other in the decoder, not only those before them.
+    vllm : its class in vLLM, and the module and class of ``serving.plugin`` that take its place; None = there is none.
     notes : what is different from what one may expect.
     """
 
@@ -35,6 +41,8 @@ class Family:
     mrope: bool = False
     first_position: int = 0
     two_way: bool = False
+    joins: str = "mlp"
+    vllm: tuple[str, str] | None = None
     notes: str = ""
 
 
@@ -48,8 +56,14 @@ class TowerKind:
     ----------
     qkv : one projection of queries, keys and values, where these are not apart.
     resizable : takes pictures of any size, with the option ``interpolate_pos_encoding``.
-    rotary : queries and keys are turned by rotary embeddings behind their projections, where the engine reads them.
+    rotary : queries and keys are turned by rotary embeddings after their projections, where the engine reads them.
     windows : patches are in the order of attention windows inside the encoder.
+    any_size : pictures keep their own sizes, and each patch is a visual token.
+    shape : its layers, for their cost (a name in ``analysis.towers.SHAPES``).
+    pools : a layer of attention after the last one pools all patches; its weights are there, and nobody reads what it gives.
+    gated : its MLPs are gated, and its norms without means.
+    patch_bias : the first convolution has a bias.
+    vllm : ``layers`` in vLLM's own encoder; None = tokens of this encoder cannot be reduced inside vLLM.
     """
 
     model_type: str
@@ -65,14 +79,30 @@ class TowerKind:
     resizable: bool = False
     rotary: bool = False
     windows: bool = False
+    any_size: bool = False
+    shape: str = "plain"
+    pools: bool = False
+    gated: bool = False
+    patch_bias: bool = True
+    vllm: str | None = None
 
 
-def _qwen(model_type: str, name: str, example: str, videos: str | None = "thw") -> Family:
-    return Family(model_type, name, example, images="thw", videos=videos, tower="visual", projector=None, mrope=True)
+def _qwen(
+    model_type: str,
+    name: str,
+    example: str,
+    *,
+    joins: str = "merger",
+    videos: str | None = "thw",
+    vllm: tuple[str, str] | None = None,
+) -> Family:
+    places = Family(model_type, name, example, images="thw", videos=videos, tower="visual", projector=None, mrope=True)
+    return replace(places, joins=joins, vllm=vllm)
 
 
-def _fused(model_type: str, *, windows: bool = False) -> TowerKind:
-    return TowerKind(model_type, layers="blocks", attention="attn", qkv="attn.qkv", rotary=True, windows=windows)
+def _fused(model_type: str, **more: Any) -> TowerKind:
+    places = TowerKind(model_type, layers="blocks", attention="attn", qkv="attn.qkv", rotary=True, shape="fused")
+    return replace(places, **more)
 
 
 _TILES = "each tile of a large picture is a picture of its own"
@@ -81,10 +111,23 @@ _FRAMES = "frames of a video come as pictures"
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llava", "LLaVA-1.5", "llava-hf/llava-1.5-7b-hf", shrinkable=True),
-        Family("vipllava", "VipLLaVA", "llava-hf/vip-llava-7b-hf", shrinkable=True),
-        Family("llava_next", "LLaVA-NeXT", "llava-hf/llava-v1.6-mistral-7b-hf", images="packed"),
-        Family("llava_next_video", "LLaVA-NeXT-Video", "llava-hf/LLaVA-NeXT-Video-7B-hf", images="packed", videos="frames"),
+        Family(
+            "llava",
+            "LLaVA-1.5",
+            "llava-hf/llava-1.5-7b-hf",
+            shrinkable=True,
+            vllm=("LlavaForConditionalGeneration", "llava:FoveateLlava"),
+        ),
+        Family("vipllava", "VipLLaVA", "llava-hf/vip-llava-7b-hf", shrinkable=True, joins="normed mlp"),
+        Family("llava_next", "LLaVA-NeXT", "llava-hf/llava-v1.6-mistral-7b-hf", images="packed", joins="mlp, newline"),
+        Family(
+            "llava_next_video",
+            "LLaVA-NeXT-Video",
+            "llava-hf/LLaVA-NeXT-Video-7B-hf",
+            images="packed",
+            videos="frames",
+            joins="mlp, newline",
+        ),
         Family(
             "llava_onevision",
             "LLaVA-OneVision",
@@ -92,6 +135,7 @@ FAMILIES = {
             images="packed",
             videos="frames",
             projector=None,
+            joins="mlp, newline",
         ),
         Family(
             "video_llava",
@@ -102,14 +146,34 @@ FAMILIES = {
             video_tower="video_tower",
             shrinkable=True,
         ),
-        _qwen("qwen2_vl", "Qwen2-VL", "Qwen/Qwen2-VL-7B-Instruct"),
-        _qwen("qwen2_5_vl", "Qwen2.5-VL", "Qwen/Qwen2.5-VL-7B-Instruct"),
+        _qwen("qwen2_vl", "Qwen2-VL", "Qwen/Qwen2-VL-7B-Instruct", vllm=("Qwen2VLForConditionalGeneration", "qwen:FoveateQwen2VL")),
+        _qwen(
+            "qwen2_5_vl",
+            "Qwen2.5-VL",
+            "Qwen/Qwen2.5-VL-7B-Instruct",
+            vllm=("Qwen2_5_VLForConditionalGeneration", "qwen:FoveateQwen25VL"),
+        ),
         _qwen("qwen3_vl", "Qwen3-VL", "Qwen/Qwen3-VL-8B-Instruct"),
-        Family("internvl", "InternVL", "OpenGVLab/InternVL3-8B-hf", images="runs", projector=None, notes=_FRAMES),
-        Family("gemma3", "Gemma 3", "google/gemma-3-4b-it", projector=None, two_way=True),
-        Family("paligemma", "PaliGemma", "google/paligemma2-3b-mix-448", shrinkable=True, first_position=1, two_way=True),
+        Family("internvl", "InternVL", "OpenGVLab/InternVL3-8B-hf", images="runs", projector=None, joins="shuffle", notes=_FRAMES),
+        Family("gemma3", "Gemma 3", "google/gemma-3-4b-it", projector=None, two_way=True, joins="pooled"),
         Family(
-            "idefics3", "Idefics3", "HuggingFaceM4/Idefics3-8B-Llama3", "tiles", tower="vision_model", projector=None, notes=_TILES
+            "paligemma",
+            "PaliGemma",
+            "google/paligemma2-3b-mix-448",
+            shrinkable=True,
+            first_position=1,
+            two_way=True,
+            joins="linear",
+        ),
+        Family(
+            "idefics3",
+            "Idefics3",
+            "HuggingFaceM4/Idefics3-8B-Llama3",
+            "tiles",
+            tower="vision_model",
+            projector=None,
+            joins="one",
+            notes=_TILES,
         ),
         Family(
             "smolvlm",
@@ -118,11 +182,19 @@ FAMILIES = {
             "tiles",
             tower="vision_model",
             projector=None,
+            joins="one",
             notes=f"{_TILES}; {_FRAMES}",
         ),
-        Family("mistral3", "Mistral 3", "mistralai/Mistral-Small-3.1-24B-Instruct-2503", images="sizes", projector=None),
-        Family("aya_vision", "Aya Vision", "CohereLabs/aya-vision-8b", projector=None, notes=_TILES),
-        _qwen("glm4v", "GLM-4V", "zai-org/GLM-4.1V-9B-Thinking", videos=None),
+        Family(
+            "mistral3",
+            "Mistral 3",
+            "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
+            images="sizes",
+            projector=None,
+            joins="merged mlp",
+        ),
+        Family("aya_vision", "Aya Vision", "CohereLabs/aya-vision-8b", projector=None, joins="gated", notes=_TILES),
+        _qwen("glm4v", "GLM-4V", "zai-org/GLM-4.1V-9B-Thinking", videos=None, joins="convolution"),
     )
 }
 REFUSED = {
@@ -143,8 +215,8 @@ REFUSED = {
 TOWERS = {
     tower.model_type: tower
     for tower in (
-        TowerKind("clip_vision_model", has_cls=True, resizable=True),
-        TowerKind("siglip_vision_model", resizable=True),
+        TowerKind("clip_vision_model", has_cls=True, resizable=True, patch_bias=False, vllm="vision_model.encoder.layers"),
+        TowerKind("siglip_vision_model", resizable=True, pools=True, vllm="vision_model.encoder.layers"),
         TowerKind(
             "internvl_vision",
             has_cls=True,
@@ -154,6 +226,7 @@ TOWERS = {
             key="attention.k_norm",
             value="attention.v_proj",
             norm="layernorm_after",
+            shape="scaled",
         ),
         TowerKind("idefics3_vision"),
         TowerKind("smolvlm_vision"),
@@ -167,10 +240,14 @@ TOWERS = {
             norm="ffn_norm",
             mlp="feed_forward",
             rotary=True,
+            any_size=True,
+            shape="sized",
+            gated=True,
+            patch_bias=False,
         ),
-        _fused("qwen2_vl_vision"),
-        _fused("qwen2_5_vl_vision", windows=True),
+        _fused("qwen2_vl_vision", patch_bias=False),
+        _fused("qwen2_5_vl_vision", windows=True, gated=True, patch_bias=False),
         _fused("qwen3_vl_vision"),
-        _fused("glm4v_vision"),
+        _fused("glm4v_vision", shape="normed", gated=True),
     )
 }
