@@ -6,6 +6,7 @@ Public names are looked up when they are first used, so that ``import foveate`` 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from . import _moved
@@ -119,10 +120,6 @@ _HOMES = {
     "tokens": "BlockTokens EncoderTap Merge Question Reduction Regroup VisualTokens",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
-_ROOMS = frozenset(
-    "analysis answering api chat cuts engine errors evaluation fingerprint images lab loading measuring methods pictures pocket "
-    "report serving tokens training tuning video viz".split()
-)
 
 __all__ = [
     "AIM",
@@ -203,7 +200,7 @@ def __getattr__(name: str) -> Any:
         value: Any = _version()
     elif name in _HOME and name != "methods":  # which is the package of that name, and can be called
         value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    elif name in _ROOMS:
+    elif importlib.util.find_spec(f"{__name__}.{name}") is not None:  # a room, before anybody imports it
         value = importlib.import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -46,7 +46,9 @@ def save_accuracy_curves(report: dict[str, Any], path: str | Path) -> None:
             if row["budget"] is None:
                 axes.plot(row["mean_tokens"], 100 * row["accuracy"], "*", color=color, markersize=13, markeredgecolor="white")
     axes.set_xscale("log", base=2)
-    counts = sorted({row["budget"] for row in report["methods"] if row["budget"] and row["name"] == "sequential"})
+    budgets = [{row["budget"] for row in report["methods"] if row["budget"] and row["name"] == name} for name in STYLES]
+    there = [some for some in budgets if some]
+    counts = sorted(set.intersection(*there)) if there else []  # those of all; baselines also stand beside adaptive rules
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.set_xlabel("visual tokens kept per image (stars: the method's own adaptive count)")
     axes.set_ylabel("answers right, %")
