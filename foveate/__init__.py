@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from .cuts import DecoderTap as DecoderTap
     from .cuts import Pattern as Pattern
     from .cuts import PromptTokens as PromptTokens
+    from .engine.install import detach as detach
     from .engine.session import Session as Session
-    from .engine.session import detach as detach
     from .errors import CacheError as CacheError
     from .errors import FoveateError as FoveateError
     from .errors import InputError as InputError
@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from .methods.sparsevlm import SparseVLM as SparseVLM
     from .methods.text_relevance import TextRelevanceCut as TextRelevanceCut
     from .methods.tome import ToMe as ToMe
+    from .methods.trained import ModelShape as ModelShape
+    from .methods.trained import Trained as Trained
     from .methods.visionzip import VisionZip as VisionZip
     from .methods.vispruner import VisPruner as VisPruner
     from .methods.vtc_cls import FasterVLM as FasterVLM
@@ -86,7 +88,8 @@ _HOMES = {
     "pictures": "Encoded Pictures encode",
     "analysis.cost": "cost",
     "cuts": "Cut DecoderTap Pattern PromptTokens",
-    "engine.session": "Session detach",
+    "engine.install": "detach",
+    "engine.session": "Session",
     "errors": "CacheError FoveateError InputError MissingExtraError UnsupportedModelError",
     "methods.aim": "AIM",
     "methods.ats": "ATS",
@@ -111,6 +114,7 @@ _HOMES = {
     "methods.sparsevlm": "SparseVLM",
     "methods.text_relevance": "TextRelevanceCut",
     "methods.tome": "ToMe",
+    "methods.trained": "ModelShape Trained",
     "methods.visionzip": "VisionZip",
     "methods.vispruner": "VisPruner",
     "methods.vtc_cls": "FasterVLM VTCCls",
@@ -154,6 +158,7 @@ __all__ = [
     "MethodInfo",
     "MissingExtraError",
     "ModelInfo",
+    "ModelShape",
     "PSigmoid",
     "Pattern",
     "Pictures",
@@ -177,6 +182,7 @@ __all__ = [
     "TextRelevanceCut",
     "ToMe",
     "TokenReducer",
+    "Trained",
     "UnsupportedModelError",
     "VTCCls",
     "VisPruner",

@@ -13,7 +13,7 @@ from .methods.base import Method
 from .pictures import built
 
 
-def attach(model: Any, method: str | Method, **fields: Any) -> Session:
+def attach(model: Any, method: str | Method, *, train: bool = False, **fields: Any) -> Session:
     """Attach a method to a model until ``detach()``.
 
     Parameters
@@ -21,6 +21,8 @@ def attach(model: Any, method: str | Method, **fields: Any) -> Session:
     model : a Hugging Face vision-language model, also inside PEFT, ``torch.compile`` or accelerate wrappers. It stays the same
         object; its ``generate`` and ``forward`` are called as before.
     method : a name as in ``foveate.methods()``, or an instance.
+    train : whether the weights of a trained method are to be trained. They become the submodule ``foveate`` of the model until
+        ``detach()``, so that optimizers and trainers find them; ``handle.save_weights(folder)`` saves them.
     **fields : hyper-parameters, where ``method`` is a name.
 
     Returns
@@ -32,7 +34,7 @@ def attach(model: Any, method: str | Method, **fields: Any) -> Session:
     InputError : unknown method or field, or a method is attached already.
     UnsupportedModelError : the model, or what the method needs of it, is not supported. The model is unchanged then.
     """
-    return Session(model, built(method, fields)).attach()
+    return Session(model, built(method, fields)).attach(train=train)
 
 
 @dataclass(frozen=True)

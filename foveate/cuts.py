@@ -53,6 +53,7 @@ class PromptTokens:
     valid : [B, S] bool, no padding.
     question : [B, S] bool, text that can see visual tokens: behind the first one of its row, up to the end of the prompt, special
         tokens not counted.
+    prompt_text : [B, S] bool, as ``question``, special tokens included.
     protected : [B, S] bool, text that is never removed: special tokens, everything in front of the first image, the last token.
     last : [B] the last token of the prompt. In training, the last one before the answer.
     columns : [B, S] where the token was in ``start``.
@@ -74,6 +75,11 @@ class PromptTokens:
     layers: int
     tap: DecoderTap | None = None
     start: PromptTokens | None = None
+    prompt_text: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.prompt_text is None:  # made by hand
+            object.__setattr__(self, "prompt_text", self.question)
 
     @property
     def visual(self) -> Tensor:

@@ -38,3 +38,33 @@ def _bits(tensor: Tensor) -> str:
     words = flat.view(torch.int16) if flat.numel() % 2 == 0 else flat
     spread = words[:: max(1, words.numel() // SAMPLES)].cpu().numpy().tobytes()
     return f"{int(words.sum(dtype=torch.int64))} {digest(spread)}"
+
+
+SIGNED = 24  # tensors in a signature
+
+
+def signature(model: Any) -> dict[str, list[float]]:
+    """Four values of each of some tensors of a model: the same in any floating-point type, but for rounding.
+
+    Parts of adapters and quantised tensors are left out, so that the base of an adapted model is recognised.
+    """
+    tensors = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in model.named_parameters()
+        if tensor.is_floating_point() and tensor.numel() >= 64 and not tensor.is_meta and not name.startswith("foveate.")
+    }
+    chosen = sorted((name for name in tensors if "lora_" not in name), key=digest)[:SIGNED]
+    return {name: _sampled(tensors[name].detach()) for name in chosen}
+
+
+def _sampled(tensor: Tensor) -> list[float]:
+    flat = tensor.flatten()
+    return [round(value, 6) for value in flat[:: flat.numel() // 4][:4].float().tolist()]
+
+
+def same_signature(one: dict[str, list[float]], other: dict[str, list[float]]) -> bool:
+    """Whether two signatures are of the same weights, as far as they name the same tensors."""
+    common = one.keys() & other.keys()
+    return bool(common) and all(
+        abs(a - b) <= 0.02 * max(abs(a), abs(b)) + 1e-4 for name in common for a, b in zip(one[name], other[name], strict=False)
+    )

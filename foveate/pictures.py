@@ -25,7 +25,7 @@ from .engine.model.seams import (
 from .engine.prompt.layout import original_positions
 from .engine.prompt.shorten import read_alone
 from .engine.vision.encoding import Encodings
-from .engine.vision.front import check_front
+from .engine.vision.front import prepare
 from .errors import InputError
 from .methods.base import KeepAll, Method
 from .methods.registry import get
@@ -121,7 +121,7 @@ class Pictures:
         UnsupportedModelError : the model lacks what the method needs.
         """
         method = built(method, fields)
-        check_front(self._parts, method.before_decoder())
+        prepare(self._parts, method)
         call = Call(self._parts, self._call.arguments, self._call.ids, self._call.mask, self._call.pixels, self._encodings)
         return encoded_alone(call, method) if self._ids is None else encoded_call(call, method)
 
@@ -187,7 +187,7 @@ def encode(model: Any, method: str | Method, **inputs: Any) -> Encoded:
     known = {*inspect.signature(type(inner).forward).parameters, *PER_TOKEN_INPUTS}
     method = built(method, {name: value for name, value in inputs.items() if name not in known})
     parts = anatomy(inner)
-    check_front(parts, method.before_decoder())
+    prepare(parts, method)
     check_pre_encoded_input(parts.model)
     arguments = named_arguments(type(inner).forward, (), {name: value for name, value in inputs.items() if name in known})
     ids = arguments.get("input_ids")
@@ -225,7 +225,8 @@ def encoded_alone(call: Call, method: Method) -> Encoded:
 
 
 def _report(parts: Anatomy, method: Method) -> Report:
-    report = Report(method.settings(), parts.decoder_layers, Clock(parts.device), notes=method.notes())
+    warnings = [warning for part in method.trained() for warning in part.warnings]
+    report = Report(method.settings(), parts.decoder_layers, Clock(parts.device), warnings=warnings, notes=method.notes())
     if method.inside_decoder():
         report.warnings.append(f"{method.name} also acts inside the decoder; encode does not run it")
     return report

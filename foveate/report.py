@@ -126,6 +126,7 @@ class ImageReport:
     stages : what was left of it from a decoder layer on, for each cut inside the decoder.
     item, part : the picture or video it belongs to, and its number within that.
     modality : "image" or "video".
+    made : whether its tokens are no visual tokens of the encoder, but made by the method; ``kept`` then is where they stand.
     """
 
     row: int
@@ -140,6 +141,7 @@ class ImageReport:
     item: int = 0
     part: int = 0
     modality: str = "image"
+    made: bool = False
 
 
 @dataclass
@@ -198,7 +200,7 @@ class Report:
             return []
         grids = [(i, part, grid) for i, item in enumerate(self.items) for part, grid in enumerate(item.grids)]
         sources, valid = reduction.source_map(max(r * c for *_, (r, c) in grids)).tolist(), reduction.mask()
-        found, stages = [], [self._stages(i) for i in range(len(self.items))]
+        found, stages, made = [], [self._stages(i) for i in range(len(self.items))], reduction.are_made().tolist()
         for n, (i, part, grid) in enumerate(grids):
             item, cells = self.items[i], grid[0] * grid[1]
             single, kept = len(item.grids) == 1, reduction.index[n][valid[n]]
@@ -216,6 +218,7 @@ class Report:
                     item=i,
                     part=part,
                     modality=item.modality,
+                    made=made[n],
                 )
             )
         return found

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, UnsupportedModelError
 
 Budget: TypeAlias = int | float | None
 EncoderLayer: TypeAlias = int | Literal["last", "aligned"]
@@ -165,6 +165,8 @@ Merge = Regroup  # its name before version 1
 class Reduction:
     """Which visual tokens stay: output = ``weights @ features``, or ``features[index]`` where ``weights`` is None.
 
+    Outputs that are no visual tokens, such as learnt ones, are ``made``; then there are no ``weights`` and nothing is ``added``.
+
     Attributes
     ----------
     index : [B, M] the source token at whose grid cell (and position) each output token sits, in output order.
@@ -176,6 +178,12 @@ class Reduction:
     added : [B, E, C] tokens that are not made of patches, such as [CLS]; they are the first E outputs, and stand at cells that were
         dropped.
     owner : [B, N] where each source token went, -1 = dropped, for what happened inside the encoder; else it follows from the rest.
+    made : [B, M, C] the outputs themselves, or [B, M, D] in the space of the decoder, after the projector. ``index`` then gives
+        each a cell of its own, for its position and for pictures (``tools.selection.anchors``).
+    space : of what is ``made``: "features" go through the projector, "decoder" does not.
+    attention : [B, M, N] float32, how much each output that was made took from each source token; rows sum to at most 1. For
+        reports, and for models that add features to visual tokens inside the decoder. None = not told.
+    drawn : [B] bool, images whose outputs were made, where several reductions were put together.
     """
 
     index: Tensor
@@ -185,15 +193,44 @@ class Reduction:
     threshold: Tensor | None = None
     added: Tensor | None = None
     owner: Tensor | None = None
+    made: Tensor | None = None
+    space: Literal["features", "decoder"] = "features"
+    attention: Tensor | None = None
+    drawn: Tensor | None = None
 
     def apply(self, features: Tensor) -> Tensor:
         """[B, N, C] -> [B, M, C] output tokens (the invalid ones included: mask them with ``valid``)."""
+        if self.made is not None:
+            return self.made.to(features.dtype)
         added = 0 if self.added is None else self.added.shape[1]
         if self.weights is None:
             chosen = features.gather(1, self.index[:, added:, None].expand(-1, -1, features.shape[-1]))
         else:
             chosen = self.weights[:, added:].to(features.dtype) @ features
         return chosen if self.added is None else torch.cat([self.added.to(chosen), chosen], 1)
+
+    def carry(self, values: Tensor) -> Tensor:
+        """[B, N, C] other values of the source tokens -> [B, M, C] of the outputs.
+
+        Raises
+        ------
+        UnsupportedModelError : outputs were made, and nothing tells of what.
+        """
+        if self.made is None:
+            return self.apply(values)
+        if self.attention is None:
+            raise UnsupportedModelError(
+                "this model adds features of its vision encoder to visual tokens inside the decoder, and the method does not tell "
+                "which visual tokens its outputs were made of (Reduction.attention)."
+            )
+        share = self.attention / self.attention.sum(-1, keepdim=True).clamp(min=1e-9)
+        return share.to(values.dtype) @ values
+
+    def are_made(self) -> Tensor:
+        """[B] bool, images whose outputs were made."""
+        if self.drawn is not None:
+            return self.drawn
+        return torch.full((len(self.index),), self.made is not None, device=self.index.device)
 
     def mask(self) -> Tensor:
         """``valid``, or all True, [B, M] bool."""
@@ -203,12 +240,18 @@ class Reduction:
         """[B, N] the output token that each source token went to, -1 = dropped.
 
         A partition: a token that several outputs drew from belongs to the one that took most of it, and a token that
-        sits at an output cell to that cell.
+        sits at an output cell to that cell. Of outputs that were made: to the one that attended to it most, if that was more than
+        half of an even share.
         """
         if self.owner is not None:
             return self.owner
         batch, outputs = self.index.shape
         valid = self.mask()
+        if self.made is not None:
+            if self.attention is None:
+                return self.index.new_full((batch, tokens), -1)
+            most, owner = self.attention.float().masked_fill(~valid[..., None], 0).max(1)
+            return owner.masked_fill(most <= 1 / (2 * tokens), -1)
         if self.added is not None:  # made of no patch
             valid = valid & (torch.arange(outputs, device=valid.device) >= self.added.shape[1])
         if self.weights is None:

@@ -195,9 +195,17 @@ def overheard(kind, monkeypatch) -> list:
 def stays(method, tokens, cut) -> Tensor:
     """[B, S] what is left: text is the engine's business, unless the method may remove it."""
     text = tokens.valid & ~tokens.visual
-    if method.removes_text:
-        return (cut.keep & tokens.valid) | tokens.protected
-    return (cut.keep & tokens.visual) | text
+    left = (cut.keep & tokens.valid) | tokens.protected if method.removes_text else (cut.keep & tokens.visual) | text
+    return left.scatter(1, tokens.last[:, None], True)  # from which the answer is predicted, a visual one too
+
+
+def strongest(attention: Tensor) -> list[int]:
+    """The output [M] that each cell [N] gives most to, -1 where that is at most half of an even share."""
+    found = []
+    for column in attention.T.tolist():
+        best = max(range(len(column)), key=column.__getitem__)
+        found.append(best if column[best] > 1 / (2 * attention.shape[1]) else -1)
+    return found
 
 
 def cuts_of_row(heard, row: int, offset: int) -> dict[int, RowCut]:
@@ -207,6 +215,7 @@ def cuts_of_row(heard, row: int, offset: int) -> dict[int, RowCut]:
         words = tokens.valid & ~tokens.visual
         named = (cut.keep & words)[row].any()  # only a method that removes text says anything of it
         left = ((cut.keep & tokens.valid) | tokens.protected) if named else ((cut.keep & tokens.visual) | words)
+        left = left.scatter(1, tokens.last[:, None], True)  # a visual one, where a prompt ends with its picture
         columns = (tokens.columns[row] - offset).tolist()
         mixes = {}
         if cut.mix is not None:

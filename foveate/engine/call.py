@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..methods.base import Method
 from ..report import Report
 from ..tokens import Reduction
@@ -184,3 +185,33 @@ def shorten(call: Call, method: Method, report: Report, *, pad_left: bool) -> Sh
     pictures = read_pictures(call, method, past, report)
     layout = lay_out(call, method, cached, pictures, report, pad_left=pad_left)
     return ShortCall(call, layout, 0 if cached is None else cached.gather.shape[1], pictures, positions)
+
+
+def continued(parts: Anatomy, method: Method, arguments: dict[str, Any]) -> dict[str, Any]:
+    """New text tokens on a shortened cache, called by hand: the mask may still count the full prompt."""
+    ids, mask, cache = arguments.get("input_ids"), arguments.get("attention_mask"), cache_in(arguments)
+    if ids is None:
+        raise InputError("a conversation on a shortened cache goes on with input_ids; inputs_embeds cannot be followed there.")
+    cached = cached_layout(cache, len(ids), method.settings(), ids.device)
+    if cached is None:
+        return arguments
+    new, given = ids.shape[1], arguments.get("position_ids")
+    numbered = Positions(parts, method.before_decoder().positions == "compact", given)
+    layout = cached.extended(new)
+    if mask is None:
+        mask = torch.ones(len(ids), layout.length, dtype=torch.long, device=ids.device)
+    changed, positions = dict(arguments), given
+    if mask.shape[1] == layout.length:
+        changed["attention_mask"], positions = layout.take(mask, 0), numbered.follow(layout, mask)
+        changed |= {name: layout.of_last(arguments[name]) for name in PER_TOKEN_INPUTS if arguments.get(name) is not None}
+    elif mask.shape[1] != layout.gather.shape[1]:
+        raise InputError(
+            f"attention_mask has {mask.shape[1]} columns; expected {layout.length} for the full prompt and the new tokens "
+            f"(or {layout.gather.shape[1]} for the shortened one)"
+        )
+    elif not numbered.compact and given is None:
+        positions = cached.real[:, None] + torch.arange(new, device=ids.device)
+    counted = changed.get("attention_mask")
+    counted = mask if counted is None else counted
+    changed["position_ids"] = numbered.of_new(positions, counted, cached.ahead, new)
+    return changed

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from .generation import merged_with_callbacks
+from .model.anatomy import innermost
 from .model.seams import MERGE_CALLBACKS, REPLICATE, WRAPPED_FORWARD
 
 if TYPE_CHECKING:
@@ -56,6 +57,13 @@ def installed_on(model: Any) -> Installation | None:
     """What is on a model, None if no method is attached."""
     found: Installation | None = model.__dict__.get(_ATTRIBUTE)
     return found
+
+
+def detach(model: Any) -> None:
+    """Detach whatever is attached to a model; nothing is attached to most models, and nothing happens then."""
+    installed = installed_on(innermost(model))
+    while installed is not None and installed.sessions:
+        installed.sessions[-1].detach()
 
 
 def _redirected(model: PreTrainedModel, name: str) -> types.MethodType:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..errors import InputError
 from ..methods.base import Method
 from ..report import Clock, Report
 from ..tokens import resolve_budget
-from .call import ShortCall, read, shorten
+from .call import ShortCall, continued, read, shorten
 from .decoder.hooks import DecoderCuts
 from .generation import FullPrompt, GenerateSettings, on_full_prompt
 from .install import Installation, installed_on
 from .model.anatomy import Anatomy, anatomy, innermost
 from .model.marks import cuts_of, forget_if_empty, layout_of, mark, restore
 from .model.seams import (
-    PER_TOKEN_INPUTS,
     PRE_ENCODED,
     ROWS_ARE_SEQUENCES,
     brings_pictures,
@@ -33,10 +34,11 @@ from .model.seams import (
     modalities,
     named_arguments,
 )
-from .prompt.layout import Layout, cached_layout, layout_past
-from .prompt.positions import Positions, Shifts, guard_positions, missing_positions
+from .prompt.layout import Layout, layout_past
+from .prompt.positions import Shifts, guard_positions, missing_positions
 from .prompt.shorten import acts_inside, expected_prompt
-from .vision.front import check_front
+from .training import Registered, parameters, places
+from .vision.front import prepare
 
 
 class Session:
@@ -62,13 +64,19 @@ class Session:
         self._prefill: Report | None = None  # of the generate whose prefill comes next
         self._busy: set[int] = set()  # caches that generate works on: its calls of forward are right as they are
         self._shifts = Shifts()
+        self._registered: Registered | None = None
 
-    def attach(self) -> Self:
+    def attach(self, *, train: bool = False) -> Self:
         """Attach until ``detach()``.
+
+        Parameters
+        ----------
+        train : whether the weights of the method are to be trained: they become the submodule ``foveate`` of the model, and
+            gradients reach them.
 
         Raises
         ------
-        InputError : a method is attached already.
+        InputError : a method is attached already, or there is nothing to train.
         UnsupportedModelError : the model is not supported, or lacks what the method needs; nothing is changed then.
         """
         installed = installed_on(self.model)
@@ -79,6 +87,12 @@ class Session:
             )
         self.__enter__()
         self._adoptable = True
+        if train:
+            try:
+                self._registered = Registered(anatomy(self.model), self.method)
+            except BaseException:
+                self.detach()
+                raise
         return self
 
     def detach(self) -> None:
@@ -88,6 +102,9 @@ class Session:
             return
         installed.sessions.remove(self)
         self._adoptable = False
+        if self._registered is not None:
+            self._registered.remove()
+            self._registered = None
         for guard in self._guards:
             guard.remove()
         self._guards = []
@@ -130,13 +147,46 @@ class Session:
     def parts(self) -> Anatomy:
         """Where the parts of the model are, checked against what the method needs."""
         parts = anatomy(self.model)
-        check_front(parts, self.front)
+        prepare(parts, self.method)
         check_pre_encoded_input(self.model)
         return parts
 
     def new_report(self) -> Report:
         """An empty report of this method."""
-        return Report(self.method.settings(), 0, Clock(self.model.device), notes=self.method.notes())
+        warnings = [warning for part in self.method.trained() for warning in part.warnings]
+        return Report(self.method.settings(), 0, Clock(self.model.device), warnings=warnings, notes=self.method.notes())
+
+    # -- the weights of the method
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The weights of the method, for an optimizer; none where it has none."""
+        return parameters(self.method)
+
+    def save_weights(self, folder: str | Path, *, training: dict[str, Any] | None = None) -> None:
+        """Write the weights of the method as ``save_pretrained`` does; of several methods each into a folder of its own.
+
+        Parameters
+        ----------
+        folder : made if it is new.
+        training : a summary of the training, JSON-able.
+
+        Raises
+        ------
+        InputError : the method has no weights.
+        FoveateError : the folder cannot be written.
+        """
+        for part, place in places(self.method, folder):
+            part.save_pretrained(place, training=training)
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Read what ``save_weights`` wrote, also while the method is trained.
+
+        Raises
+        ------
+        InputError : there are no such weights, or they do not fit.
+        """
+        for part, place in places(self.method, folder):
+            part.load(place)
 
     # -- generate
 
@@ -291,7 +341,7 @@ class Session:
             self.report = report = self.new_report()
             return self._with_pictures(arguments, report)
         if layout_of(cache) is not None:
-            arguments = self._continued(arguments)
+            arguments = continued(self.parts(), self.method, arguments)
         return arguments, None, self.report, nullcontext()
 
     @torch.compiler.disable
@@ -338,45 +388,9 @@ class Session:
         changed["position_ids"] = positions.of_new(changed.get("position_ids"), changed["attention_mask"], ahead, new)
         return {**changed, "input_ids": short.ids}, replace(short.layout, ahead=ahead), report, reading
 
-    def _continued(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """New text tokens on a shortened cache, called by hand: the mask may still count the full prompt."""
-        ids, mask, cache = arguments.get("input_ids"), arguments.get("attention_mask"), cache_in(arguments)
-        if ids is None:
-            raise InputError("a conversation on a shortened cache goes on with input_ids; inputs_embeds cannot be followed there.")
-        cached = cached_layout(cache, len(ids), self.method.settings(), ids.device)
-        if cached is None:
-            return arguments
-        new, given = ids.shape[1], arguments.get("position_ids")
-        numbered = Positions(self.parts(), self.front.positions == "compact", given)
-        layout = cached.extended(new)
-        if mask is None:
-            mask = torch.ones(len(ids), layout.length, dtype=torch.long, device=ids.device)
-        changed, positions = dict(arguments), given
-        if mask.shape[1] == layout.length:
-            changed["attention_mask"], positions = layout.take(mask, 0), numbered.follow(layout, mask)
-            changed |= {name: layout.of_last(arguments[name]) for name in PER_TOKEN_INPUTS if arguments.get(name) is not None}
-        elif mask.shape[1] != layout.gather.shape[1]:
-            raise InputError(
-                f"attention_mask has {mask.shape[1]} columns; expected {layout.length} for the full prompt and the new tokens "
-                f"(or {layout.gather.shape[1]} for the shortened one)"
-            )
-        elif not numbered.compact and given is None:
-            positions = cached.real[:, None] + torch.arange(new, device=ids.device)
-        counted = changed.get("attention_mask")
-        counted = mask if counted is None else counted
-        changed["position_ids"] = numbered.of_new(positions, counted, cached.ahead, new)
-        return changed
-
     def _keeps_all(self, parts: Anatomy, arguments: dict[str, Any]) -> bool:
         """Whether the budget covers every token."""
         if self.front.keeps_all or parts.arrangement != "grid" or modalities(arguments) != ["image"]:
             return self.front.keeps_all
         cells = parts.grid(*arguments["pixel_values"].shape[-2:])
         return resolve_budget(self.front.budget, cells[0] * cells[1]) == cells[0] * cells[1]
-
-
-def detach(model: Any) -> None:
-    """Detach whatever is attached to a model; nothing is attached to most models, and nothing happens then."""
-    installed = installed_on(innermost(model))
-    while installed is not None and installed.sessions:
-        installed.sessions[-1].detach()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..engine.session import Session
+    from .trained import Trained
 
 
 @dataclass(kw_only=True)
@@ -114,6 +115,10 @@ class Method:
 
     def inside_decoder(self) -> tuple[DecoderReducer, ...]:
         """What acts between decoder layers."""
+        return ()
+
+    def trained(self) -> tuple[Trained, ...]:
+        """The parts that have weights of their own."""
         return ()
 
     def __call__(self, model: PreTrainedModel) -> Session:
@@ -333,6 +338,7 @@ class DecoderReducer(Method):
     """
 
     stage: ClassVar[str] = "inside the decoder"
+    trains: ClassVar[bool] = False  # gradients run through ``hidden``, queries and keys into what ``cut`` mixes
     reads: ClassVar[Literal["previous", "own", "nothing"]] = "previous"  # whose queries and keys ``cut`` gets
     removes_text: ClassVar[bool] = False  # only then may ``cut`` leave out text, and never the protected one
 

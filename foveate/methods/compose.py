@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import Self
 
 from ..errors import InputError
 from ..tokens import Budget
 from .base import DecoderReducer, FrontReducer, KeepAll, Method
+
+if TYPE_CHECKING:
+    from .trained import Trained
 
 
 @dataclass(kw_only=True)
@@ -41,6 +44,9 @@ class Compose(Method, name="compose", listed=False):
 
     def inside_decoder(self) -> tuple[DecoderReducer, ...]:
         return tuple(reducer for method in self.methods for reducer in method.inside_decoder())
+
+    def trained(self) -> tuple[Trained, ...]:
+        return tuple(part for method in self.methods for part in method.trained())
 
     def acting(self, tokens: int) -> list[bool]:
         return [acts for method in self.methods for acts in method.acting(tokens)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..chat import Prompt, collate
 from ..engine.model.anatomy import anatomy
-from ..engine.vision.front import check_front
+from ..engine.vision.front import prepare
 from ..errors import InputError
 from ..loading import Loaded, check_plain_positions
 from ..methods.base import Method
@@ -95,7 +95,7 @@ class PictureEncoder:
 
     def check(self, method: Method) -> None:
         """Raise ``UnsupportedModelError`` where the model lacks what a method needs."""
-        check_front(self.parts, method.before_decoder())
+        prepare(self.parts, method)
 
     def copied(self, device: str) -> PictureEncoder:
         """Another one, with weights of its own."""

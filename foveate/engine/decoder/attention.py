@@ -80,7 +80,7 @@ def attend_as_before(attention: Any) -> None:
 
 def _tapped(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     tap: Tap = getattr(module, _ATTRIBUTE)
-    tap.record(Recorded(query.detach(), key.detach(), kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs.get("softcap")))
+    tap.record(Recorded(query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs.get("softcap")))
     implementation = tap.config._attn_implementation
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)

@@ -24,10 +24,12 @@ def cut_before(
     run: Prefill, layer: int, reducer: DecoderReducer, module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]
 ) -> Tensor:
     """Hidden states [B, M, D] -> [B, M', D] of what stays before a layer."""
-    if layer not in run.decided:  # gradient checkpointing comes here twice
+    before = run.stage(layer)
+    gone = before is not None and before.visual == 0 and not reducer.removes_text
+    if layer not in run.decided and not gone:  # gradient checkpointing comes here twice
         run.decided.add(layer)
-        with torch.no_grad(), run.report.clock.measure("selection"):
-            _decide(run, layer, reducer, module, hidden.detach(), kwargs)
+        with torch.set_grad_enabled(reducer.trains and torch.is_grad_enabled()), run.report.clock.measure("selection"):
+            _decide(run, layer, reducer, module, hidden if reducer.trains else hidden.detach(), kwargs)
     stage, cut = run.stages.get(layer), run.mixes.get(layer)
     if stage is None:
         return hidden
@@ -126,6 +128,7 @@ def _tokens(
             image=take(start.image, index).masked_fill(~valid, -1),
             valid=valid,
             question=take(start.question, index) & valid,
+            prompt_text=take(start.prompt_text, index) & valid,
             protected=take(start.protected, index) & valid,
             last=((index <= start.last[:, None]) & valid).long().cumsum(1).argmax(1),
             columns=index,

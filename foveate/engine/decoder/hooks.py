@@ -49,7 +49,6 @@ class DecoderCuts:
         self.levels = levels
         reducers = () if method is None else method.inside_decoder()
         self.decoder, self.method, self.active = decoder, method, bool(reducers)
-        self.settings: dict[str, Any] = {} if method is None else method.settings()
         self.layers: Any = decoder.layers if self.active else ()
         self.places: dict[int, int] = {}  # which reducer acts before a layer
         self.plan = self._planned(reducers)
@@ -65,6 +64,11 @@ class DecoderCuts:
         self._expected: dict[int, tuple[DecoderPrompt, Report]] = {}
         self._pictures: dict[int, bool] = {}
         self._masks: dict[int, Tensor | None] = {}  # of the model's forward, which some models make into others
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the method, which change with every step while it is trained."""
+        return {} if self.method is None else self.method.settings()
 
     def _planned(self, reducers: Sequence[DecoderReducer]) -> dict[int, DecoderReducer]:
         """The reducer that acts before each layer."""
@@ -242,6 +246,11 @@ class DecoderCuts:
             raise InputError(f"{name!r} has to see the whole prompt at once, and it came in pieces.")
         if mask is not None and not self.kind.two_way and not (isinstance(mask, Tensor) and mask.ndim == 2):
             raise InputError(f"{name!r} makes the masks of decoder layers itself and needs attention_mask as [batch, tokens].")
+        checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers) and self.decoder.training
+        if checkpointed and any(reducer.trains for reducer in self.plan.values()):
+            raise UnsupportedModelError(
+                f"{name!r} learns from what it mixes inside the decoder, which gradient checkpointing computes twice. Turn it off."
+            )
         if self.pattern is not None and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
             raise UnsupportedModelError(f"{name!r} cannot be trained with gradient checkpointing. Turn it off.")
         if "flex" in self.kind.implementation:
@@ -317,6 +326,9 @@ class DecoderCuts:
         run = self._runs.get(threading.get_ident())
         if not isinstance(run, Prefill):
             return
+        reader = run.plan.get(layer) or run.plan.get(layer + 1)
+        if reader is None or not reader.trains:
+            recorded = recorded._replace(query=recorded.query.detach(), keys=recorded.keys.detach())
         run.recorded[layer] = recorded
         if run.dry:
             raise OnlyRecording

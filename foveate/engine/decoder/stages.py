@@ -66,7 +66,19 @@ class DecoderPrompt:
         protected = self.valid & ~visual & (self.special | ~behind | (column >= self.last[:, None]))
         images = max(int(self.image.max()) + 1, 1)
         initial = (self.image[:, None] == torch.arange(images, device=hidden.device)[:, None]).sum(-1)
-        return PromptTokens(hidden, self.image, self.valid, question, protected, self.last, column, initial, 0, layers)
+        return PromptTokens(
+            hidden,
+            self.image,
+            self.valid,
+            question,
+            protected,
+            self.last,
+            column,
+            initial,
+            0,
+            layers,
+            prompt_text=text & behind,
+        )
 
 
 @dataclass(frozen=True)

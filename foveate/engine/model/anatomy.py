@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ...families import FAMILIES, REFUSED, TOWERS, Family, TowerKind
+from ...fingerprint import signature
+from ...methods.trained import Host, ModelShape
 from ...tokens import EncoderLayer
 
 
@@ -124,6 +127,33 @@ class Anatomy:
         """Where the model is; of one on several devices, where it begins."""
         device = getattr(self.model, "device", None)
         return next(self.tower.parameters()).device if device is None else device
+
+    @property
+    def shape(self) -> ModelShape:
+        """The sizes that methods with weights depend on."""
+        config = self.model.config
+        vision, width = config.vision_config, int(config.get_text_config().hidden_size)
+        inner = int(getattr(vision, "embed_dim", None) or vision.hidden_size)
+        made_by = [layer for layer in self.feature_layers()[-1:] if 0 <= layer < len(self.layers)]
+        size = getattr(vision, "image_size", None)
+        sides = (size, size) if isinstance(size, int) else size
+        plain = self.family.images not in ("thw", "sizes")
+        return ModelShape(
+            model_type=config.model_type,
+            features=width if self.projector is None else inner * len(self.feature_layers()),
+            width=width,
+            encoder_width=inner,
+            encoder_heads=self.heads,
+            encoder_layers=len(self.layers),
+            feature_layer=made_by[0] if made_by else None,
+            decoder_layers=self.decoder_layers,
+            grid=self.grid(sides[0], sides[1]) if sides is not None and plain else None,
+        )
+
+    @property
+    def host(self) -> Host:
+        """The model, as methods with weights see it."""
+        return Host(self.shape, self.device, functools.partial(signature, self.model))
 
     @property
     def decoder_layers(self) -> int:

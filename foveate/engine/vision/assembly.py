@@ -124,6 +124,9 @@ def joined(arrangement: Arrangement, found: list[Reduced]) -> Reduction:
     scores = torch.zeros(len(units), cells, device=first.device)
     bounded = all(reduced.reduction.threshold is not None for reduced in found)
     threshold = torch.zeros(len(units), device=first.device)
+    told = any(reduced.reduction.attention is not None for reduced in found)
+    attention = torch.zeros(len(units), outputs, cells, device=first.device) if told else None
+    drawn = torch.zeros(len(units), dtype=torch.bool, device=first.device)
     for reduced in found:
         source = reduced.reduction.source_map(len(reduced.group.units[0].places))
         for row, unit in enumerate(reduced.group.units):
@@ -136,7 +139,18 @@ def joined(arrangement: Arrangement, found: list[Reduced]) -> Reduction:
                 scores[i, cell] = reduced.reduction.scores[row].float()
             if reduced.reduction.threshold is not None:
                 threshold[i] = reduced.reduction.threshold[row]
-    return Reduction(index, valid, scores=scores if scored else None, threshold=threshold if bounded else None, owner=owner)
+            if reduced.reduction.attention is not None and attention is not None:
+                attention[i, :width, cell] = reduced.reduction.attention[row].to(attention)
+            drawn[i] = reduced.reduction.made is not None
+    return Reduction(
+        index,
+        valid,
+        scores=scores if scored else None,
+        threshold=threshold if bounded else None,
+        owner=owner,
+        attention=attention,
+        drawn=drawn,
+    )
 
 
 def stacked(reductions: list[Reduction], cells: list[int], rows: list[int]) -> Reduction:
@@ -149,34 +163,39 @@ def stacked(reductions: list[Reduction], cells: list[int], rows: list[int]) -> R
     scores, thresholds = [each.scores for each in reductions], [each.threshold for each in reductions]
     known = [score for score in scores if score is not None]
     bounds = [bound for bound in thresholds if bound is not None]
+    told = [each.attention for each in reductions]
     return Reduction(
         padded([each.index for each in reductions], 0),
         padded([each.mask() for each in reductions], False),
         scores=padded(known, 0.0) if len(known) == len(scores) else None,
         threshold=torch.cat(bounds)[rows] if len(bounds) == len(thresholds) else None,
         owner=padded([each.source_map(n) for each, n in zip(reductions, cells, strict=True)], -1),
+        attention=None if all(each is None for each in told) else _attention(reductions, max(cells))[rows],
+        drawn=torch.cat([each.are_made() for each in reductions])[rows],
     )
+
+
+def _attention(reductions: list[Reduction], cells: int) -> Tensor:
+    """[B, M, cells] attention of several reductions; zeros where one tells of none."""
+    outputs = max(each.index.shape[1] for each in reductions)
+    found = []
+    for each in reductions:
+        batch, width = each.index.shape
+        attention = torch.zeros(batch, width, cells, device=each.index.device) if each.attention is None else each.attention
+        found.append(F.pad(attention.float(), (0, cells - attention.shape[2], 0, outputs - width)))
+    return torch.cat(found)
 
 
 def assembled(parts: Anatomy, encoded: EncodedPictures, found: list[Reduced], notes: list[str]) -> Visuals:
     """What groups left, projected, in the order of the prompt."""
-    arrangement, projected = encoded.arrangement, encoded.projected
+    arrangement = encoded.arrangement
     layout = laid_out(arrangement, found)
-    pure = all(reduced.reduction.weights is None and reduced.reduction.added is None for reduced in found)
-    # a pure choice can be taken from what is projected already; merged tokens are projected anew
-    source = projected if projected is not None and (pure or parts.projector is None) else encoded.features
-    outputs = _outputs(arrangement, found, source, made=source is encoded.features)
-    if source is projected:
-        pool = torch.cat([outputs, projected[layout.fixed]])
-    elif projected is None:
-        pool = _projected(parts, torch.cat([outputs, encoded.features[layout.fixed]]))
-    else:
-        pool = torch.cat([_projected(parts, outputs), projected[layout.fixed]])
+    pool = _pool(parts, encoded, found, layout.fixed)
     embeds = [pool[order] for order in layout.order]
     levels = deepstack(encoded.output)
     if levels is not None:
         whole = [torch.cat(list(level)) for level in levels]
-        pools = [torch.cat([_outputs(arrangement, found, level), level[layout.fixed]]) for level in whole]
+        pools = [torch.cat([*_carried(arrangement, found, level), level[layout.fixed]]) for level in whole]
         levels = [[pool[order] for order in layout.order] for pool in pools]
     output = with_features(encoded.output, embeds, levels)
     return Visuals(output, embeds, joined(arrangement, found), layout.kept, arrangement, changed=True, notes=notes)
@@ -218,13 +237,28 @@ def behind_encoder(
     return Visuals(output, embeds, joined(arrangement, [found]), layout.kept, arrangement, changed=True, notes=notes)
 
 
-def _outputs(arrangement: Arrangement, found: list[Reduced], source: Tensor, *, made: bool = False) -> Tensor:
-    """[sum of counts, C] what all groups keep of ``source`` [S, C], one group behind the other; ``made``: it is at hand already."""
-    kept = []
-    for reduced in found:
-        outputs = reduced.outputs if made else reduced.reduction.apply(source[reduced.group.places(arrangement)])
-        kept.append(outputs[reduced.reduction.mask()])
-    return torch.cat(kept)
+def _pool(parts: Anatomy, encoded: EncodedPictures, found: list[Reduced], fixed: Tensor) -> Tensor:
+    """[R, D] what all groups keep, one after the other, then the fixed tokens."""
+    projected, reductions = encoded.projected, [reduced.reduction for reduced in found]
+    pure = all(each.weights is None and each.added is None and each.made is None for each in reductions)
+    if projected is not None and pure:  # a choice can be taken from what is projected already
+        return torch.cat([*_carried(encoded.arrangement, found, projected), projected[fixed]])
+    pieces = [reduced.outputs[reduced.reduction.mask()] for reduced in found]
+    waiting = [each.made is None or each.space == "features" for each in reductions]
+    if len(fixed):
+        pieces.append(encoded.features[fixed] if projected is None else projected[fixed])
+        waiting.append(projected is None)
+    if parts.projector is None:  # features are in the space of the decoder there
+        return torch.cat(pieces)
+    # all that is to be projected goes through the projector together
+    raw = [piece for piece, waits in zip(pieces, waiting, strict=True) if waits]
+    done = iter(_projected(parts, torch.cat(raw)).split([len(piece) for piece in raw]) if raw else ())
+    return torch.cat([next(done) if waits else piece for piece, waits in zip(pieces, waiting, strict=True)])
+
+
+def _carried(arrangement: Arrangement, found: list[Reduced], values: Tensor) -> list[Tensor]:
+    """[counts, C] of each group, what its outputs have of ``values`` [S, C] of all visual tokens."""
+    return [reduced.reduction.carry(values[reduced.group.places(arrangement)])[reduced.reduction.mask()] for reduced in found]
 
 
 def _projected(parts: Anatomy, tokens: Tensor) -> Tensor:

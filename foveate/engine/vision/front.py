@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedModelError
-from ...methods.base import EncoderReducer, FrontReducer, KeepAll, ProjectorReducer
+from ...methods.base import EncoderReducer, FrontReducer, KeepAll, Method, ProjectorReducer
 from ...methods.tools.selection import grid_middles
 from ...report import Clock
 from ...tokens import Reduction, resolve_budget
@@ -53,8 +53,25 @@ class Around:
         return None if self.locate is None else self.locate(arrangement.sizes)
 
 
-def check_front(parts: Anatomy, method: FrontReducer) -> None:
-    """Raise ``UnsupportedModelError`` where the model lacks what the method needs."""
+def prepare(parts: Anatomy, method: Method) -> FrontReducer:
+    """Get a method ready for a model: its weights are loaded, and what acts before the decoder is checked and returned.
+
+    Raises
+    ------
+    InputError : the method has no weights, or those of a model of other sizes.
+    UnsupportedModelError : the model lacks what the method needs.
+    """
+    trained = method.trained()
+    if trained:
+        host = parts.host
+        for part in trained:
+            part.bind(host)
+    front = method.before_decoder()
+    _check_front(parts, front)
+    return front
+
+
+def _check_front(parts: Anatomy, method: FrontReducer) -> None:
     for layer in method.encoder_layers(len(parts.layers)):
         parts.encoder_block(layer)
     if isinstance(method, EncoderReducer) and not method.keeps_all:

@@ -144,9 +144,11 @@ def reduce(
         reduction = group.method.reduce(VisualTokens(cells, group.units[0].shape, taps, behind, question))
         if reduction.added is not None and parts.projector is None:
             raise UnsupportedModelError(
-                f"{method.name} hands on [CLS] in front of the projector, where {parts.family.name} has no visual tokens yet. "
+                f"{method.name} hands on [CLS] before the projector, where {parts.family.name} has no visual tokens yet. "
                 "Use another method."
             )
+        if reduction.made is not None:
+            check_made(parts, method, cells, reduction)
         outputs = reduction.apply(cells)
         counts, in_place = check(method, cells.shape[1], outputs, reduction, reduction.mask())
         same = same and in_place
@@ -157,14 +159,19 @@ def reduce(
 def check(method: FrontReducer, number: int, reduced: Tensor, reduction: Reduction, valid: Tensor) -> tuple[list[int], bool]:
     """Counts per image and whether nothing changed, with one transfer from the device; the contract is checked on the way."""
     batch, index = len(reduced), reduction.index
+    column = torch.arange(index.shape[1], device=index.device)
+    cells = index.masked_fill(~valid, 0) + ~valid * (number + column)  # outputs that are not real get numbers of their own
+    sequence = cells.diff(dim=1)
     flags = torch.stack(
         [
             torch.isfinite(reduced).all() & (True if reduction.scores is None else torch.isfinite(reduction.scores).all()),
             ((index >= 0) & (index < number) | ~valid).all(),
-            (index == torch.arange(index.shape[1], device=index.device)).all() & valid.all(),
+            (cells.sort(dim=1).values.diff(dim=1) > 0).all(),
+            ((sequence > 0) | ~valid[:, 1:]).all(),
+            (index == column).all() & valid.all(),
         ]
     )
-    *counts, finite, inside, ordered = torch.cat([valid.sum(1), flags]).tolist()
+    *counts, finite, inside, distinct, ascending, ordered = torch.cat([valid.sum(1), flags]).tolist()
     if not finite:
         raise InputError(
             f"{method.name}: the vision encoder gave NaN or infinite values. Check the picture, and the dtype of the model "
@@ -175,4 +182,25 @@ def check(method: FrontReducer, number: int, reduced: Tensor, reduction: Reducti
             f"{method.name} kept no token of an image, more tokens than there are, or one that does not exist. "
             "This is a fault of the method."
         )
-    return counts, bool(ordered) and index.shape[1] == number and reduction.weights is None
+    if not distinct:
+        raise FoveateError(f"{method.name} put two tokens at one cell of an image. This is a fault of the method.")
+    if reduction.made is not None and method.positions == "original" and not ascending:
+        raise InputError(
+            f"{method.name} makes tokens whose cells are not in the order of the picture, so that they cannot have the positions "
+            "of these. Use positions='compact'."
+        )
+    return counts, bool(ordered) and index.shape[1] == number and reduction.weights is None and reduction.made is None
+
+
+def check_made(parts: Anatomy, method: FrontReducer, cells: Tensor, reduction: Reduction) -> None:
+    """Raise ``FoveateError`` where tokens that were made have not the shape that they say."""
+    made, attention = reduction.made, reduction.attention
+    width = int(parts.model.config.get_text_config().hidden_size) if reduction.space == "decoder" else cells.shape[-1]
+    expected = (*reduction.index.shape, width)
+    if made is None or tuple(made.shape) != expected or reduction.weights is not None or reduction.added is not None:
+        raise FoveateError(
+            f"{method.name}: what is made in the space of the {reduction.space} has to be of shape {expected}, without weights and "
+            "added. This is a fault of the method."
+        )
+    if attention is not None and tuple(attention.shape) != (*reduction.index.shape, cells.shape[1]):
+        raise FoveateError(f"{method.name}: attention of shape {tuple(attention.shape)}. This is a fault of the method.")

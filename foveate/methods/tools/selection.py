@@ -219,3 +219,28 @@ def farthest_first(similar: Tensor, count: int) -> tuple[Tensor, Tensor]:
         nearest = row if step == 0 else torch.maximum(nearest, row)
         order.append(best)
     return torch.cat(order, 1), alone
+
+
+def anchors(attention: Tensor) -> Tensor:
+    """A cell of its own for each output that was made of several tokens: the free one that it attends to most.
+
+    Outputs choose in the order of their largest attention; ties go to earlier outputs and cells.
+
+    Parameters
+    ----------
+    attention : [B, M, N], at least 0, with M <= N.
+
+    Returns
+    -------
+    index [B, M], without repetition in a row.
+    """
+    batch, outputs, cells = attention.shape
+    order = attention.amax(-1).argsort(dim=1, descending=True, stable=True)
+    free = attention.detach().float().gather(1, order[..., None].expand(-1, -1, cells))
+    index = attention.new_empty(batch, outputs, dtype=torch.long)
+    taken = torch.zeros(batch, cells, dtype=torch.bool, device=attention.device)
+    for place in range(outputs):
+        best = free[:, place].masked_fill(taken, -1).argmax(1, keepdim=True)
+        taken = taken.scatter(1, best, True)
+        index = index.scatter(1, order[:, place, None], best)
+    return index
