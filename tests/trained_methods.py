@@ -57,11 +57,13 @@ class Gate(Trained, DecoderReducer, name="gate", listed=False):
 
     reads = "nothing"
 
+    first: int = 1
+
     def build(self, shape: ModelShape) -> nn.Module:
         return nn.ModuleList(nn.Linear(2 * shape.width, 2, bias=False) for _ in range(shape.decoder_layers - 1))
 
     def cuts(self, layers: int) -> tuple[int, ...]:
-        return tuple(range(1, layers))
+        return tuple(range(self.first, layers))
 
     def cut(self, tokens: PromptTokens) -> Cut:
         text = tokens.prompt_text[..., None].float()

@@ -18,11 +18,14 @@ from typing_extensions import Self
 
 from ..errors import InputError, first_line
 from ..fingerprint import same_signature
-from .base import Method
 from .weights import Weights, state_digest, write
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .base import Method
+else:
+    Method = object  # at run time a mixin, which leaves the defaults of fields to the class it is mixed into
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class _State:
 
 @dataclass(kw_only=True)
 class Trained(Method):
-    """What methods with weights are, too: ``class Mine(Trained, ProjectorReducer, name="mine")``, with a ``build``.
+    """Mixed into a method with weights: ``class Mine(Trained, ProjectorReducer, name="mine")``, with a ``build``.
 
     The module is no field: it is shared by copies with other settings, and ``settings()`` name it by a digest. It is made or loaded
     when the model is known: at ``attach``, by ``Pictures.reduce`` or ``encode``.
@@ -334,6 +337,11 @@ class Trained(Method):
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "weights": self._state.name()}
+
+    def __copy__(self) -> Self:
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)  # weights and all
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: a folder is loaded anew where it arrives, other weights travel along."""

@@ -1,7 +1,7 @@
 """The conformance matrix: every registered method on LLaVA, with every decoder, padding and attention implementation.
 
 The numbers T1 to T11 are the invariants the project promises. Methods come from ``foveate.methods()`` with their presets:
-registering one is what puts it here; so do two small ones with weights. ``test_families`` does the same for every registered family.
+registering one is what puts it here; two small ones with weights are beside them. ``test_families`` does the same for every family.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from foveate.methods.base import EncoderReducer, ProjectorReducer
 from ... import families, reference
 from ... import family_reference as by_hand
 from ...family_prompts import IMAGE, VIDEO
+from ...trained_methods import SEED, Gate, Learnt
 
 NEW, BUDGET = 5, 7
 GREEDY = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, suppress_tokens=[IMAGE, VIDEO])
@@ -42,12 +43,15 @@ def method_of(name: str, family: str) -> foveate.Method:
         "iti": lambda: foveate.ITI(budget=0.6, layers=(layer,)),
         "fastv": lambda: foveate.FastV(budget=0.5, layer=layer),
         "tome": lambda: foveate.ToMe(budget=0.5),
+        "learnt": lambda: Learnt().fresh(SEED),
+        "learnt (decoder)": lambda: Learnt(space="decoder").fresh(SEED),
+        "gate": lambda: Gate(first=layer).fresh(SEED),
     }
     return methods[name]()
 
 
-METHODS = ("prumerge+", "divprune", "vtc-cls", "spatial", "iti", "fastv", "tome")
-FRONT = ("prumerge+", "divprune", "vtc-cls", "spatial")
+METHODS = ("prumerge+", "divprune", "vtc-cls", "spatial", "iti", "fastv", "tome", "learnt", "learnt (decoder)", "gate")
+FRONT = ("prumerge+", "divprune", "vtc-cls", "spatial", "learnt")
 CASES = [(f, name) for f in FAMILIES for name in METHODS if name != "tome" or f in INSIDE_ENCODER]
 FRONT_CASES = [(f, name) for f in FAMILIES for name in FRONT]
 
@@ -120,7 +124,7 @@ def test_t1_a_budget_of_everything_changes_nothing(family, name):
     beams = model.generate(**inputs, **GREEDY, num_beams=2)
     direct = model(**inputs).logits
     for budget in (1.0, 10_000):
-        with replace(method_of(name, family), budget=budget)(model) as session:
+        with method_of(name, family).with_budget(budget)(model) as session:
             after, after_logits = generate(family, inputs)
             assert torch.equal(after, sequences)
             assert torch.equal(after_logits, logits)
@@ -158,7 +162,10 @@ def made_by_hand(model: torch.nn.Module, heard: list, features: Tensor, kept: Se
             if near.values.max() > 1e-3:
                 continue  # of another row
             weights = torch.eye(len(grid))[answer.index[b]] if answer.weights is None else answer.weights[b]
-            outputs = projector((weights @ grid)[None])[0]
+            outputs = weights @ grid
+            if answer.made is not None:
+                weights, outputs = answer.attention[b], answer.made[b]
+            outputs = projector(outputs[None])[0] if answer.space == "features" else outputs
             for j in answer.mask()[b].nonzero().flatten().tolist():
                 at = kept.index(int(near.indices[answer.index[b, j]]))
                 made[at], mix[at] = outputs[j], torch.zeros(len(features)).scatter(0, near.indices, weights[j])
