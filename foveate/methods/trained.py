@@ -191,7 +191,8 @@ class Trained(Method):
             return
         if state.module is None or state.shape != host.shape:
             state.module = self._made(host).float().eval().requires_grad_(False)
-            state.shape, state.kept, state.signature = host.shape, None, {}
+            state.shape, state.kept = host.shape, None
+            state.signature = host.signature() if state.source is None else {}
             state.warnings = self._strange(host)
         if any(value.device != host.device for value in state.module.state_dict().values()):
             state.module.to(host.device)
