@@ -28,7 +28,7 @@ _ROOMS = {
         "tuned": "lab.studies.tuned",
     },
     "foveate.serving": {
-        **{name: f"serving.gateway.{name}" for name in ("app", "gateway", "upstream", "launch")},
+        **{name: f"serving.gateway.{name}" for name in ("app", "upstream", "launch")},
         **{name: f"serving.batch.{name}" for name in ("rows", "results", "offline", "engines", "vllm_engine", "ray_batch")},
     },
 }
@@ -57,6 +57,8 @@ class _Finder(MetaPathFinder, Loader):
 
     def get_code(self, fullname: str) -> types.CodeType:
         """What ``python -m`` of the old name runs."""
+        said = f"python -m {fullname} is python -m {MOVED[fullname]} now; the old name goes in version 2"
+        warnings.warn(said, FutureWarning, stacklevel=2)  # which everybody sees
         lines = ("import runpy", f"runpy.run_module({MOVED[fullname]!r}, run_name='__main__', alter_sys=True)")
         return compile("\n".join(lines), fullname, "exec")
 

@@ -22,7 +22,17 @@ LAYERS = (  # a file imports from its own layer and those below; a room that is 
     "cli __main__",
 )
 HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms.split()}
-SHARED = {"base", "registry", "compose", "fields", "budgets", "baselines", "tools"}  # of methods: what is no method of one paper
+SHARED = {
+    "base",
+    "registry",
+    "compose",
+    "fields",
+    "budgets",
+    "baselines",
+    "trained",
+    "weights",
+    "tools",
+}  # of methods: what is no method of one paper
 OF_ONE_METHOD = {  # files about one method, which say so
     "foveate.tuning.search": "the searches of two papers, which make plans for their methods",
     "foveate.lab.evaluate": "a study of the outliers that PruMerge finds",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,15 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import InputError
 from .common import err, parse_budget
 
-if TYPE_CHECKING:
-    from ..serving.batch.rows import AnswerSettings, RowPlace, Source
-
 EPILOG = (
     "Examples:  foveate batch questions.jsonl answers.jsonl  |  "
     "foveate batch questions.jsonl answers.jsonl --engine vllm --model llava-hf/llava-1.5-7b-hf  |  "
     "foveate batch questions.jsonl answers.jsonl --engine ray --encoders 4 --engines 8 --address auto --export /shared/llava-text"
 )
-ENGINES = {"transformers": 8, "vllm": 64, "ray": 64}  # and how many rows each answers at once
 
 
 def batch_command(
@@ -51,29 +46,28 @@ def batch_command(
     address: Annotated[str | None, typer.Option(help="ray: a running cluster, such as auto. Default: this machine.")] = None,
 ) -> None:
     """Answer a file of questions about pictures, with fewer visual tokens. Rows that fail are written with their error."""
-    from ..serving.batch.engines import any_method
+    from ..loading import quiet_loading
+    from ..serving.batch.base import Job, batch_engine
     from ..serving.batch.offline import settings
     from ..serving.batch.results import Output
     from ..serving.batch.rows import AnswerSettings, Source
-    from ..serving.encoding import method_of
 
-    if engine not in ENGINES:
-        raise InputError(f"there is no engine {engine!r}; choose {', '.join(ENGINES)}")
-    _check_for(engine, ("ray",), encoders=encoders, engines=engines, address=address)
-    _check_for(engine, ("vllm", "ray"), export=export)
+    answering = batch_engine(engine, {"export": export, "encoders": encoders, "engines": engines, "address": address})
     if not math.isfinite(temperature):
         raise InputError(f"--temperature {temperature} is no number")
     if questions.absolute() == answers.absolute():
         raise InputError("questions and answers are the same file")
     wanted = AnswerSettings(method, None if budget is None else parse_budget(budget), max_new_tokens, temperature, seed)
-    _ = any_method(wanted) if engine == "transformers" else method_of(wanted.method, wanted.budget)
+    answering.check(wanted)
     source = Source(questions)
     lines = source.lines()
-    with Output(answers, settings(model, wanted, engine), retry_failed=retry_failed) as output:
+    with Output(answers, settings(model, wanted, answering), retry_failed=retry_failed) as output:
         waiting = [line for line in lines if line.id not in output.answered and line.id not in output.failed]
         if waiting:
-            size = batch_size or ENGINES[engine]
-            found = _answered(engine, source, waiting, wanted, model, size, export, (encoders or 1, engines or 1, address))
+            others = {"encoders": encoders, "engines": engines, "address": address}
+            job = Job(source, waiting, wanted, model, batch_size or answering.rows, export, others)
+            with err.status("starting"), quiet_loading(bars=False):
+                found = answering.start(job)
             with _bar() as bar:
                 task = bar.add_task("rows", total=len(lines), completed=len(lines) - len(waiting), failed=len(output.failed))
                 for rows in found:
@@ -85,42 +79,6 @@ def batch_command(
         print(f"{answers}: {len(output.answered)} answered, {failed}{earlier}")
 
 
-def _answered(
-    engine: str,
-    source: Source,
-    waiting: list[RowPlace],
-    wanted: AnswerSettings,
-    model: str,
-    size: int,
-    export: Path | None,
-    cluster: tuple[int, int, str | None],
-) -> Iterator[list[dict[str, Any]]]:
-    """Rows of the output, from an engine that has started."""
-    from ..loading import quiet_loading
-    from ..serving.batch.offline import answered
-
-    with err.status("starting"), quiet_loading(bars=False):
-        if engine == "transformers":
-            from ..serving.batch.engines import TransformersEngine
-
-            return answered(source, waiting, wanted, TransformersEngine(model, wanted), size)
-        from ..serving.batch.vllm_engine import VllmEngine
-        from ..serving.export import ready_export
-
-        folder = ready_export(model, export).absolute()
-        if engine == "vllm":
-            return answered(source, waiting, wanted, VllmEngine(model, wanted, folder), size)
-    from ..serving.batch.ray_batch import Cluster, answered_by_ray
-
-    return answered_by_ray(source, waiting, wanted, model, folder, size, Cluster(*cluster))
-
-
 def _bar() -> Progress:
     counts = (MofNCompleteColumn(), TextColumn("{task.fields[failed]} failed"))
     return Progress(TextColumn("rows"), BarColumn(), *counts, TimeElapsedColumn(), TimeRemainingColumn(), console=err)
-
-
-def _check_for(engine: str, only: tuple[str, ...], **given: Any) -> None:
-    for name, value in given.items():
-        if value is not None and engine not in only:
-            raise InputError(f"--{name} is for --engine {' or '.join(only)}, and this is {engine}")

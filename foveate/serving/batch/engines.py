@@ -1,11 +1,11 @@
-"""What answers the rows of an offline batch, and transformers with a method attached as the first of them."""
+"""Transformers with a method attached, as an engine of an offline batch; and how every engine reads rows."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ...chat import Prompt, collate, media_words
 from ...engine.model.anatomy import anatomy
 from ...engine.session import Session
-from ...errors import FoveateError, InputError, first_line
+from ...errors import InputError, first_line
 from ...loading import load
 from ...methods.base import Method
 from ...methods.registry import get
+from .base import Answered, BatchEngine, EngineError, Job
+from .offline import answered
 from .rows import AnswerSettings, Row, opened
 
 # the likeliest word each time, whatever the generation config of a model says
@@ -25,42 +27,6 @@ PLAIN = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "tempera
 
 T = TypeVar("T")
 U = TypeVar("U")
-
-
-class EngineError(FoveateError):
-    """An engine does not start, or has stopped: no row can be answered any more."""
-
-
-@dataclass(frozen=True)
-class Answered:
-    """The answer to a row.
-
-    Attributes
-    ----------
-    text : the answer.
-    ended : whether the model ended it; otherwise it was cut off.
-    prompt, written : tokens of the shortened prompt, and of the answer with its end.
-    before, after : visual tokens per picture.
-    """
-
-    text: str
-    ended: bool
-    prompt: int
-    written: int
-    before: list[int]
-    after: list[int]
-
-
-class Engine(Protocol):
-    """Answers rows."""
-
-    def answer(self, rows: Sequence[Row]) -> list[Answered | Exception]:
-        """Answer rows of one ``Row.batch``; of a row that cannot be answered, what was raised.
-
-        Raises
-        ------
-        EngineError : no row can be answered any more.
-        """
 
 
 def through(items: Sequence[T | Exception], stage: Callable[[list[T]], Sequence[U | Exception]]) -> list[U | Exception]:
@@ -94,14 +60,9 @@ def read(rows: Sequence[Row], reserved: Sequence[str]) -> list[tuple[Row, Prompt
     return [_done([row], lambda one: [(one[0], opened(one[0], reserved))])[0] for row in rows]
 
 
-def document(number: str | int, outcome: Answered | Exception) -> dict[str, Any]:
-    """A row of the output."""
-    if isinstance(outcome, Exception):
-        return {"id": number, "error": {"type": type(outcome).__name__, "message": first_line(outcome)}}
-    pairs = zip(outcome.after, outcome.before, strict=True)
-    pictures = [{"visual_tokens": after, "visual_tokens_before": before} for after, before in pairs]
-    usage = {"prompt_tokens": outcome.prompt, "completion_tokens": outcome.written, "pictures": pictures}
-    return {"id": number, "answer": outcome.text, "finish_reason": "stop" if outcome.ended else "length", "usage": usage}
+@functools.lru_cache(maxsize=64, typed=True)  # 1 is a count, 1.0 a share
+def _method(name: str, budget: int | float | None) -> Method:
+    return get(name, **({} if budget is None else {"budget": budget}))
 
 
 def any_method(wanted: AnswerSettings) -> Method:
@@ -111,7 +72,7 @@ def any_method(wanted: AnswerSettings) -> Method:
     ------
     InputError : there is none, or it needs a budget.
     """
-    return get(wanted.method, **({} if wanted.budget is None else {"budget": wanted.budget}))
+    return _method(wanted.method, wanted.budget)
 
 
 def too_long(prompt: int, longest: float) -> InputError | None:
@@ -210,3 +171,13 @@ def visual_tokens(session: Session, rows: int) -> list[tuple[list[int], list[int
         found[row][0].append(before)
         found[row][1].append(after)
     return found
+
+
+class Transformers(BatchEngine, name="transformers", rows=8):
+    """Models of transformers on this machine, with any method."""
+
+    def check(self, wanted: AnswerSettings) -> None:
+        any_method(wanted)
+
+    def start(self, job: Job) -> Iterator[list[dict[str, Any]]]:
+        return answered(job.source, job.lines, job.wanted, TransformersEngine(job.model, job.wanted), job.size)

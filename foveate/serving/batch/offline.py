@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import InputError
 from ..files import fingerprint
-from .engines import Engine, document
+from .base import BatchEngine, Engine, document
 from .rows import AnswerSettings, Row, RowPlace, Source
 
 
@@ -45,7 +45,7 @@ def answered(
         yield found + [document(row.id, outcome) for row, outcome in zip(rows, engine.answer(rows) if rows else [], strict=True)]
 
 
-def settings(model: str, wanted: AnswerSettings, engine: str) -> dict[str, Any]:
+def settings(model: str, wanted: AnswerSettings, engine: BatchEngine) -> dict[str, Any]:
     """What the answers of a run depend on, but for the rows.
 
     Raises
@@ -54,5 +54,4 @@ def settings(model: str, wanted: AnswerSettings, engine: str) -> dict[str, Any]:
     """
     from ... import __version__
 
-    answers_by = "transformers" if engine == "transformers" else "vllm"
-    return {"foveate": __version__, "engine": answers_by, "model": model, "weights": fingerprint(model), **asdict(wanted)}
+    return {"foveate": __version__, "engine": engine.answers, "model": model, "weights": fingerprint(model), **asdict(wanted)}

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from ...errors import FoveateError, InputError, MissingExtraError, first_line
-from .engines import EngineError, document
+from ..encoding import method_of
+from ..export import ready_export
+from .base import BatchEngine, EngineError, Job, document
 from .offline import batches
 from .rows import AnswerSettings, RowPlace, Source
 from .vllm_engine import ENCODED, Ready, RowEncoder, TextEngine
@@ -164,3 +166,15 @@ def shares(resources: dict[str, float], cluster: Cluster) -> tuple[float, float]
         raise InputError(f"the cluster has {gpus:g} GPUs, and {cluster.engines} engines need one each. Lower --engines.")
     left = int(gpus) - cluster.engines
     return (1 / math.ceil(cluster.encoders / left) if left else 0.0), 1.0
+
+
+class Ray(BatchEngine, name="ray", rows=64, answers="vllm", options=("export", "encoders", "engines", "address")):
+    """vLLM on many machines, and encoders beside it."""
+
+    def check(self, wanted: AnswerSettings) -> None:
+        method_of(wanted.method, wanted.budget)
+
+    def start(self, job: Job) -> Iterator[list[dict[str, Any]]]:
+        given = {name: value for name, value in job.options.items() if value is not None}
+        folder = ready_export(job.model, job.export).absolute()
+        return answered_by_ray(job.source, job.lines, job.wanted, job.model, folder, job.size, Cluster(**given))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from ...chat import Prompt, collate, media_words
 from ...errors import FoveateError, first_line
 from ...loading import load_encoder
 from ..encoding import EncodedPrompt, PictureEncoder, method_of
-from ..export import described
-from .engines import Answered, EngineError, read, through, too_long
+from ..export import described, ready_export
+from .base import Answered, BatchEngine, EngineError, Job
+from .engines import read, through, too_long
+from .offline import answered
 from .rows import AnswerSettings, Row
 
 ENCODED = 8  # rows whose pictures are encoded at once
@@ -199,6 +201,17 @@ class VllmEngine:
     def answer(self, rows: Sequence[Row]) -> list[Answered | Exception]:
         """Answer rows of one ``Row.batch``; of a row that cannot be answered, what was raised."""
         return self.text.answer(self.encoder.encode(rows))
+
+
+class Vllm(BatchEngine, name="vllm", rows=64, options=("export",)):
+    """vLLM on this machine, which makes batches of its own."""
+
+    def check(self, wanted: AnswerSettings) -> None:
+        method_of(wanted.method, wanted.budget)
+
+    def start(self, job: Job) -> Iterator[list[dict[str, Any]]]:
+        folder = ready_export(job.model, job.export).absolute()
+        return answered(job.source, job.lines, job.wanted, VllmEngine(job.model, job.wanted, folder), job.size)
 
 
 def imported() -> Any:

@@ -12,7 +12,7 @@ import torch
 from foveate.errors import FoveateError, InputError, MissingExtraError
 from foveate.serving import files
 from foveate.serving.batch import offline, vllm_engine
-from foveate.serving.batch.engines import EngineError
+from foveate.serving.batch.base import EngineError
 from foveate.serving.batch.ray_batch import Cluster, EncoderActor, EngineActor, answered_by_ray, shares
 from foveate.serving.batch.rows import AnswerSettings, Source
 from foveate.serving.batch.vllm_engine import MissingEngineError, Ready, VllmEngine

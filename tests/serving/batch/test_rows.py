@@ -17,7 +17,7 @@ from PIL import Image
 import foveate
 from foveate.errors import InputError
 from foveate.serving.batch import engines, offline, rows
-from foveate.serving.batch.engines import EngineError
+from foveate.serving.batch.base import EngineError
 from foveate.serving.batch.results import Output
 from foveate.serving.batch.rows import AnswerSettings, Source
 from tests.cli.test_main import invoke
