@@ -141,8 +141,8 @@ class Pictures:
 
         Works with and without a method attached. A method that reads encoder layers finds what was recorded here.
         """
-        raw = {name for inputs in self._call.pixels.values() for name in inputs}
-        found = {name: value for name, value in self._call.arguments.items() if name not in raw}
+        # sizes of the grids stay: (t, h, w) positions are made of them
+        found = {name: value for name, value in self._call.arguments.items() if not name.startswith("pixel")}
         _ = self._all  # as the prompt has them
         outputs = {modality: self._encodings.output(self._parts.of(modality)) for modality in self._call.pixels}
         return {**found, PRE_ENCODED: {modality: with_encodings(out, self._encodings) for modality, out in outputs.items()}}

@@ -6,6 +6,7 @@ VTC-Bench (arXiv 2510.07143) for smaller pictures; DeCo (arXiv 2405.20985) for p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,6 +123,16 @@ class Resize(ProjectorReducer, name="resize", paper="https://arxiv.org/abs/2510.
     """
 
     where: Literal["pixels", "features"] = "pixels"
+
+    def at_budget(self, tokens: float, total: int, layers: int, at: Literal["mean", "last"] = "mean") -> Self:
+        """As of any method, but for counts that are the size of no grid: then the next smaller one."""
+        return self.with_budget(round(tokens))
+
+    def layer_tokens(self, total: int, layers: int) -> list[float]:
+        """Of a square picture."""
+        side = math.isqrt(total)
+        rows, columns = self.shape((side, side) if side * side == total else (1, total))
+        return [rows * columns] * layers
 
     def picture(self, grid: tuple[int, int]) -> tuple[int, int] | None:
         return self.shape(grid) if self.where == "pixels" else None

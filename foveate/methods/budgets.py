@@ -21,9 +21,7 @@ def budgeted(method: M, tokens: float, total: int, layers: int, at: Literal["mea
     """What ``Method.at_budget`` returns: found by bisection, since more of a budget means more tokens in every layer."""
 
     def count(setting: M) -> float:
-        each = setting.layer_tokens(total, layers)
-        if each is None:
-            raise InputError(f"{method.name}: its rule looks at the picture, so that no budget gives a known number of tokens.")
+        each = setting.layer_tokens(total, layers) or [total]
         return fmean(each) if at == "mean" else each[-1]
 
     def near(make: Callable[[], M], goal: float, off: float) -> M | None:
@@ -32,6 +30,8 @@ def budgeted(method: M, tokens: float, total: int, layers: int, at: Literal["mea
         reached = None if found is None else _tried(lambda: count(found))
         return found if reached is not None and abs(reached - goal) <= off else None
 
+    if _tried(lambda: (method.with_share(0.5).layer_tokens(total, layers),)) == (None,):
+        raise InputError(f"{method.name}: its rule looks at the picture, so that no budget gives a known number of tokens.")
     whole = float(tokens).is_integer()
     direct = near(lambda: method.with_budget(int(tokens)), tokens, 0.5) if whole else None
     if direct is not None:

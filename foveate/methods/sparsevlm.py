@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,11 +80,22 @@ class SparseVLM(DecoderReducer, name="sparsevlm", paper="https://arxiv.org/abs/2
     def left(self, total: int, layers: int) -> list[float] | None:
         cuts = self.cuts(layers)
         if self.counts is not None:
-            return steps(total, layers, {cut: total * count // 576 for cut, count in zip(cuts, self.counts, strict=False)})
+            return self._with_recycled(total, layers, [total * count // 576 for count in self.counts])
         if self.budget is None:
             return None
         ratio = float(stage_ratio(self.name, self.budget, torch.tensor([[total]]), cuts, layers))
-        return steps(total, layers, {cut: int(total * ratio ** (stage + 1) + 1e-6) for stage, cut in enumerate(cuts)})
+        return self._with_recycled(total, layers, [int(total * ratio ** (stage + 1) + 1e-6) for stage in range(len(cuts))])
+
+    def _with_recycled(self, total: int, layers: int, counts: Sequence[int]) -> list[float]:
+        """Visual tokens of each layer, where ``counts`` say how many stay in each stage."""
+        left: dict[int, float] = {}
+        now = total
+        for cut, count in zip(self.cuts(layers), counts, strict=False):
+            kept = min(count, now)
+            deleted = now - kept
+            some = min(int(self.recycle * deleted + 1), deleted) if self.recycle else 0
+            left[cut] = now = kept + min(some // self.cluster + 1, some)
+        return steps(total, layers, left)
 
     def cut(self, tokens: PromptTokens) -> Cut:
         rows, rating = raters(tokens)

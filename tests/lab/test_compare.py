@@ -144,7 +144,7 @@ def test_a_subset_of_questions_is_answered_as_in_the_whole(runner):
 def test_budgets_of_methods_inside_the_decoder():
     assert at_count("fastv", 64).budget == 64
     assert at_count("pyramiddrop", 72).layer_tokens(576, 6) == [576, 576, 288, 144, 144, 72], "equal shares"
-    assert at_count("sparsevlm", 144).layer_tokens(576, 6) == [576, 288, 288, 144, 144, 144], "two cuts in six layers"
+    assert at_count("sparsevlm", 144).layer_tokens(576, 6) == [576, 292, 292, 144, 144, 144], "two cuts, with what comes back"
     assert at_count("sparsevlm:paper", 72).combine == "sum"
     both = at_count("iti", 144)
     assert (both.budget, both.second) == pytest.approx((0.5, 0.5), rel=0.01)
