@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import torch
@@ -24,9 +25,11 @@ def fingerprint(model: Any) -> str:
     """Which weights a loaded model has: of each tensor its shape, type, the sum of its bits, and ``SAMPLES`` spread over it.
 
     Read from memory, so that adapters and quantisation count, and files need not be read twice. Of tensors that are not in memory
-    (offloaded ones) only shape and type count.
+    (offloaded ones) only shape and type count. Where the files lie does not.
     """
-    parts = [model.config.to_json_string(use_diff=False), str(getattr(model.config, "_commit_hash", None))]
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)
+    parts = [json.dumps(config, sort_keys=True), str(getattr(model.config, "_commit_hash", None))]
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         bits = "" if tensor.is_meta else _bits(tensor.detach())
         parts.append(f"{name} {tuple(tensor.shape)} {tensor.dtype} {bits}")
