@@ -21,7 +21,7 @@ class DecoderTap:
     softcap : bound of the scaled products (Gemma 2), None = unbounded.
     columns : [B, K] where each key stands in the prompt, -1 = padding; the order of causality.
     window : how far back the layer sees, in columns; None = everything.
-    seen : [B, S, K] bool, which keys each token of this call sees; None = those in front of it, as far as the window.
+    seen : [B, S, K] bool, which keys each token of this call sees; None = those before it, as far as the window.
     """
 
     query: Tensor
@@ -51,10 +51,10 @@ class PromptTokens:
     hidden : [B, S, D].
     image : [B, S] the image of its row that a visual token belongs to, counted from 0; -1 for text and padding.
     valid : [B, S] bool, no padding.
-    question : [B, S] bool, text that can see visual tokens: behind the first one of its row, up to the end of the prompt, special
+    question : [B, S] bool, text that can see visual tokens: after the first one of its row, up to the end of the prompt, special
         tokens not counted.
     prompt_text : [B, S] bool, as ``question``, special tokens included.
-    protected : [B, S] bool, text that is never removed: special tokens, everything in front of the first image, the last token.
+    protected : [B, S] bool, text that is never removed: special tokens, everything before the first image, the last token.
     last : [B] the last token of the prompt. In training, the last one before the answer.
     columns : [B, S] where the token was in ``start``.
     initial : [B, I] visual tokens that each image had before the first layer; 0 where a row has fewer images.
@@ -118,7 +118,7 @@ class Pattern:
 
     Attributes
     ----------
-    window : a visual token sees those of its image that are at most (window - 1) / 2 rows and columns away, behind it too, and no
+    window : a visual token sees those of its image that are at most (window - 1) / 2 rows and columns away, after it too, and no
         other visual token; None = all that causality allows.
     heads : for each decoder layer, which key heads visual tokens take part in; None = all. In the others nobody gets anything from
         visual tokens, and visual tokens get nothing.

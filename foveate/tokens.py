@@ -68,7 +68,7 @@ class EncoderTap:
 
     @property
     def lead(self) -> int:
-        """L, tokens in front of the patches."""
+        """L, tokens before the patches."""
         return 0 if self.query is None else 1
 
     @property
@@ -104,7 +104,7 @@ class VisualTokens:
     features : [B, N, C] in raster order, N == rows * columns.
     grid : (rows, columns).
     taps : the encoder layers the method asked for with ``encoder_layers()``, by the name it used.
-    projected : [B, N, D] the features behind the projector, for methods that say ``reads_projected``.
+    projected : [B, N, D] the features after the projector, for methods that say ``reads_projected``.
     question : for methods that say ``reads_question``.
     """
 

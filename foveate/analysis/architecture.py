@@ -113,7 +113,7 @@ class Tower:
     patch : values of a patch. patch_bias : of its embedding.
     patches : of a picture; None where pictures may have any size.
     prefix : tokens that are no patches ([CLS]). positions : position embeddings.
-    before, behind : the norms around the layers. cls_alone : whether the one behind takes [CLS] and leaves the patches.
+    before, after : the norms around the layers. cls_alone : whether the one after takes [CLS] and leaves the patches.
     pools : whether an attention head pools the patches at the end, used or not.
     packed : whether all pictures are one sequence, whose whole square is computed where attention is not fused.
     unused : parameters that take no part. copies : encoders of that shape whose weights are held; one of them runs.
@@ -126,7 +126,7 @@ class Tower:
     prefix: int = 0
     positions: int = 0
     before: Norm | None = None
-    behind: Norm | None = None
+    after: Norm | None = None
     cls_alone: bool = False
     pools: bool = False
     packed: bool = False
@@ -138,7 +138,7 @@ class Tower:
         stack = self.stack
         layers = stack.layers * (stack.matrix_parameters + stack.other_parameters)
         around = stack.width * (self.patch + self.patch_bias + self.prefix + self.positions)
-        around += stack.width * sum(norm.parameters for norm in (self.before, self.behind) if norm) + self.unused
+        around += stack.width * sum(norm.parameters for norm in (self.before, self.after) if norm) + self.unused
         attention = 4 * stack.width**2 + 4 * stack.width  # the pooling head: projections with biases, probe, norm, MLP
         mlp = 2 * stack.width * stack.inner + stack.inner + stack.width
         return self.copies * (layers + around + self.pools * (attention + 3 * stack.width + mlp))
@@ -146,13 +146,13 @@ class Tower:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of a projector, and what stands in front of it.
+    """A linear layer of a projector, and what comes before it.
 
     Parameters
     ----------
     inputs, outputs, bias : of the layer.
-    norm, channels : the norm in front of it, and of how many channels, ``inputs`` by default; several parts of them share one.
-    activation : in front of it, behind the norm; "gated" = of one half of twice as many inputs, by which the other is multiplied.
+    norm, channels : the norm before it, and of how many channels, ``inputs`` by default; several parts of them share one.
+    activation : before it, after the norm; "gated" = of one half of twice as many inputs, by which the other is multiplied.
     """
 
     inputs: int

@@ -147,7 +147,7 @@ def attention(stack: Stack, batch: float, span: Span, precision: Precision, fuse
 def layer_operators(
     stack: Stack, batch: float, span: Span, leaving: float, precision: Precision, fused: bool, to_cache: bool
 ) -> Iterator[Operator]:
-    """One transformer layer. ``leaving`` tokens of each row are left behind its attention, for its MLP."""
+    """One transformer layer. ``leaving`` tokens of each row are left after its attention, for its MLP."""
     width, inner = stack.width, stack.inner
     rows, left = batch * span.queries, batch * leaving
     yield norm_operator("attention norm", stack.norm, rows, width, precision, -(-stack.norms // 2))
@@ -190,7 +190,7 @@ def head_operators(decoder: Decoder, batch: float, rows: float, precision: Preci
 
 
 def patch_operators(tower: Tower, pictures: float, patches: float, precision: Precision) -> Iterator[Operator]:
-    """Patch and position embeddings of ``patches`` per picture, and the norm in front of the layers."""
+    """Patch and position embeddings of ``patches`` per picture, and the norm before the layers."""
     width, tokens = tower.stack.width, patches + tower.prefix
     yield linear("patch embedding", pictures * patches, tower.patch, width, precision, tower.patch_bias)
     if tower.positions:
@@ -201,10 +201,10 @@ def patch_operators(tower: Tower, pictures: float, patches: float, precision: Pr
 
 
 def pooling_operators(tower: Tower, pictures: float, tokens: float, precision: Precision, fused: bool) -> Iterator[Operator]:
-    """The norm behind the layers, and what encoders do for a pooled output, whether somebody reads it or not."""
+    """The norm after the layers, and what encoders do for a pooled output, whether somebody reads it or not."""
     stack, width = tower.stack, tower.stack.width
-    if tower.behind:
-        yield norm_operator("post norm", tower.behind, pictures * (1 if tower.cls_alone else tokens), width, precision)
+    if tower.after:
+        yield norm_operator("post norm", tower.after, pictures * (1 if tower.cls_alone else tokens), width, precision)
     if not tower.pools:
         return
     yield linear("pool q_proj", pictures, width, width, precision, True)

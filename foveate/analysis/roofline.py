@@ -184,7 +184,7 @@ def _vision(shape: Architecture, work: Workload) -> Iterator[Step]:
     for operator in pooling_operators(tower, number, leaving[-1], precision, work.fused):
         yield "prefill", "vision tower", operator, 1
     for projector in shape.projectors:
-        merged = projector.merge > 1  # happens in front of any reduction
+        merged = projector.merge > 1  # happens before any reduction
         rows = sum(run.pictures) / projector.merge if merged else run.batch * run.visual[0]
         for operator in projector_operators(projector, rows, precision):
             yield "prefill", "projector", operator, 1

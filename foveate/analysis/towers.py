@@ -35,7 +35,7 @@ def _plain(vision: Any, kind: TowerKind) -> Tower:
         prefix=int(cls),
         positions=patches + cls,
         before=LAYER_NORM if cls else None,
-        behind=LAYER_NORM,
+        after=LAYER_NORM,
         cls_alone=cls,
         pools=kind.pools and getattr(vision, "vision_use_head", True),
     )
@@ -58,7 +58,7 @@ def _scaled(vision: Any, kind: TowerKind) -> Tower:
         patches=patches,
         prefix=int(kind.has_cls),
         positions=patches + 1 if vision.use_absolute_position_embeddings else 0,
-        behind=None if vision.use_mean_pooling else LAYER_NORM,
+        after=None if vision.use_mean_pooling else LAYER_NORM,
         unused=vision.hidden_size if vision.use_mask_token else 0,
     )
 
@@ -124,7 +124,7 @@ def _normed(vision: Any, kind: TowerKind) -> Tower:
         patches=None,
         positions=_area(vision.image_size // vision.patch_size),
         before=RMS_NORM,
-        behind=RMS_NORM,
+        after=RMS_NORM,
     )
 
 

@@ -20,7 +20,7 @@ from .operators import Operator, Precision
 def viewer_layer(
     decoder: Decoder, batch: float, tokens: float, precision: Precision, fused: bool, decoding: bool
 ) -> Iterator[Operator]:
-    """One decoder layer over prompts of ``tokens``, or ``decoding`` one more token behind them."""
+    """One decoder layer over prompts of ``tokens``, or ``decoding`` one more token after them."""
     stack, bits = decoder.stack, viewer_bits(precision)
     width, heads = stack.width, stack.heads
     head = width // heads

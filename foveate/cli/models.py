@@ -33,7 +33,7 @@ def models_command(
         return "[green]yes[/green]" if works else "[dim]no[/dim]"
 
     for info in found:
-        place = "front" if info.merging.startswith("in front") else "behind"
+        place = "before" if info.merging.startswith("before") else "after"
         marks = (mark(info.images), mark(info.videos), place, mark(info.in_encoder), mark(info.reads_cls))
         table.add_row(info.model_type, *marks, escape(info.positions))
     out.print(table)

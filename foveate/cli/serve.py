@@ -1,4 +1,4 @@
-"""``foveate serve``: OpenAI's chat API with fewer visual tokens, in front of vLLM."""
+"""``foveate serve``: OpenAI's chat API with fewer visual tokens, answered by vLLM."""
 
 from __future__ import annotations
 

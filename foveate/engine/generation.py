@@ -49,7 +49,7 @@ class FullPrompt:
     short: int
 
     def sequences(self, sequences: Tensor) -> Tensor:
-        """[n * B, short + new] -> [n * B, full + new]: the full prompt in front of what was generated."""
+        """[n * B, short + new] -> [n * B, full + new]: the full prompt before what was generated."""
         copies = sequences.shape[0] // self.ids.shape[0]
         front = self.ids.repeat_interleave(copies, 0).to(sequences.device)
         return torch.cat([front, sequences[:, self.short :]], 1)
@@ -88,7 +88,7 @@ class _Criteria(StoppingCriteriaList):
 def merged_with_callbacks(merge: Any, default_list: Any, custom_list: Any) -> Any:
     """The list that ``generate`` makes of its own callbacks and the user's, with the user's seeing the full prompt.
 
-    Wrapped only here, behind the merge: a callback of the user replaces one of ``generate`` of the same type.
+    Wrapped only here, after the merge: a callback of the user replaces one of ``generate`` of the same type.
     """
     merged = merge(default_list, custom_list)
     if not isinstance(custom_list, _Processors | _Criteria):

@@ -320,7 +320,7 @@ class Session:
         return original(**kwargs)
 
     def _direct(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of the user's own that brings pictures, or goes on behind some."""
+        """A call of the user's own that brings pictures, or goes on after some."""
         arguments, layout, report, reading = self._shortened(named_arguments(original, args, kwargs))
         with reading:
             output = original(**arguments)

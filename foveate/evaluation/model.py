@@ -268,12 +268,12 @@ def _task(requests: Sequence[Instance]) -> str:
 
 
 def _until(text: str, ends: Sequence[str]) -> str:
-    """The text in front of the first of some strings."""
+    """The text before the first of some strings."""
     return text[: min((place for place in map(text.find, ends) if place >= 0), default=None)].strip()
 
 
 def _lengths(tokens: torch.Tensor, config: Any) -> list[int]:
-    """Tokens of each answer [B, T], its end included, the padding behind it not."""
+    """Tokens of each answer [B, T], its end included, the padding after it not."""
     ends = config.eos_token_id
     known = torch.tensor([] if ends is None else ends if isinstance(ends, list) else [ends], device=tokens.device)
     ended = torch.isin(tokens, known.to(tokens.dtype))

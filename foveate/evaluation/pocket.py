@@ -85,10 +85,10 @@ def pan(scene: Scene, random: Random) -> tuple[int, int]:
     direction and at the pace that come closest, so that the last frame too shows all of them.
     """
     boxes = np.array([item.box for item in scene.items])  # [I, 4] x, y, width, height
-    before, behind = boxes[:, :2].min(0), SIDE - (boxes[:, :2] + boxes[:, 2:]).max(0)  # [2] room left and above, right and below
+    before, after = boxes[:, :2].min(0), SIDE - (boxes[:, :2] + boxes[:, 2:]).max(0)  # [2] room left and above, right and below
 
     def pace(direction: tuple[int, int]) -> int:
-        rooms = [int((before if sign > 0 else behind)[axis]) for axis, sign in enumerate(direction) if sign]
+        rooms = [int((before if sign > 0 else after)[axis]) for axis, sign in enumerate(direction) if sign]
         return min(STEP, min(rooms) // (FRAMES - 1))
 
     directions = [(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1) if (x, y) != (0, 0)]

@@ -144,7 +144,7 @@ class Asker:
             if self._size >= HELD:
                 return inputs
             pictures = Pictures(self.loaded.model, **inputs)
-            self._size += 3 * sum(each.nbytes for each in pictures.embeds)  # features, and what is behind the projector
+            self._size += 3 * sum(each.nbytes for each in pictures.embeds)  # features, and what is after the projector
             self._encoded[start] = pictures.inputs
         return self._encoded[start]
 

@@ -17,7 +17,7 @@ SECTIONS = ("before the decoder", "inside the decoder")
 SHORT = {"inside the encoder": "encoder", "before the projector": "projector", "inside the decoder": "decoder"}
 RANKED = (
     "In %. In brackets the rank in the column: before the decoder by accuracy, at equal counts; inside the decoder by the "
-    "difference to spatial at the same mean over decoder layers. The number behind @ is that mean, where it is not the budget. "
+    "difference to spatial at the same mean over decoder layers. The number after @ is that mean, where it is not the budget. "
     "Budgets are what enters the decoder or, inside it, what is left in the last layer (p-sigmoid: the mean over layers; aim: what "
     "enters). Mean ranks are over the columns that a method has."
 )

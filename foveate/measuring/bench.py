@@ -151,7 +151,7 @@ def measure(
     inputs : of ``generate``: what the processor returned for one prompt or several.
     methods : by the names they get in the result.
     hardware : what the roofline is of, such as ``ideal.this_machine(...)``.
-    rounds : of timed runs, behind two of warm-up. From 6 on there are intervals.
+    rounds : of timed runs, after two of warm-up. From 6 on there are intervals.
     new_tokens : generated for each prompt, 2 or more.
     seed : of the orders.
     tell : is told what runs.

@@ -209,7 +209,7 @@ def watched(parts: Anatomy, clock: Clock, encodings: Sequence[str]) -> Iterator[
     before = {name: base.__dict__.get(name) for name in encodings}
     for name in encodings:
         base.__dict__[name] = _timed(getattr(base, name), clock)
-    # in front of a method's own hooks, whose work counts
+    # before a method's own hooks, whose work counts
     handles = [parts.decoder.register_forward_pre_hook(begins, prepend=True), parts.model.register_forward_hook(ends)]
     try:
         yield forwards

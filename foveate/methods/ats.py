@@ -22,7 +22,7 @@ class ATS(EncoderReducer, name="ats", paper="https://arxiv.org/abs/2111.15667"):
 
     Significance is [CLS] attention times the norm of the value. Its cumulative sum is inverted at K fixed points, and points that
     meet the same patch count once, so that a picture with few important patches keeps few. Attention itself runs for all patches
-    here, and what was not drawn leaves behind it: the result is the same.
+    here, and what was not drawn leaves after it: the result is the same.
 
     Parameters
     ----------

@@ -231,7 +231,7 @@ class FrontReducer(Method):
         and drops a fixed share of them.
     """
 
-    reads_projected: ClassVar[bool] = False  # asks for the features behind the projector, too
+    reads_projected: ClassVar[bool] = False  # asks for the features after the projector, too
     reads_question: ClassVar[bool] = False  # asks for the question
     reads_cls: ClassVar[bool] = False  # scores by the [CLS] token of the encoder, where it has one
     without_cls: ClassVar[str] = "the mean attention that each token receives stands for that of [CLS]"

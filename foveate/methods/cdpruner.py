@@ -19,7 +19,7 @@ from .tools.selection import cosines, rows_of
 class CDPruner(ProjectorReducer, name="cdpruner", paper="https://arxiv.org/abs/2506.10967", adaptive=False):
     """Tokens that are diverse and matter to the question: greedy MAP inference of a determinantal point process.
 
-    Its kernel is the cosine of two tokens behind the projector, times the relevance of both. Relevance is the mean cosine of a
+    Its kernel is the cosine of two tokens after the projector, times the relevance of both. Relevance is the mean cosine of a
     token to the text, brought to [0, 1] by the extremes of its image (the code takes those of the whole batch, so that an image
     depends on its neighbours, and adds 1e-6 to the difference from the lowest). It is 1 everywhere where nothing is asked about an
     image, or where all its tokens are alike. What stays is in raster order; tokens are scored by relevance.
@@ -29,7 +29,7 @@ class CDPruner(ProjectorReducer, name="cdpruner", paper="https://arxiv.org/abs/2
     relevance : "positive", or "negative": the less similar to the question, the more relevant, as in the code, whose author saw
         this in CLIP only. "auto" is negative for the text encoder of CLIP and positive for anything else.
     text_tower : the CLIP model whose text encoder reads the question, a name on the Hub or a folder; None = the decoder's
-        embeddings do. Published results for LLaVA-1.5 need its CLIP, openai/clip-vit-large-patch14-336. The text behind the first
+        embeddings do. Published results for LLaVA-1.5 need its CLIP, openai/clip-vit-large-patch14-336. The text after the first
         picture is read to the end of the prompt, words of the chat template included; the code reads the bare question.
     """
 

@@ -17,7 +17,7 @@ from .tools.scoring import cls_attention, received_attention
 class CrossGET(EncoderReducer, name="crossget", paper="https://arxiv.org/abs/2305.17455"):
     """In each encoder block unimportant patches merge into the most similar ones of all others (complete-graph matching).
 
-    Patches are ranked by their highest similarity, the cosine of keys averaged over heads; a patch may count on those behind it
+    Patches are ranked by their highest similarity, the cosine of keys averaged over heads; a patch may count on those after it
     only. The ``r`` patches with the smallest importance minus similarity merge into the most similar of the others. Importance is
     the mean attention that a patch receives, plus that of the cross token. Sums are weighted by the softmax of both importances
     and by sizes, as in the code for LLaVA; sizes also weigh attention; the order stays.
@@ -29,7 +29,7 @@ class CrossGET(EncoderReducer, name="crossget", paper="https://arxiv.org/abs/230
     Parameters
     ----------
     budget : patches that leave the last block, exactly. None = ``r``.
-    r : patches that merge in each block (13 in the code, which leaves 277 of 576 behind 23 blocks), never more than half.
+    r : patches that merge in each block (13 in the code, which leaves 277 of 576 after 23 blocks), never more than half.
     layers : the blocks that merge; None = all that make the features.
     """
 

@@ -28,7 +28,7 @@ class DART(DecoderReducer, name="dart", paper="https://arxiv.org/abs/2502.11494"
     The code takes pivots in no fixed order. Here visual pivots come before those of the text, those with larger norms first.
     Exactly the budget is kept: what does not divide by the number of pivots goes to the first ones, one token each (the code adds
     the visual pivots to a rounded share for each pivot: 132 of 576 in its scripts for 128, 124 by the ratio alone). The code
-    compares states behind the final norm of the model, whose weights a method does not see; here they are compared as they are.
+    compares states after the final norm of the model, whose weights a method does not see; here they are compared as they are.
     Each image of a prompt keeps a count of its own; all of them share the pivots of the question.
 
     Parameters

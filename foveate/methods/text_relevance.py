@@ -21,7 +21,7 @@ from .tools.selection import best_of_images, counts_of_images
 class TextRelevanceCut(DecoderReducer, name="text-relevance", paper=PAPER, reconstruction=FILLED):
     """Second stage: before some decoder layers, visual tokens that the question hardly attends to leave.
 
-    The relevance of a token is the attention that text tokens behind it pay it in the layer before, averaged over heads and over
+    The relevance of a token is the attention that text tokens after it pay it in the layer before, averaged over heads and over
     these text tokens; the same inflection rule as in the first stage then separates the head of the sorted curve.
 
     Parameters

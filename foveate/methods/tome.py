@@ -64,7 +64,7 @@ class ToMe(EncoderReducer, name="tome", paper="https://arxiv.org/abs/2210.09461"
         best = (unit[:, first::2] @ unit[:, other::2].transpose(1, 2)).max(-1)
         ranked = best.values.argsort(dim=-1, descending=True, stable=True)
         pairs = number - tokens.goal
-        staying = ranked[:, pairs:].sort(dim=-1).values  # what does not merge, in order, in front of the other half
+        staying = ranked[:, pairs:].sort(dim=-1).values  # what does not merge, in order, before the other half
         index = torch.cat([looking[staying], into.expand(len(metric), -1)], 1)
         owner = outputs_of(index, number, 0)
         merged = ranked[:, :pairs]

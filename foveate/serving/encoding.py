@@ -47,7 +47,7 @@ class EncodedPrompt:
 
 @functools.lru_cache(maxsize=256, typed=True)  # 1 is a count, 1.0 a share
 def method_of(name: str, budget: float | None = None) -> Method:
-    """A method that acts in front of the language model, by its name; "full" keeps all visual tokens.
+    """A method that acts before the language model, by its name; "full" keeps all visual tokens.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def method_of(name: str, budget: float | None = None) -> Method:
 
 
 def servable(method: Method) -> Method:
-    """The method, if all of it acts in front of the language model.
+    """The method, if all of it acts before the language model.
 
     Raises
     ------

@@ -45,14 +45,15 @@ FIELDS: dict[str, dict[str, object]] = {
 def _build(variant: str, **fields: object) -> foveate.Method:
     """A method; batch-pooled rules, which make an image depend on its neighbours by design, are set to their image form."""
     fields = {**FIELDS.get(variant, {}), **fields}
-    if variant in trained_methods.VARIANTS:  # with random weights
-        return foveate.get(variant.partition(" ")[0], **fields).fresh(trained_methods.SEED)
+    name = variant.partition(" ")[0]  # " (...)" are its fields
     try:
-        method = foveate.get(variant, **fields)
+        method = foveate.get(name, **fields)
     except foveate.InputError:
         if "budget" in fields:
             raise
-        method = foveate.get(variant, budget=BUDGET, **fields)
+        method = foveate.get(name, budget=BUDGET, **fields)
+    if method.trained():
+        return method.fresh(trained_methods.SEED)
     if hasattr(method, "iqr_scope"):
         method.iqr_scope = "image"
     return method

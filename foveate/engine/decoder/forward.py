@@ -36,7 +36,7 @@ class DecoderKind:
 
 @dataclass
 class Forward:
-    """One forward: rows and columns of it, behind ``past`` columns that ``cache`` holds.
+    """One forward: rows and columns of it, after ``past`` columns that ``cache`` holds.
 
     Attributes
     ----------
@@ -89,7 +89,7 @@ class Forward:
         )
 
     def continued(self, layer: int, hidden: Tensor) -> dict[str, Any] | None:
-        """Arguments of a layer whose cache holds a part of the prompt, for tokens behind it; None: they are right as they are."""
+        """Arguments of a layer whose cache holds a part of the prompt, for tokens after it; None: they are right as they are."""
         held, window, device = self.held(layer), self.window(layer), hidden.device
         if held is None:
             return None

@@ -42,7 +42,7 @@ class DecoderCuts:
     ----------
     decoder, method : the layers are at ``decoder.layers``.
     two_way : tokens of a prompt see later ones, too; which ones is read from the model's own masks.
-    levels : behind so many of the first layers, features of the vision encoder are added to all visual tokens (deepstack).
+    levels : after so many of the first layers, features of the vision encoder are added to all visual tokens (deepstack).
     """
 
     def __init__(self, decoder: Any, method: Method | None, *, two_way: bool = False, levels: int = 0) -> None:
@@ -85,7 +85,7 @@ class DecoderCuts:
                 if layer < self.levels:
                     raise InputError(
                         f"{reducer.name}: a cut before decoder layer {layer}; this model adds features of its vision encoder to "
-                        f"all visual tokens behind its first {self.levels} layers. Cut before layer {self.levels}, or later."
+                        f"all visual tokens after its first {self.levels} layers. Cut before layer {self.levels}, or later."
                     )
                 plan[layer], self.places[layer] = reducer, number
         return dict(sorted(plan.items()))
@@ -261,7 +261,7 @@ class DecoderCuts:
         windows = [window for window in self.kind.windows[self.first :] if window is not None]
         if "flash" in self.kind.implementation and any(length > window for window in windows):
             report.warnings.append(
-                "flash attention counts sliding windows in kept tokens: layers behind a cut see farther than under SDPA"
+                "flash attention counts sliding windows in kept tokens: layers after a cut see farther than under SDPA"
             )
 
     @torch.compiler.disable

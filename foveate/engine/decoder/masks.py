@@ -44,7 +44,7 @@ def taken_mask(whole: Tensor, keys: Tensor, queries: int, past: int, width: int)
     ----------
     whole : [B or 1, 1, S, K] bool, or float with large negative values for what is not seen; K last columns of the prompt.
     keys : [B, n] column of each key, -1 = padding; the last ``queries`` are the queries, too.
-    past : columns in front of the S rows of ``whole``.
+    past : columns before the S rows of ``whole``.
     width : columns of the whole prompt.
     """
     number, first = keys.shape[1], width - whole.shape[-1]

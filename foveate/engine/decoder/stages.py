@@ -14,7 +14,7 @@ from ...errors import CacheError
 
 @dataclass(frozen=True)
 class DecoderPrompt:
-    """The new columns of a (shortened) prompt, S of them, behind ``past`` ones that a cache holds.
+    """The new columns of a (shortened) prompt, S of them, after ``past`` ones that a cache holds.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class DecoderPrompt:
         return self.image.shape[1]
 
     def resized(self, rows: int, width: int, device: torch.device) -> DecoderPrompt:
-        """The same for ``rows`` rows (beams repeat each) and ``width`` columns (those behind the prompt are text)."""
+        """The same for ``rows`` rows (beams repeat each) and ``width`` columns (those after the prompt are text)."""
         copies, more = rows // len(self.image), width - self.width
 
         def fit(values: Tensor, fill: Any) -> Tensor:
@@ -60,10 +60,10 @@ class DecoderPrompt:
         """What methods see of it before the first layer."""
         column = torch.arange(self.width, device=hidden.device).expand(len(hidden), -1)
         visual = self.image >= 0
-        behind = visual.long().cumsum(1) > 0
+        after = visual.long().cumsum(1) > 0
         text = self.valid & ~visual & (column <= self.last[:, None])
-        question = text & behind & ~self.special
-        protected = self.valid & ~visual & (self.special | ~behind | (column >= self.last[:, None]))
+        question = text & after & ~self.special
+        protected = self.valid & ~visual & (self.special | ~after | (column >= self.last[:, None]))
         images = max(int(self.image.max()) + 1, 1)
         initial = (self.image[:, None] == torch.arange(images, device=hidden.device)[:, None]).sum(-1)
         return PromptTokens(
@@ -77,7 +77,7 @@ class DecoderPrompt:
             initial,
             0,
             layers,
-            prompt_text=text & behind,
+            prompt_text=text & after,
         )
 
 
@@ -123,7 +123,7 @@ class Held:
     shift: Tensor | None
 
     def extended(self, length: int, new: int, rows: int) -> Tensor:
-        """[rows, length + new] columns of a cache that has ``length`` keys, and of ``new`` ones behind them.
+        """[rows, length + new] columns of a cache that has ``length`` keys, and of ``new`` ones after them.
 
         Raises
         ------

@@ -154,14 +154,14 @@ def marked(output: Any) -> Any:
 
 
 def deepstack(output: Any) -> list[list[Tensor]] | None:
-    """[levels][items] features that the decoder adds behind its first layers, None where it does not (deepstack)."""
+    """[levels][items] features that the decoder adds after its first layers, None where it does not (deepstack)."""
     found: list[list[Tensor]] | None = getattr(output, "deepstack_features", None)
     return found
 
 
 @dataclass(frozen=True)
 class Packing:
-    """A model's own layout of tiles: [R, n, C] of all tiles -> a list of [n_i, C], with a newline [C] behind each row."""
+    """A model's own layout of tiles: [R, n, C] of all tiles -> a list of [n_i, C], with a newline [C] after each row."""
 
     call: Callable[..., Any]
     tiles: list[int]
@@ -247,7 +247,7 @@ def full_positions(model: Any, ids: Tensor, mask: Tensor, past: int, kwargs: dic
 
 @contextmanager
 def unturned(base: Any) -> Iterator[None]:
-    """A model with M-RoPE remembers the offset of its last prompt for the next turn; behind this, the one it had before."""
+    """A model with M-RoPE remembers the offset of its last prompt for the next turn; after this, the one it had before."""
     before = getattr(base, "rope_deltas", None)
     try:
         yield

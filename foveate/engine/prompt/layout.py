@@ -201,7 +201,7 @@ def short_rows(layout: Layout, values: Tensor, fill: Any, outside: int, held: in
 
     Parameters
     ----------
-    outside : columns of the full prompt in front of the S ones.
+    outside : columns of the full prompt before the S ones.
     held : columns of the short prompt that the cache holds.
     fill : for padding, one value or [B, 1].
     """

@@ -103,7 +103,7 @@ class Positions:
         return positions.expand(3, -1, -1) if self.mrope and positions.ndim == 2 else positions
 
 
-# -- shifts: positions behind a prompt that ends with a picture whose last tokens are gone. ``generate`` counts on from the last
+# -- shifts: positions after a prompt that ends with a picture whose last tokens are gone. ``generate`` counts on from the last
 # position it was given. Where kept tokens hold their original positions, that is the last kept token of the picture, and what
 # follows has to go on from the end of the full prompt.
 
@@ -139,13 +139,13 @@ class Shifts:
         if missing is None or positions is None:
             return kwargs
         first = 0 if cache is None else int(cache.get_seq_length())
-        behind = torch.arange(first, first + positions.shape[-1], device=positions.device) >= prompt
+        after = torch.arange(first, first + positions.shape[-1], device=positions.device) >= prompt
         copies = positions.shape[-2] // missing.shape[-2]
-        return {**kwargs, "position_ids": positions + missing.repeat_interleave(copies, -2) * behind}
+        return {**kwargs, "position_ids": positions + missing.repeat_interleave(copies, -2) * after}
 
 
 def missing_positions(mask: Tensor, given: Tensor | None, short: Tensor) -> Tensor:
-    """[..., B, 1] how far the last of the ``short`` positions [..., B, T'] is in front of the last one of the full prompt.
+    """[..., B, 1] how far the last of the ``short`` positions [..., B, T'] is before the last one of the full prompt.
 
     ``mask`` [B, T] of the full prompt; ``given`` the user's positions of all or of its last columns, None = counted by the mask.
     """

@@ -168,17 +168,17 @@ def _asked(call: Call, front: FrontReducer, past: int) -> Asking:
     ids, outside, labels = call.ids, call.outside, call.labels
     new = call.mask[:, outside:].bool() & (torch.arange(ids.shape[1], device=ids.device) >= past - outside)
     asked = new if labels is None else new & (labels == IGNORED)
-    words = question_tokens(ids, asked, call.parts.visual(ids), call.parts.special_tokens())
-    return asking(call.parts, front.text_encoder(), ids, words)
+    visual, special = call.parts.visual(ids), call.parts.special_tokens()
+    return asking(call.parts, front.text_encoder(), ids, question_tokens(ids, asked, visual, special))
 
 
 def _inside_item(image: Tensor) -> Tensor:
     """[B, S] bool, text between visual tokens of one picture or video [B, S], such as breaks of rows and times of frames."""
     place = torch.arange(image.shape[1], device=image.device).expand_as(image)
     before = torch.where(image >= 0, place, -1).cummax(1).values
-    behind = -torch.where(image >= 0, -place, -image.shape[1]).flip(1).cummax(1).values.flip(1)
-    both = (before >= 0) & (behind < image.shape[1])
-    same = image.gather(1, before.clamp(min=0)) == image.gather(1, behind.clamp(max=image.shape[1] - 1))
+    after = -torch.where(image >= 0, -place, -image.shape[1]).flip(1).cummax(1).values.flip(1)
+    both = (before >= 0) & (after < image.shape[1])
+    same = image.gather(1, before.clamp(min=0)) == image.gather(1, after.clamp(max=image.shape[1] - 1))
     return (image < 0) & both & same
 
 
@@ -220,8 +220,8 @@ def expected_prompt(parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, l
     valid, column = real[:, past:], torch.arange(ids.shape[1], device=ids.device)
     asked = valid
     if labels is not None:
-        behind = (visual.long().cumsum(1) > 0) & (labels != IGNORED)
-        asked = valid & (behind.long().cumsum(1) == 0)
+        after = (visual.long().cumsum(1) > 0) & (labels != IGNORED)
+        asked = valid & (after.long().cumsum(1) == 0)
         special = special | (labels != IGNORED)  # what is taught is never removed
     last = (column * asked).amax(1)
     return DecoderPrompt(image, cell, valid, special, last, past, real[:, :past])

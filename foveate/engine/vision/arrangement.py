@@ -1,7 +1,7 @@
 """How the visual tokens of pictures and videos are arranged in the prompt: which placeholder is which cell of which grid.
 
 A picture or video is an *item*: a run of placeholders. Its grids are *units*: the picture, its tiles, or the frames of the video.
-Tokens in no grid, such as a newline behind a row, are *fixed*: methods never see them.
+Tokens in no grid, such as a newline after a row, are *fixed*: methods never see them.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Seen:
 
 
 def token_grid(tokens: int, patches: tuple[int, int]) -> tuple[int, tuple[int, int]]:
-    """How many of ``tokens`` stand in front of the grid (a [CLS] token), and the grid, which may be coarser than that of patches.
+    """How many of ``tokens`` stand before the grid (a [CLS] token), and the grid, which may be coarser than that of patches.
 
     Raises
     ------
@@ -157,7 +157,7 @@ def pooled(patches: tuple[int, int], grid: tuple[int, int]) -> Callable[[Tensor]
 
 
 def grids(rows: int, tokens: int, patches: tuple[int, int], device: torch.device) -> Arrangement:
-    """Pictures that are one grid each, perhaps behind a [CLS] token."""
+    """Pictures that are one grid each, perhaps after a [CLS] token."""
     lead, grid = token_grid(tokens, patches)
     number = tokens - lead
     cell = torch.arange(number, device=device)
@@ -180,6 +180,14 @@ def frames(
     )
     fixed += [Fixed(video, count * tokens) for video in range(videos) if newline]
     return replace(one, sizes=[count * tokens + newline] * videos, units=units, fixed=fixed)
+
+
+def of_full_encoder(parts: Anatomy, pixels: Tensor, lead: int, patches: tuple[int, int]) -> Arrangement:
+    """How the tokens of pictures, or videos, would be arranged if the encoder kept them all: ``lead`` ones, then the patches."""
+    tokens = lead + patches[0] * patches[1]
+    if parts.modality == "video":
+        return frames(len(pixels), pixels.shape[1], tokens, patches, pixels.device)
+    return grids(len(pixels), tokens, patches, pixels.device)
 
 
 def _one_grid(seen: Seen) -> Arrangement:
@@ -263,7 +271,7 @@ def _sizes(seen: Seen) -> Arrangement:
 
 
 def _packed(seen: Seen) -> Arrangement:
-    """A small picture, then the rows of its tiles side by side without their padding, each row with a newline behind it.
+    """A small picture, then the rows of its tiles side by side without their padding, each row with a newline after it.
 
     The model packs a map of indices: that tells what stands where. Where the encoder has a [CLS] token, each tile is a unit (its
     part that is no padding); elsewhere all tiles of a picture together are one, as they are where the model shrinks them.

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import FoveateError
-from ...methods.base import KeepAll
 from ...tokens import Reduction
 from ..model.anatomy import Anatomy
 from ..model.seams import deepstack, marked, with_features
 from .arrangement import Arrangement
 from .encoding import EncodedPictures
-from .reduction import Reduced, grouped, keep_every
+from .reduction import Reduced
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def laid_out(arrangement: Arrangement, found: list[Reduced]) -> Assembly:
     start = 0
     for reduced in found:
         index = reduced.reduction.index[reduced.reduction.mask()].split(reduced.counts)
-        for unit, chosen in zip(reduced.group.units, index, strict=True):
+        for unit, chosen in zip(reduced.units, index, strict=True):
             places = unit.places[chosen]
             # sorting is stable, so that one key for a whole unit leaves its tokens in the order of the method
             key = places if arrangement.woven else unit.places[:1].expand(len(places))
@@ -111,7 +110,7 @@ def joined(arrangement: Arrangement, found: list[Reduced]) -> Reduction:
     tensors of the largest size, at the cells that the unit really has.
     """
     units = arrangement.units
-    if len(found) == 1 and len(found[0].group.units) == len(units) and all(unit.cells is None for unit in found[0].group.units):
+    if len(found) == 1 and len(found[0].units) == len(units) and all(unit.cells is None for unit in found[0].units):
         return found[0].reduction
     number = {(unit.item, unit.part): i for i, unit in enumerate(units)}
     cells = max(unit.grid[0] * unit.grid[1] for unit in units)
@@ -128,8 +127,8 @@ def joined(arrangement: Arrangement, found: list[Reduced]) -> Reduction:
     attention = torch.zeros(len(units), outputs, cells, device=first.device) if told else None
     drawn = torch.zeros(len(units), dtype=torch.bool, device=first.device)
     for reduced in found:
-        source = reduced.reduction.source_map(len(reduced.group.units[0].places))
-        for row, unit in enumerate(reduced.group.units):
+        source = reduced.reduction.source_map(len(reduced.units[0].places))
+        for row, unit in enumerate(reduced.units):
             i, width = number[unit.item, unit.part], reduced.reduction.index.shape[1]
             cell = torch.arange(len(unit.places), device=first.device) if unit.cells is None else unit.cells
             index[i, :width] = cell[reduced.reduction.index[row]]
@@ -195,7 +194,7 @@ def assembled(parts: Anatomy, encoded: EncodedPictures, found: list[Reduced], no
     levels = deepstack(encoded.output)
     if levels is not None:
         whole = [torch.cat(list(level)) for level in levels]
-        pools = [torch.cat([*_carried(arrangement, found, level), level[layout.fixed]]) for level in whole]
+        pools = [torch.cat([*_carried(found, level), level[layout.fixed]]) for level in whole]
         levels = [[pool[order] for order in layout.order] for pool in pools]
     output = with_features(encoded.output, embeds, levels)
     return Visuals(output, embeds, joined(arrangement, found), layout.kept, arrangement, changed=True, notes=notes)
@@ -213,24 +212,33 @@ def unchanged(parts: Anatomy, encoded: EncodedPictures, notes: list[str] | None 
     else:
         raise FoveateError("an encoder that was not asked to project showed no features. This is a fault of foveate.")
     kept = [torch.arange(size, device=projected.device) for size in arrangement.sizes]
-    groups = [
-        keep_every(group, encoded.features[group.places(arrangement)])
-        for group in grouped(KeepAll(), arrangement, arrangement.units)
-    ]
-    return Visuals(marked(output), embeds, joined(arrangement, groups), kept, arrangement, changed=False, notes=notes or [])
+    numbers = torch.tensor([len(unit.places) for unit in arrangement.units], device=projected.device)
+    index = torch.arange(int(numbers.max()), device=projected.device).expand(len(numbers), -1)
+    every = Reduction(index, valid=index < numbers[:, None])
+    return Visuals(marked(output), embeds, every, kept, arrangement, changed=False, notes=notes or [])
 
 
-def behind_encoder(
+def after_encoder(
     parts: Anatomy,
     output: Any,
     arrangement: Arrangement,
-    front: Tensor,
-    found: Reduced,
+    lead: Tensor,
+    reduction: Reduction,
+    counts: list[int],
+    patches: Tensor,
     notes: list[str],
 ) -> Visuals:
-    """Items of what left the encoder: ``front`` [R, L, C] tokens in front of each grid, and the outputs [R, M, C] of ``found``."""
+    """Items of what left the encoder, fewer patches than there are places in the prompt.
+
+    Parameters
+    ----------
+    lead : [R, L, C] tokens before each grid, such as [CLS].
+    reduction, counts : which cells the patches stand for, and how many each picture has.
+    patches : [R, M, C], the invalid ones included.
+    """
+    found = Reduced(arrangement.units, reduction, counts, patches)
     layout = laid_out(arrangement, [found])
-    tokens = torch.cat([found.outputs[found.reduction.mask()], front.flatten(0, 1)])
+    tokens = torch.cat([patches[reduction.mask()], lead.flatten(0, 1)])
     pool = tokens if parts.projector is None else _projected(parts, tokens)
     embeds = [pool[order] for order in layout.order]
     output = with_features(output, embeds)
@@ -242,7 +250,7 @@ def _pool(parts: Anatomy, encoded: EncodedPictures, found: list[Reduced], fixed:
     projected, reductions = encoded.projected, [reduced.reduction for reduced in found]
     pure = all(each.weights is None and each.added is None and each.made is None for each in reductions)
     if projected is not None and pure:  # a choice can be taken from what is projected already
-        return torch.cat([*_carried(encoded.arrangement, found, projected), projected[fixed]])
+        return torch.cat([*_carried(found, projected), projected[fixed]])
     pieces = [reduced.outputs[reduced.reduction.mask()] for reduced in found]
     waiting = [each.made is None or each.space == "features" for each in reductions]
     if len(fixed):
@@ -256,14 +264,14 @@ def _pool(parts: Anatomy, encoded: EncodedPictures, found: list[Reduced], fixed:
     return torch.cat([next(done) if waits else piece for piece, waits in zip(pieces, waiting, strict=True)])
 
 
-def _carried(arrangement: Arrangement, found: list[Reduced], values: Tensor) -> list[Tensor]:
+def _carried(found: list[Reduced], values: Tensor) -> list[Tensor]:
     """[counts, C] of each group, what its outputs have of ``values`` [S, C] of all visual tokens."""
-    return [reduced.reduction.carry(values[reduced.group.places(arrangement)])[reduced.reduction.mask()] for reduced in found]
+    return [each.reduction.carry(values[each.places])[each.reduction.mask()] for each in found]
 
 
 def _projected(parts: Anatomy, tokens: Tensor) -> Tensor:
     """[S, C] -> [S, D], by the model's projector."""
     if parts.projector is None:
-        raise FoveateError("tokens of this model are merged behind its projector. This is a fault of foveate.")
-    behind: Tensor = parts.projector(tokens[None])[0]
-    return behind
+        raise FoveateError("tokens of this model are merged after its projector. This is a fault of foveate.")
+    after: Tensor = parts.projector(tokens[None])[0]
+    return after

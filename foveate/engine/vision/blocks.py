@@ -75,6 +75,7 @@ class Shrinking:
             for module in checkpointed:  # a block that is run anew for its gradient would have to shrink anew
                 module.gradient_checkpointing = False
             yield
+            self._check_ran()
         finally:
             for module in checkpointed:
                 module.gradient_checkpointing = True
@@ -84,7 +85,7 @@ class Shrinking:
             for handle in handles:
                 handle.remove()
 
-    def check_ran(self) -> None:
+    def _check_ran(self) -> None:
         """Raise ``UnsupportedModelError`` if the encoder ran without all of the hooks."""
         if len(self.counts) != len(self.blocks) or self._shrunk != set(self.plan):
             raise UnsupportedModelError(

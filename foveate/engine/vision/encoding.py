@@ -89,8 +89,8 @@ class EncodedPictures:
     ----------
     output : what the model's own encoding returned.
     arrangement : S placeholders of all items.
-    features : [S, C] what methods read: about to enter the projector, or behind it.
-    projected : [S, D] behind the projector; None where it did not run on all tokens.
+    features : [S, C] what methods read: about to enter the projector, or after it.
+    projected : [S, D] after the projector; None where it did not run on all tokens.
     taps : queries and keys of the patches, of the layers that were asked for.
     batch : [R, T, C] what entered the projector, as it did.
     cells : what ``Arrangement.cells`` made of taps so far.

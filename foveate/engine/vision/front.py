@@ -1,5 +1,5 @@
 """From pixels to fewer visual tokens, in whichever of three ways a method goes: a smaller picture, fewer patches inside the
-encoder, or fewer tokens behind it.
+encoder, or fewer tokens after it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ...report import Clock
 from ...tokens import Reduction, resolve_budget
 from ..model.anatomy import Anatomy
 from ..model.seams import encode_visuals
-from .arrangement import Arrangement, frames, grids
-from .assembly import Visuals, assembled, behind_encoder, unchanged
+from .arrangement import Arrangement, of_full_encoder
+from .assembly import Visuals, after_encoder, assembled, unchanged
 from .blocks import Shrinking
 from .encoding import EncodedPictures, Encodings, encode, projector_input
 from .question import Asking
-from .reduction import Group, Reduced, check, reduce, shares
+from .reduction import check, reduce, shares
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -86,7 +86,7 @@ def _check_shrinkable(parts: Anatomy, method: FrontReducer) -> None:
     if not parts.family.shrinkable:
         raise UnsupportedModelError(
             f"{method.name} acts inside the vision encoder, and {parts.family.name} lays out or merges what leaves it by its place "
-            "in the picture. Use a method that acts behind the encoder, such as 'prumerge+'."
+            "in the picture. Use a method that acts after the encoder, such as 'prumerge+'."
         )
 
 
@@ -114,19 +114,20 @@ def encode_and_reduce(parts: Anatomy, method: FrontReducer, kwargs: dict[str, An
     if parts.arrangement in ("grid", "frames"):
         every = patches[0] * patches[1] * (kwargs[PIXELS["video"]].shape[1] if parts.modality == "video" else 1)
         whole = whole or resolve_budget(method.budget, every) == every
+    layers = method.encoder_layers(len(parts.layers))
+    notes = notes_of(parts, method, bool(layers))
     if isinstance(method, EncoderReducer) and not whole:
-        return _shrunk(parts, method, patches, kwargs, around)
+        return _shrunk(parts, method, patches, kwargs, around, notes)
     if not isinstance(method, ProjectorReducer | EncoderReducer):
         raise UnsupportedModelError(f"{type(method).__name__} is neither a ProjectorReducer nor an EncoderReducer.")
     reducer = method if isinstance(method, ProjectorReducer) else KeepAll()
     smaller = reducer.picture(patches) if not flat and not whole else None
     if smaller is not None and parts.arrangement == "grid" and parts.projector is not None and parts.takes_any_size:
         return _resized(parts, reducer, patches, smaller, kwargs, around)
-    encoded = _encoded(parts, () if whole else method.encoder_layers(len(parts.layers)), kwargs, around, whole, method)
+    encoded = _encoded(parts, () if whole else layers, kwargs, around, whole, method)
     rows = around.rows(encoded.arrangement)
     if whole and (method.temporal is None or parts.modality == "image"):
         return unchanged(parts, encoded)
-    notes = notes_of(parts, method)
     with around.clock.measure("selection"), torch.autocast(encoded.features.device.type, enabled=False):
         found, same = reduce(parts, reducer, encoded, around.asked, rows)  # scores are float32 in mixed precision, too
     if smaller is not None:
@@ -145,39 +146,31 @@ def _encoded(
         return encode(parts, layers, kwargs, project=whole or method.reads_projected, runs=around.runs)
 
 
-def _rows_of(parts: Anatomy, pixels: Tensor, lead: int, patches: tuple[int, int]) -> Arrangement:
-    """How the tokens of the full encoder would be arranged."""
-    tokens = lead + patches[0] * patches[1]
-    if parts.modality == "video":
-        return frames(len(pixels), pixels.shape[1], tokens, patches, pixels.device)
-    return grids(len(pixels), tokens, patches, pixels.device)
-
-
-def _shrunk(parts: Anatomy, method: EncoderReducer, grid: tuple[int, int], kwargs: dict[str, Any], around: Around) -> Visuals:
+def _shrunk(
+    parts: Anatomy, method: EncoderReducer, grid: tuple[int, int], kwargs: dict[str, Any], around: Around, notes: list[str]
+) -> Visuals:
     """Fewer patches inside the encoder."""
     _check_shrinkable(parts, method)
-    pixels, notes = kwargs[PIXELS[parts.modality]], []
+    pixels, more = kwargs[PIXELS[parts.modality]], []
     cells = grid[0] * grid[1]
     if parts.modality == "video" and method.budget is not None:  # all frames go through the encoder together
         each = min(shares(method.budget, [cells] * pixels.shape[1]) or [cells])
         method = method.with_budget(max(1, each))
-        notes = [f"{method.name}: {each} tokens of each frame"]
+        more = [f"{method.name}: {each} tokens of each frame"]
     if method.temporal is not None and parts.modality == "video":
-        notes.append(f"{method.name} acts inside the encoder, where temporal= has no effect")
+        more.append(f"{method.name} acts inside the encoder, where temporal= has no effect")
     shrinking = Shrinking(parts, method, grid)
     with around.clock.measure("vision"):
         with shrinking.hooks(), projector_input(parts, skip=True) as seen:
             output = encode_visuals(parts.model.base_model, parts.modality, kwargs)
-        shrinking.check_ran()
         features = seen[0]
         lead = features.shape[1] - shrinking.cell.shape[1]
-        arrangement = _rows_of(parts, pixels, lead, grid)
+        arrangement = of_full_encoder(parts, pixels, lead, grid)
         around.rows(arrangement)
         patches, reduction = shrinking.result(features[:, lead:])
         counts, _ = check(method, cells, patches, reduction, reduction.mask())
-        notes = [*notes_of(parts, method), *shrinking.notes, *notes]
-        found = Reduced(Group(None, arrangement.units), reduction, counts, patches)
-        visuals = behind_encoder(parts, output, arrangement, features[:, :lead], found, notes)
+        notes = [*notes, *shrinking.notes, *more]
+        visuals = after_encoder(parts, output, arrangement, features[:, :lead], reduction, counts, patches, notes)
     return replace(visuals, encoder_counts=shrinking.counts)
 
 
@@ -199,23 +192,22 @@ def _resized(
         encoded = encode(parts, (), {**kwargs, "pixel_values": small, "interpolate_pos_encoding": True}, project=False)
         features = encoded.features.unflatten(0, (len(pixels), -1))
         lead = features.shape[1] - smaller[0] * smaller[1]
-        arrangement = _rows_of(parts, pixels, lead, grid)
+        arrangement = of_full_encoder(parts, pixels, lead, grid)
         around.rows(arrangement)
         reduction = _shown(grid, smaller, pixels)
         patches = features[:, lead:]
         counts, _ = check(method, grid[0] * grid[1], patches, reduction, reduction.mask())
         notes = [f"{method.name}: pictures were shrunk to {size[0]} x {size[1]} pixels before the encoder"]
-        found = Reduced(Group(None, arrangement.units), reduction, counts, patches)
-        return behind_encoder(parts, encoded.output, arrangement, features[:, :lead], found, notes)
+        return after_encoder(parts, encoded.output, arrangement, features[:, :lead], reduction, counts, patches, notes)
 
 
-def notes_of(parts: Anatomy, method: FrontReducer) -> list[str]:
-    """What has to be said of how a method got on with this model."""
-    notes, kind, reads = [], parts.tower_kind, bool(method.encoder_layers(len(parts.layers)))
+def notes_of(parts: Anatomy, method: FrontReducer, reads: bool) -> list[str]:
+    """What has to be said of how a method gets on with this model; ``reads``: it reads encoder layers."""
+    notes, kind = [], parts.tower_kind
     if method.reads_cls and not kind.has_cls:
         notes.append(f"{kind.model_type} has no [CLS] token: {method.without_cls}")
     if reads and kind.rotary:
-        notes.append(f"{kind.model_type}: queries and keys are read in front of their rotary embeddings")
+        notes.append(f"{kind.model_type}: queries and keys are read before their rotary embeddings")
     if reads and parts.projector is None and parts.arrangement != "packed":
         notes.append(f"{parts.family.name}: where a visual token stands for several patches, their queries and keys are averaged")
     if method.positions == "compact" and parts.family.mrope:

@@ -18,14 +18,14 @@ Asking = Callable[[Tensor, Tensor, list[int]], Question]  # features [B, N, C], 
 
 
 def question_tokens(ids: Tensor, real: Tensor, visual: Tensor, special: tuple[int, ...]) -> Tensor:
-    """[B, S] bool, text behind the first visual token of its row, without special tokens; all text where none is behind.
+    """[B, S] bool, text after the first visual token of its row, without special tokens; all text where none is after.
 
     A single token between two visual ones is a break in a picture, and none of the question.
     """
     lone = torch.nn.functional.pad(visual, (1, 0))[:, :-1] & torch.nn.functional.pad(visual, (0, 1))[:, 1:]
     text = real & ~visual & ~lone & ~torch.isin(ids, torch.tensor(special, device=ids.device, dtype=ids.dtype))
-    behind = text & ((real & visual).long().cumsum(1) > 0)
-    return torch.where(behind.any(1, keepdim=True), behind, text)
+    after = text & ((real & visual).long().cumsum(1) > 0)
+    return torch.where(after.any(1, keepdim=True), after, text)
 
 
 def asking(parts: Anatomy, text_tower: str | None, ids: Tensor, asked: Tensor) -> Asking:

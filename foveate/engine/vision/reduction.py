@@ -24,20 +24,30 @@ class Group:
     method: ProjectorReducer | None
     units: list[Unit]
 
-    def places(self, arrangement: Arrangement) -> Tensor:
-        """[B, N] their tokens among those of all items."""
-        offsets = arrangement.offsets
-        return torch.stack([unit.places + offsets[unit.item] for unit in self.units])
+
+def places_of(units: list[Unit], arrangement: Arrangement) -> Tensor:
+    """[B, N] the tokens of units of one shape, among those of all items."""
+    offsets = arrangement.offsets
+    return torch.stack([unit.places + offsets[unit.item] for unit in units])
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """What a method made of a group: how many tokens each unit keeps, and ``outputs`` [B, M, C], the invalid ones included."""
+    """What a method made of some units.
 
-    group: Group
+    Attributes
+    ----------
+    units : B of them.
+    counts : how many tokens each keeps.
+    outputs : [B, M, C], the invalid ones included.
+    places : [B, N] their tokens among those of all items, where the encoder gave all of them.
+    """
+
+    units: list[Unit]
     reduction: Reduction
     counts: list[int]
     outputs: Tensor
+    places: Tensor | None = None
 
 
 def shares(budget: Budget, sizes: list[int]) -> list[int] | None:
@@ -94,11 +104,6 @@ def changed_cells(arrangement: Arrangement, features: Tensor, similar: float) ->
     return found
 
 
-def keep_every(group: Group, cells: Tensor) -> Reduced:
-    """The reduction of a group that keeps everything."""
-    return Reduced(group, keep_all(cells), [cells.shape[1]] * len(cells), cells)
-
-
 def reduce(
     parts: Anatomy,
     method: ProjectorReducer,
@@ -131,17 +136,17 @@ def reduce(
     every = sum(len(unit.places) for unit in units)
     same = every == sum(len(unit.places) for unit in arrangement.units)
     for group in grouped(method, arrangement, units):
-        places = group.places(arrangement)
+        places = places_of(group.units, arrangement)
         cells = features[places]
         if group.method is None:
-            found.append(keep_every(group, cells))
+            found.append(Reduced(group.units, keep_all(cells), [cells.shape[1]] * len(cells), cells, places))
             continue
-        behind = projected[places] if projected is not None and method.reads_projected else None
+        after = projected[places] if projected is not None and method.reads_projected else None
         question = None
-        if asked is not None and method.reads_question and behind is not None:
-            question = asked(cells, behind, [rows[unit.item] if rows else 0 for unit in group.units])
+        if asked is not None and method.reads_question and after is not None:
+            question = asked(cells, after, [rows[unit.item] if rows else 0 for unit in group.units])
         taps = {name: encoded.tap(name, group.units) for name in method.encoder_layers(len(parts.layers))}
-        reduction = group.method.reduce(VisualTokens(cells, group.units[0].shape, taps, behind, question))
+        reduction = group.method.reduce(VisualTokens(cells, group.units[0].shape, taps, after, question))
         if reduction.added is not None and parts.projector is None:
             raise UnsupportedModelError(
                 f"{method.name} hands on [CLS] before the projector, where {parts.family.name} has no visual tokens yet. "
@@ -152,7 +157,7 @@ def reduce(
         outputs = reduction.apply(cells)
         counts, in_place = check(method, cells.shape[1], outputs, reduction, reduction.mask())
         same = same and in_place
-        found.append(Reduced(group, reduction, counts, outputs))
+        found.append(Reduced(group.units, reduction, counts, outputs, places))
     return found, same and sum(sum(reduced.counts) for reduced in found) == every
 
 

@@ -138,14 +138,14 @@ def mean_attention(tokens: PromptTokens, rows: Tensor) -> Tensor:
 
 
 def question_attention(tokens: PromptTokens) -> Tensor:
-    """[B, S] attention that a token gets from the question, averaged over heads and over the question's tokens behind it.
+    """[B, S] attention that a token gets from the question, averaged over heads and over the question's tokens after it.
 
-    A token behind the whole question gets 0.
+    A token after the whole question gets 0.
     """
     rows, real = question_rows(tokens)
     attention = mean_attention(tokens, rows)
-    behind = (rows[..., None] > torch.arange(attention.shape[-1], device=rows.device)) & real[..., None]
-    return (attention * behind).sum(1) / behind.sum(1).clamp(min=1)
+    after = (rows[..., None] > torch.arange(attention.shape[-1], device=rows.device)) & real[..., None]
+    return (attention * after).sum(1) / after.sum(1).clamp(min=1)
 
 
 def page_rank(tokens: PromptTokens, temperature: float, steps: int) -> Tensor:

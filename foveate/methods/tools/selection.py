@@ -145,7 +145,7 @@ def stage_ratio(name: str, budget: int | float, initial: Tensor, cuts: Sequence[
 
     Raises
     ------
-    InputError : the layers in front of the first cut take more than the budget.
+    InputError : the layers before the first cut take more than the budget.
     """
     ratio = torch.zeros_like(initial, dtype=torch.double)
     for number in initial.unique().tolist():  # sizes of images, not images

@@ -155,7 +155,7 @@ class TransformersEngine:
         ]
 
     def _answered(self, row: Row, tokens: list[int], prompt: int, before: list[int], after: list[int]) -> Answered | Exception:
-        """The answer without what came behind its end, or was generated for longer answers of the batch."""
+        """The answer without what came after its end, or was generated for longer answers of the batch."""
         ends = self.loaded.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))

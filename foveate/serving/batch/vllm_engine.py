@@ -80,7 +80,7 @@ class RowEncoder:
 
     Raises
     ------
-    InputError : the model cannot be loaded, or the method cannot act in front of a language model that runs elsewhere.
+    InputError : the model cannot be loaded, or the method cannot act before a language model that runs elsewhere.
     UnsupportedModelError : the model or the method does not work so.
     """
 

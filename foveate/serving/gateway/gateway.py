@@ -1,4 +1,4 @@
-"""The gateway: OpenAI's chat API in front, encoders and reducers inside, vLLM behind."""
+"""The gateway: it takes OpenAI's chat API, encodes and reduces pictures, and asks vLLM."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class _Prepared:
 
 
 class Gateway:
-    """What is behind the endpoints.
+    """What the endpoints share.
 
     Parameters
     ----------

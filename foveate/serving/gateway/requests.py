@@ -213,7 +213,7 @@ def _finite(digits: str) -> float:
 
 
 def _check_characters(asked: Any) -> None:
-    """Refuse escapes of half a character, which nothing behind the gateway can write."""
+    """Refuse escapes of half a character, which nothing after the gateway can write."""
     try:
         json.dumps(asked, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

@@ -33,7 +33,7 @@ def check_placed(positions: Tensor, extents: Tensor, counts: list[int], longest:
     Parameters
     ----------
     positions : [sum of counts, 3] (t, h, w) of each embedding in its image.
-    extents : [images] by how much an image moves on the text behind it.
+    extents : [images] by how much an image moves on the text after it.
     counts : embeddings of each image.
     longest : what all extents together may be.
     """

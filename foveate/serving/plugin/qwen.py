@@ -143,7 +143,7 @@ class Placing:
         return torch.cat(parts, 1), position - len(input_tokens)
 
     def _places(self, feature: Any) -> tuple[Tensor, int]:
-        """[3, n] positions of an image or video counted from its beginning, and by how much it moves on what is behind it."""
+        """[3, n] positions of an image or video counted from its beginning, and by how much it moves on what is after it."""
         if POSITIONS in feature.data:
             return feature.data[POSITIONS].data.long().T, int(feature.data[EXTENTS].data)
         own: Any = self

@@ -27,7 +27,7 @@ def qwen_request(encoded: Encoded, *, row: int = 0, merge: int = 2) -> dict[str,
     Returns
     -------
     ``{"image": fields}`` for k images that keep m_i tokens each: ``image_embeds`` [sum of m_i, D], ``image_positions``
-    [sum of m_i, 3] their (t, h, w) in the image, ``image_extents`` [k] by how much the image moves on what is behind it, and
+    [sum of m_i, 3] their (t, h, w) in the image, ``image_extents`` [k] by how much the image moves on what is after it, and
     ``image_grid_thw`` [k, 3], a strip of m_i tokens, from which vLLM counts placeholders.
 
     Raises

@@ -1,0 +1,73 @@
+"""What the documentation shows is run: the examples of CONTRIBUTING.md are methods like all others."""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import foveate
+from foveate.methods import registry
+
+from . import families, zoo
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = {"top-attention": {"budget": 9}, "learnt-queries": {"budget": 5}}
+
+
+def blocks(path: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    """The methods of CONTRIBUTING.md, as files of ``foveate/methods`` would define them."""
+    before = registry.registered()
+    for number, code in enumerate(block for block in blocks("CONTRIBUTING.md") if "@dataclass" in block):
+        module = types.ModuleType(f"foveate.methods.example_{number}")
+        module.__package__ = "foveate.methods"
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(compile(code, module.__name__, "exec"), module.__dict__)  # noqa: S102
+    yield
+    for name in set(registry.REGISTRY) - set(before):
+        del registry.REGISTRY[name]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_of_contributing(examples, name, family):
+    model, inputs = families.load(family), families.batch(family)
+    method = foveate.get(name, **EXAMPLES[name])
+    method = method.fresh() if method.trained() else method
+    options = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    with method(model) as session:
+        together = torch.stack(model.generate(**inputs, **options).logits, 1)
+        assert session.report.after == [min(count, EXAMPLES[name]["budget"]) for count in session.report.before]
+        for row in families.row_numbers(family):
+            alone = torch.stack(model.generate(**families.batch(family, rows=(row,)), **options).logits, 1)
+            torch.testing.assert_close(together[row], alone[0], atol=2e-4, rtol=2e-4)
+    plain = model.generate(**inputs, **options).sequences
+    with method.with_budget(1.0)(model):
+        assert torch.equal(model.generate(**inputs, **options).sequences, plain)
+
+
+def test_an_example_of_the_readme():
+    """The calls of the README, on the pocket model."""
+    model, processor = foveate.load_pocket()
+    from PIL import Image
+
+    picture, prompt = Image.effect_noise((336, 336), 60).convert("RGB"), "<s> user: <image> what color is the star ? assistant:"
+    names = {"model": model, "inputs": processor(images=picture, text=prompt, return_tensors="pt"), "foveate": foveate}
+    names |= {"processor": processor, "image": picture, "images": [picture], "prompts": [prompt]}
+    run = 0
+    for block in blocks("README.md"):
+        if "from_pretrained" in block:
+            block = block[block.index("with foveate") :]
+        exec(compile(block.replace("...\n", ""), "README.md", "exec"), names)  # noqa: S102
+        run += 1
+    assert run >= 2
+    assert names["session"].report.after[0] < 576
+    assert foveate.engine.install.installed_on(model) is None
+    assert zoo.TOKENS == 64
