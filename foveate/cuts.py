@@ -44,16 +44,15 @@ class DecoderTap:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """The tokens of B prompts, about to enter a decoder layer; rows of a batch are padded to S.
+    """The tokens of B prompts that are about to enter a decoder layer. Rows of a batch are padded to S tokens.
 
     Attributes
     ----------
     hidden : [B, S, D].
     image : [B, S] the image of its row that a visual token belongs to, counted from 0; -1 for text and padding.
     valid : [B, S] bool, no padding.
-    question : [B, S] bool, text that can see visual tokens: after the first one of its row, up to the end of the prompt, special
-        tokens not counted.
-    prompt_text : [B, S] bool, as ``question``, special tokens included.
+    question : [B, S] bool, text after the first visual token of its row, up to the end of the prompt, without special tokens.
+    prompt_text : [B, S] bool, the same with special tokens.
     protected : [B, S] bool, text that is never removed: special tokens, everything before the first image, the last token.
     last : [B] the last token of the prompt. In training, the last one before the answer.
     columns : [B, S] where the token was in ``start``.
@@ -95,12 +94,11 @@ class PromptTokens:
 
 @dataclass(frozen=True)
 class Cut:
-    """What stays.
+    """Which tokens stay before a decoder layer: what ``DecoderReducer.cut`` returns.
 
     Attributes
     ----------
-    keep : [B, S] bool. Text and padding are the engine's business: what is said of them counts for nothing, but where a method
-        removes text.
+    keep : [B, S] bool. Text and padding are ignored, unless the method removes text.
     scores : [B, S] importance, for reports and pictures, or None.
     target, mix : [B, R] and [B, R, S]: the kept token at ``target[b, r]`` becomes ``mix[b, r] @ hidden[b]``; rows of zeros change
         nothing. None: no token changes.
@@ -114,15 +112,15 @@ class Cut:
 
 @dataclass(frozen=True)
 class Pattern:
-    """What decoder layers leave out of the computation of visual tokens while a prompt is read (the tokens stay).
+    """Which parts of the computation decoder layers leave out for visual tokens while a prompt is read. The tokens stay.
 
     Attributes
     ----------
-    window : a visual token sees those of its image that are at most (window - 1) / 2 rows and columns away, after it too, and no
-        other visual token; None = all that causality allows.
-    heads : for each decoder layer, which key heads visual tokens take part in; None = all. In the others nobody gets anything from
-        visual tokens, and visual tokens get nothing.
-    neurons : the share of the MLP that visual tokens run, its first neurons.
+    window : a visual token sees only those visual tokens of its image that are at most (window - 1) / 2 rows and columns away, before
+        and after it. None = all that causality allows.
+    heads : for each decoder layer, the key heads that visual tokens take part in. In the others nobody attends to visual tokens,
+        and visual tokens get nothing. None = all heads.
+    neurons : the share of the MLP that visual tokens run: its first neurons.
     """
 
     window: int | None = None

@@ -35,7 +35,7 @@ from .tokens import EncoderTap, Reduction
 
 @dataclass(frozen=True)
 class Encoded:
-    """Pictures encoded and reduced, for an engine of your own.
+    """Pictures after reduction, for an inference engine of your own.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class Encoded:
 
 
 class Pictures:
-    """Pictures or videos of a call, encoded once; ``reduce`` then costs no more than the choice of tokens.
+    """Pictures or videos of a call, encoded once and reduced as often as you like.
 
     Parameters
     ----------
@@ -137,9 +137,9 @@ class Pictures:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What ``generate`` and ``forward`` of the model take in place of the inputs: the pictures come encoded.
+        """Arguments for ``generate`` and ``forward``, with the encoded pictures instead of pixels.
 
-        Works with and without a method attached. A method that reads encoder layers finds what was recorded here.
+        They work with and without a method attached. Give other ``input_ids`` to ask another question about the same pictures.
         """
         # sizes of the grids stay: (t, h, w) positions are made of them
         found = {name: value for name, value in self._call.arguments.items() if not name.startswith("pixel")}

@@ -126,7 +126,7 @@ class ImageReport:
     stages : what was left of it from a decoder layer on, for each cut inside the decoder.
     item, part : the picture or video it belongs to, and its number within that.
     modality : "image" or "video".
-    made : whether its tokens are no visual tokens of the encoder, but made by the method; ``kept`` then is where they stand.
+    made : whether the method made new tokens, such as learnt ones. ``kept`` then says at which cells they stand.
     """
 
     row: int
@@ -146,7 +146,7 @@ class ImageReport:
 
 @dataclass
 class Report:
-    """What the last call did; ``str(report)`` is a summary, ``to_dict()`` is JSON-able.
+    """What a call did. ``str(report)`` is a summary, ``to_dict()`` is JSON-able.
 
     Tensors stay on the device until somebody asks for ``images``.
 

@@ -163,9 +163,9 @@ Merge = Regroup  # its name before version 1
 
 @dataclass(frozen=True)
 class Reduction:
-    """Which visual tokens stay: output = ``weights @ features``, or ``features[index]`` where ``weights`` is None.
+    """Which visual tokens stay: the outputs are ``weights @ features``, or ``features[index]`` where ``weights`` is None.
 
-    Outputs that are no visual tokens, such as learnt ones, are ``made``; then there are no ``weights`` and nothing is ``added``.
+    A method with learnt tokens gives its outputs themselves as ``made``; ``weights`` and ``added`` are None then.
 
     Attributes
     ----------
@@ -183,7 +183,7 @@ class Reduction:
     space : of what is ``made``: "features" go through the projector, "decoder" does not.
     attention : [B, M, N] float32, how much each output that was made took from each source token; rows sum to at most 1. For
         reports, and for models that add features to visual tokens inside the decoder. None = not told.
-    drawn : [B] bool, images whose outputs were made, where several reductions were put together.
+    drawn : [B] bool, which images have outputs that were made, in a reduction that was put together from several.
     """
 
     index: Tensor

@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Method:
-    """What every method is: a dataclass whose fields are its hyper-parameters.
+    """Base of all methods: a dataclass whose fields are the hyper-parameters.
 
     A subclass registers itself by the name in its class statement: ``class Mine(ProjectorReducer, name="mine", paper="...")``.
-    Most derive from ``EncoderReducer``, ``ProjectorReducer`` or ``DecoderReducer``, by the place where they act. One that acts in
-    two places derives from this class and says what it is made of.
+    Most methods derive from ``EncoderReducer``, ``ProjectorReducer`` or ``DecoderReducer``, by the place where they act. One that
+    acts in two places derives from this class and names its two parts.
 
     Parameters
     ----------
-    budget : visual tokens kept per image: None = the method's own adaptive rule, an int = a count, a float in (0, 1] = a
-        fraction. A budget that covers all tokens leaves the model exactly as it is, for merging methods too.
-    positions : "compact" renumbers what is left of the prompt, "original" lets kept tokens keep their places.
+    budget : visual tokens to keep of each image. An int is a count, a float in (0, 1] a fraction, None the method's own rule. A
+        budget of all tokens leaves the model exactly as it is, also where the method merges.
+    positions : "compact" numbers what is left of the prompt anew, "original" keeps the positions of the full prompt.
     """
 
     name: ClassVar[str] = ""
@@ -79,7 +79,7 @@ class Method:
         check_fields(self)
 
     def needs_budget(self) -> bool:
-        """Whether there is no rule for how many tokens to keep."""
+        """Whether a budget has to be given, because the method has no rule of its own."""
         return not self.adaptive
 
     def check_layers(self) -> None:
@@ -90,11 +90,11 @@ class Method:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether the budget asks for everything, however much that is."""
+        """Whether the budget is all tokens, however many there are."""
         return isinstance(self.budget, float) and self.budget == 1.0
 
     def covers(self, tokens: int) -> bool:
-        """Whether the budget asks for all ``tokens`` of an image: the model then stays as it is."""
+        """Whether the budget is at least the ``tokens`` of an image. The method then does nothing."""
         if isinstance(self.budget, int):
             return self.budget >= tokens
         return self.keeps_all
@@ -130,7 +130,7 @@ class Method:
     # -- the same method with other numbers
 
     def with_fields(self, **fields: Any) -> Self:
-        """The same method with other values of some fields, checked as those of a new one. Trained parts are shared.
+        """A copy with other values of some fields, which are checked. Trained weights are shared with the copy.
 
         Raises
         ------
@@ -143,7 +143,7 @@ class Method:
         return changed
 
     def with_budget(self, budget: Budget) -> Self:
-        """The same method with another budget, which replaces what other fields say of the number of tokens.
+        """A copy with another budget. Other fields that say how many tokens stay get their defaults.
 
         Raises
         ------
@@ -153,11 +153,11 @@ class Method:
         return self.with_fields(budget=budget, **others)
 
     def with_share(self, share: float) -> Self:
-        """A setting between nothing (0) and everything (1), for ``at_budget``: with more of it, no layer runs fewer tokens."""
+        """A copy that keeps more the larger ``share`` is, from nothing (0) to everything (1); ``at_budget`` searches over it."""
         return self.with_budget(share)
 
     def layer_tokens(self, total: int, layers: int) -> list[float] | None:
-        """Visual tokens that each decoder layer runs of a picture.
+        """How many visual tokens of a picture each decoder layer runs.
 
         Parameters
         ----------
@@ -166,7 +166,7 @@ class Method:
 
         Returns
         -------
-        One number for each layer; None where a rule looks at the picture.
+        One number per layer. None if that depends on the picture.
 
         Raises
         ------
@@ -204,11 +204,11 @@ class Method:
         return budgeted(self, tokens, total, layers, at)
 
     def repeats(self) -> tuple[Self, ...]:
-        """The settings to average over where the method is measured: itself. A random choice gives several seeds."""
+        """The settings whose results are averaged when the method is measured: the method itself, or several seeds of it."""
         return (self,)
 
     def per_image(self) -> Self:
-        """The method as it is on one picture at a time, where it would let a picture depend on its batch."""
+        """A copy that decides for each picture alone, where the method could let a picture depend on its batch."""
         return self
 
     def settings(self) -> dict[str, Any]:
@@ -216,19 +216,19 @@ class Method:
         return {"name": self.name, **dataclasses.asdict(self)}
 
     def notes(self) -> list[str]:
-        """What every report of the method has to say."""
+        """Remarks for every report of the method."""
         return [f"{self.name}: {self.reconstruction}"] if self.reconstruction else []
 
 
 @dataclass(kw_only=True)
 class FrontReducer(Method):
-    """What reduces visual tokens before the decoder sees any.
+    """A method, or a part of one, that acts before the decoder.
 
     Parameters
     ----------
-    temporal : in videos, tokens are dropped whose cosine similarity with the same place of the frame before is higher; the method
-        and its budget see what is left. None = none are. After efficient video sampling (arXiv 2510.14624), which compares pixels
-        and drops a fixed share of them.
+    temporal : for videos. Tokens whose cosine similarity to the same cell of the frame before is above this value are dropped
+        first; the method and its budget then see what is left. None = nothing is dropped. Similar to efficient video sampling (arXiv
+        2510.14624), which compares pixels and drops a fixed share of them.
     """
 
     reads_projected: ClassVar[bool] = False  # asks for the features after the projector, too
@@ -251,8 +251,9 @@ class FrontReducer(Method):
         return None
 
     def encoder_layers(self, depth: int) -> tuple[EncoderLayer, ...]:
-        """Layers of an encoder of ``depth`` layers whose queries and keys the method needs: an index, "last", or "aligned"
-        (the layer that made the features). Empty: the method reads no attention.
+        """The encoder layers, of ``depth`` ones, whose queries and keys the method reads; empty if it reads none.
+
+        Each is an index, "last", or "aligned" (the layer that makes the features).
         """
         return ()
 
@@ -264,11 +265,11 @@ class ProjectorReducer(FrontReducer):
     stage: ClassVar[str] = "before the projector"
 
     def picture(self, grid: tuple[int, int]) -> tuple[int, int] | None:
-        """The grid of a smaller picture to encode instead of one of ``grid``. None: the picture stays, and ``reduce`` is asked."""
+        """Rows and columns of a smaller picture to encode instead. None = the picture stays, and ``reduce`` is called."""
         return None
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
-        """Choose and merge. Row b of a batch must equal the same image alone."""
+        """Choose which tokens stay, and merge. Row b of a batch must equal the same image alone."""
         raise TypeError(f"{type(self).__name__} does not implement reduce(tokens)")
 
 
@@ -289,19 +290,20 @@ class KeepAll(ProjectorReducer, name="full", listed=False):
 
 @dataclass(kw_only=True)
 class EncoderReducer(FrontReducer):
-    """A method that reduces patches inside the blocks of the vision encoder, between attention and MLP; it implements ``plan`` and
-    ``shrink``. [CLS] always stays, and is none of the patches.
+    """A method that reduces patches inside the blocks of the vision encoder, between attention and MLP.
+
+    It implements ``plan`` and ``shrink``. [CLS] always stays and does not count as a patch.
 
     Parameters
     ----------
-    order : in which the decoder gets what is left: "raster", by the place of each token, or as the "encoder" left it.
+    order : order of the tokens for the decoder: "raster", by their cells, or "encoder", as the encoder left them.
     """
 
     stage: ClassVar[str] = "inside the vision encoder"
     order: Literal["raster", "encoder"] = "raster"
 
     def plan(self, depth: int, patches: int) -> dict[int, int]:
-        """The blocks to act in, of the ``depth`` ones that make the features, and how many patches each leaves, at most."""
+        """The blocks to act in, of the ``depth`` ones that make the features, each with the most patches it may leave."""
         raise TypeError(f"{type(self).__name__} does not implement plan(depth, patches)")
 
     def check_per_block(self, field: str, least: int) -> tuple[int, ...]:
@@ -322,19 +324,19 @@ class EncoderReducer(FrontReducer):
         return numbers * len(blocks) if len(numbers) == 1 else numbers
 
     def counts_sizes(self) -> bool:
-        """Whether later blocks attend to a token as often as it has patches (proportional attention of ToMe)."""
+        """Whether attention weighs a token by the number of patches it stands for (proportional attention of ToMe)."""
         return False
 
     def shrink(self, tokens: BlockTokens) -> Regroup:
-        """Choose and merge, to ``tokens.goal`` patches at most. Row b of a batch must equal the same image alone."""
+        """Leave ``tokens.goal`` patches or fewer. Row b of a batch must equal the same image alone."""
         raise TypeError(f"{type(self).__name__} does not implement shrink(tokens)")
 
 
 @dataclass(kw_only=True)
 class DecoderReducer(Method):
-    """A method that drops visual tokens between decoder layers, while the prompt is read; it implements ``cuts`` and ``cut``.
+    """A method that drops visual tokens between decoder layers while the prompt is read. It implements ``cuts`` and ``cut``.
 
-    Layers before the first cut see all tokens, and their caches hold all of them. Decoder layer 0 always does.
+    Layers before the first cut run and cache all tokens; layer 0 always does.
     """
 
     stage: ClassVar[str] = "inside the decoder"
@@ -354,19 +356,19 @@ class DecoderReducer(Method):
         return [total] * layers if self.covers(total) else self.left(total, layers)
 
     def left(self, total: int, layers: int) -> list[float] | None:
-        """As ``layer_tokens``, where the budget does not cover everything."""
+        """What ``layer_tokens`` returns for a budget below all tokens."""
         return None
 
     def cuts(self, layers: int) -> tuple[int, ...]:
-        """The decoder layers, of ``layers``, before which the method acts; from 1 on."""
+        """The decoder layers before which the method acts, each at least 1 and below ``layers``."""
         raise TypeError(f"{type(self).__name__} does not implement cuts(layers)")
 
     def pattern(self, layers: int) -> Pattern | None:
-        """What the layers leave out of the computation of visual tokens; None = nothing."""
+        """Which parts of the computation are left out for visual tokens; None = none."""
         return None
 
     def cut(self, tokens: PromptTokens) -> Cut:
-        """What stays before layer ``tokens.layer``. Row b of a batch must equal the same prompt alone."""
+        """Choose which tokens stay before layer ``tokens.layer``. Row b of a batch must equal the same prompt alone."""
         raise TypeError(f"{type(self).__name__} does not implement cut(tokens)")
 
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Compose(Method, name="compose", listed=False):
-    """Several methods together: at most one token reducer, and decoder reducers at different layers.
+    """Several methods together: at most one that acts before the decoder, and any number inside it, at different layers.
 
-    ``Compose(PruMergePlus(), FastV(budget=0.5))``: budgets of decoder reducers count what the token reducer left.
+    In ``Compose(PruMergePlus(), FastV(budget=0.5))`` the budget of FastV counts what PruMerge+ has left.
     """
 
     stage: ClassVar[str] = "before the projector and inside the decoder"

@@ -20,9 +20,9 @@ from .tools.selection import ranks
 class EViT(EncoderReducer, name="evit", paper="https://arxiv.org/abs/2202.07800"):
     """In some encoder blocks the patches with the highest [CLS] attention stay, and all others become one.
 
-    That one is their sum, weighted by [CLS] attention, not divided by the weights; it stands at the place of the best of them, and
-    competes with the others in later blocks. Where it would be of one patch only, that stays as it is. Made to be fine-tuned with;
-    here it is not.
+    The new patch is the sum of the others, weighted by their [CLS] attention and not divided by the weights. It stands at the cell
+    of the best of them and competes with all patches in later blocks. A single patch that is left over stays as it is. The paper
+    fine-tunes the encoder with this; here it is used without.
 
     Parameters
     ----------

@@ -57,18 +57,23 @@ class ToMe(EncoderReducer, name="tome", paper="https://arxiv.org/abs/2210.09461"
 
     def shrink(self, tokens: BlockTokens) -> Regroup:
         tap, number = tokens.tap, tokens.valid.shape[1]
+        # similarity is that of keys, averaged over heads [B, n, d]
         metric = tap.patch_keys.float().unflatten(-1, (tap.heads, -1)).mean(2)
         first, other = tap.lead % 2, 1 - tap.lead % 2  # [CLS] is the first of the even ones
         looking, into = (torch.arange(begin, number, 2, device=metric.device) for begin in (first, other))
+        # bipartite matching: every second patch looks for its best partner among the others
         unit = F.normalize(metric, dim=-1)
         best = (unit[:, first::2] @ unit[:, other::2].transpose(1, 2)).max(-1)
+        # the most similar pairs merge, as many as the goal asks for; the rest of the lookers stay as they are
         ranked = best.values.argsort(dim=-1, descending=True, stable=True)
         pairs = number - tokens.goal
-        staying = ranked[:, pairs:].sort(dim=-1).values  # what does not merge, in order, before the other half
+        staying = ranked[:, pairs:].sort(dim=-1).values
+        # outputs: lookers that stay, in their order, then all partners; a merged looker goes to the output of its partner
         index = torch.cat([looking[staying], into.expand(len(metric), -1)], 1)
         owner = outputs_of(index, number, 0)
         merged = ranked[:, :pairs]
         target = tokens.goal - len(into) + best.indices.gather(1, merged)
         owner = owner.scatter(1, looking[merged], target)
+        # a mean over patches of the picture: what was merged before counts as often as it stands for
         total = torch.zeros(len(metric), tokens.goal, device=metric.device).scatter_add(1, owner, tokens.sizes)
         return Regroup(index, owner, tokens.sizes / total.gather(1, owner))

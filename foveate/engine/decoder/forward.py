@@ -58,7 +58,7 @@ class Forward:
     memo: dict[Any, Any] = field(default_factory=dict)
 
     def adopt(self, cache: Any, method: dict[str, Any]) -> None:
-        """Use a cache that was not there when the forward began."""
+        """Use a cache that the decoder has made after the forward began."""
         self.cache = cache
 
     def held(self, layer: int) -> Held | None:
@@ -71,11 +71,11 @@ class Forward:
         return None if window is None or self.past + self.width <= window else window
 
     def length(self, layer: int) -> int:
-        """Keys in a layer's cache before this forward, those included that a sliding window forgot."""
+        """Keys that a layer's cache has seen before this forward, also those that a sliding window has dropped since."""
         return 0 if self.cache is None else int(self.cache.get_seq_length(layer))
 
     def present(self, layer: int, columns: Tensor, queries: int) -> Tensor:
-        """Of the columns of all keys, those that the layer's cache hands out."""
+        """The columns of those keys that the cache of a layer hands out; a sliding window hands out the last ones."""
         return columns if self.cache is None else columns[:, -self.cache.get_mask_sizes(queries, layer)[0] :]
 
     def mask_of(self, columns: Tensor, queries: int, *, plain: bool, window: int | None, hidden: Tensor) -> Tensor | None:
@@ -89,12 +89,13 @@ class Forward:
         )
 
     def continued(self, layer: int, hidden: Tensor) -> dict[str, Any] | None:
-        """Arguments of a layer whose cache holds a part of the prompt, for tokens after it; None: they are right as they are."""
+        """Arguments of a layer for tokens after a prompt that its cache holds in part. None: the given ones are right."""
         held, window, device = self.held(layer), self.window(layer), hidden.device
         if held is None:
             return None
         key = ("mask", id(held), window, device)
         if key not in self.memo:
+            # keys of the prompt stand where they were in it, later ones after its full length
             columns = held.extended(self.length(layer), self.width, self.rows).to(device)
             columns = self.present(layer, columns, self.width)
             plain = held.plain
@@ -104,6 +105,7 @@ class Forward:
             self.memo[key] = self.mask_of(columns, self.width, plain=plain, window=window, hidden=hidden)
         changed = {"attention_mask": self.memo[key]}
         if held.shift is not None:
+            # positions were counted anew after a cut: later tokens go on from there
             shift = held.shift.repeat_interleave(self.rows // len(held.shift), 0)
             changed["position_embeddings"] = self.rotary(layer, hidden, self.positions.to(shift.device) - shift, id(held))
         return changed
@@ -179,7 +181,7 @@ class Prefill(Forward):
         return stage is None or stage.visual > 0
 
     def note_columns(self, layer: int) -> None:
-        """Fix the columns of a layer's keys before its attention adds to its cache."""
+        """Note the column of each key of a layer, before its attention adds the new ones to its cache."""
         stage, held = self.stage(layer), self.held(layer)
         key = ("columns", -1 if stage is None else stage.start, id(held), self.length(layer))
         if key not in self.memo:
@@ -210,7 +212,7 @@ class Prefill(Forward):
         return stage.plain and (self.past == 0 or (self.memo["past"] and (held is None or held.plain)))
 
     def hold(self, layer: int, stage: Stage) -> None:
-        """Note for later forwards what the caches of layers from here on hold."""
+        """Note for later forwards which columns the caches hold, of this layer and those after it up to the next cut."""
         if self.cuts is None:
             return
         ahead = self.width - self.asked  # guesses may be taken back
@@ -219,14 +221,12 @@ class Prefill(Forward):
         self.cuts.held[layer] = Held(columns, self.past + self.asked, self.plain(layer, stage), stage.shift)
 
     def numbered_as_held(self, layer: int, stage: Stage | None) -> Tensor | None:
-        """[B, M] positions of the tokens before a layer in the numbering of what its cache holds of earlier turns.
-
-        None: they are numbered so already.
-        """
+        """[B, M] position of each token as this layer's cache counts them. None if the prompt already counts that way."""
         held, above = self.held(layer), self.held(layer - 1)
         shift = None if held is None else held.shift
         if shift is None:
             return None
+        # by the prompt's own count, less what the cache of this layer is behind; a stage may be counted anew already
         mine = self.positions.to(shift.device).expand(self.rows, -1)
         if stage is not None:
             mine = take(mine, stage.index) if stage.positions is None else stage.positions
@@ -237,6 +237,7 @@ class Prefill(Forward):
         """Arguments of a layer that runs fewer tokens."""
         changed: dict[str, Any] = {}
         for name, value in kwargs.items():
+            # whatever has one entry per token of the prompt, such as per-layer embeddings
             follows = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == self.width
             if follows and name not in ("attention_mask", "hidden_states", "position_ids"):
                 changed[name] = take(value, stage.index)

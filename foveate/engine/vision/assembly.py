@@ -63,7 +63,7 @@ def laid_out(arrangement: Arrangement, found: list[Reduced]) -> Assembly:
     A unit's tokens stay in the order of the method, but where rows of several units alternate.
     """
     device = found[0].reduction.index.device
-    # of each item: what to sort by, the row among all outputs, and the placeholder, of the tokens that stay
+    # per item, of the tokens that stay: a key to sort by, the row among the outputs of all groups, the placeholder
     pieces: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in arrangement.sizes]
     start = 0
     for reduced in found:
