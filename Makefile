@@ -41,7 +41,7 @@ $(VENV)/oldest/transformers: $(VENV)/dev
 	touch $@
 
 test-oldest: $(VENV)/oldest/transformers
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n 2 $(addprefix tests/test_, $(addsuffix .py, seams generation calls forward report bad_input decoder cut_calls))
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n 2 $(addsuffix .py, $(addprefix tests/engine/test_, generation calls forward bad_input training) $(addprefix tests/engine/decoder/test_, hooks cut_calls) tests/engine/model/test_seams tests/test_report tests/test_pictures)
 
 $(VENV)/eval: $(VENV)/dev
 	$(PIP) -e '.[eval-needs]'

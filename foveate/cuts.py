@@ -116,8 +116,8 @@ class Pattern:
 
     Attributes
     ----------
-    window : a visual token sees only those visual tokens of its image that are at most (window - 1) / 2 rows and columns away, before
-        and after it. None = all that causality allows.
+    window : a visual token sees only those visual tokens of its image that are at most (window - 1) / 2 rows and columns away,
+        before and after it. None = all that causality allows.
     heads : for each decoder layer, the key heads that visual tokens take part in. In the others nobody attends to visual tokens,
         and visual tokens get nothing. None = all heads.
     neurons : the share of the MLP that visual tokens run: its first neurons.
