@@ -200,7 +200,7 @@ def encoded_call(call: Call, method: Method) -> Encoded:
     """Pictures and the shortened prompt of a call."""
     parts, report = call.parts, _report(call.parts, method)
     with unturned(parts.model.base_model):
-        short = shorten(call, method, report, pad_left=call.padded_left)
+        short = shorten(call, method, report, pad_left=False)
     mask = short.mask
     positions = short.arguments().get("position_ids")
     positions = original_positions(mask.bool()) if positions is None else positions

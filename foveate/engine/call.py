@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
@@ -60,11 +61,6 @@ class Call:
     def outside(self) -> int:
         """Columns of the mask that stand for tokens in the cache only."""
         return self.mask.shape[1] - self.ids.shape[1]
-
-    @property
-    def padded_left(self) -> bool:
-        """Whether any row begins with padding."""
-        return bool((self.mask[:, 0] == 0).any())
 
 
 def read(parts: Anatomy, arguments: dict[str, Any], ids: Tensor, mask: Tensor | None) -> Call:
@@ -136,10 +132,24 @@ class ShortCall:
     @property
     def labels(self) -> Tensor | None:
         """[B, S'] of a training step."""
-        call, labels = self.call, self.call.labels
-        if self.layout is None or labels is None:
-            return labels
-        return short_rows(self.layout, labels, IGNORED, call.outside, self.held)
+        return self.training().get("labels", self.call.labels)
+
+    def training(self) -> dict[str, Any]:
+        """What a training step teaches, of the short prompt; nothing where the prompt has stayed as it is.
+
+        Placeholders are never taught: which of them stay is not the text's to say.
+        """
+        call, layout = self.call, self.layout
+        if layout is None:
+            return {}
+        found = {name: value for name, value in taught(call.parts, call.arguments).items() if name in TAUGHT}
+        if call.labels is not None:
+            found["labels"] = short_rows(layout, found["labels"], IGNORED, call.outside, self.held)
+        shifted = found.get("shift_labels")
+        if shifted is not None:  # of each column the label of the next one, which may be another one now
+            labels = short_rows(layout, F.pad(shifted[:, :-1], (1, 0), value=IGNORED), IGNORED, call.outside, self.held)
+            found["shift_labels"] = torch.cat([labels[:, 1:], shifted[:, -1:]], 1)
+        return found
 
     def arguments(self) -> dict[str, Any]:
         """Everything but ``input_ids`` that the model is called with: encoded pictures, and inputs that follow the short prompt."""
@@ -151,14 +161,36 @@ class ShortCall:
         positions = self.positions.full
         if layout is not None:
             found["attention_mask"], positions = self.mask, self.positions.follow(layout, call.mask)
-            if call.labels is not None:
-                found["labels"] = self.labels
+            found |= self.training()
             for name in PER_TOKEN_INPUTS:
                 if found.get(name) is not None:
                     found[name] = layout.of_last(found[name])
         if positions is not None:
             found["position_ids"] = positions
         return found
+
+
+TAUGHT = ("labels", "shift_labels", "num_items_in_batch")
+
+
+def taught(parts: Anatomy, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with labels that teach no placeholder, and with the number of labels that a loss is divided by in proportion.
+
+    Trainers count labels over several steps and processes; a step knows its own, so that its share stands for all.
+    """
+    found, ids = dict(arguments), arguments["input_ids"]
+    visual = parts.visual(ids)
+    labels, shifted, number = (arguments.get(name) for name in TAUGHT)
+    before = after = 0
+    if labels is not None:
+        found["labels"] = labels.masked_fill(visual.to(labels.device), IGNORED)
+        before, after = (int((each[:, 1:] != IGNORED).sum()) for each in (labels, found["labels"]))
+    if shifted is not None:
+        found["shift_labels"] = shifted.masked_fill(F.pad(visual[:, 1:], (0, 1)).to(shifted.device), IGNORED)
+        before, after = (int((each != IGNORED).sum()) for each in (shifted, found["shift_labels"]))
+    if number is not None and before:
+        found["num_items_in_batch"] = number * (after / before)
+    return found
 
 
 def shorten(call: Call, method: Method, report: Report, *, pad_left: bool) -> ShortCall:
@@ -169,7 +201,7 @@ def shorten(call: Call, method: Method, report: Report, *, pad_left: bool) -> Sh
     call : as ``read`` gave it.
     method : what reduces.
     report : filled in.
-    pad_left : on which side rows are padded.
+    pad_left : whether all padding goes to the left, as ``generate`` needs it. Otherwise padding at the end of a row stays there.
 
     Raises
     ------

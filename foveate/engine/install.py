@@ -32,6 +32,7 @@ class Installation:
         self.previous: dict[str, Any] = {}
         self.ours: dict[str, Any] = {}
         forward = WRAPPED_FORWARD if WRAPPED_FORWARD in model.__dict__ else "forward"
+        self._forward = forward
         for name in ("generate", forward, MERGE_CALLBACKS, REPLICATE):
             self.previous[name] = model.__dict__.get(name)
             self.ours[name] = model.__dict__[name] = _redirected(model, name)
@@ -46,6 +47,10 @@ class Installation:
                 del self.model.__dict__[name]
             else:
                 self.model.__dict__[name] = before
+
+    def replaced(self) -> bool:
+        """Whether somebody has put another ``forward`` in the place of ours."""
+        return self.model.__dict__.get(self._forward) is not self.ours[self._forward]
 
     def original(self, name: str) -> Any:
         """The method as it was."""

@@ -90,6 +90,17 @@ def named_arguments(original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     return found
 
 
+def with_hidden_states(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a backbone returned, with each of its hidden states [B, S, D] changed."""
+    if isinstance(output, tuple):
+        return (change(output[0]), *output[1:])
+    changed = copy.copy(output)
+    changed["last_hidden_state"] = change(output.last_hidden_state)
+    if output.get("hidden_states") is not None:
+        changed["hidden_states"] = tuple(change(states) for states in output.hidden_states)
+    return changed
+
+
 def cache_in(kwargs: dict[str, Any]) -> Any:
     """The key-value cache among the arguments of a call, by its older or its newer name."""
     cache = kwargs.get(CACHE)

@@ -152,7 +152,8 @@ def shorten(
     sizes : placeholders per image.
     kept : per image, the placeholders that stay, in the order of the features.
     cached : layout of the columns that a cache holds already; they stay as they are.
-    pad_left : on which side rows with fewer tokens are padded.
+    pad_left : whether all padding goes to the left. Otherwise each row keeps its padding at the end, and is filled up on the left:
+        the last columns are those of the full prompt, which callers count from (``logits_to_keep``).
     """
     places, _ = image_rows(visual, sizes)
     stays = torch.zeros(len(places), dtype=torch.bool, device=places.device)
@@ -170,17 +171,23 @@ def shorten(
     keep = valid.clone()
     source[visual] = columns
     keep[visual] = stays  # also where a mask hides a placeholder: its features come all the same
-    if cached is not None:
-        keep[:, : cached.length] = False
+    past = 0 if cached is None else cached.length
+    keep[:, :past] = False
     # rows close up to the widest one; what is not kept is written to a spare column that is cut off again
     counts = keep.sum(1, keepdim=True)
-    width = int(counts.max())
-    slot = keep.cumsum(1) - 1 + ((width - counts) if pad_left else 0)
+    trailing = torch.zeros_like(counts) if pad_left else padding_after(valid)[:, None].clamp(max=length - past)
+    width = int((counts + trailing).max())
+    slot = keep.cumsum(1) - 1 + width - counts - trailing
     gather = source.new_full((rows, width + 1), -1)  # the last column takes what is not kept
     gather = gather.scatter(1, slot.masked_fill(~keep, width), source.masked_fill(~keep, -1))[:, :width]
     if cached is not None:
         gather = torch.cat([cached.gather.to(gather.device), gather], 1)
     return Layout(gather, length, valid.sum(1), method)
+
+
+def padding_after(valid: Tensor) -> Tensor:
+    """[B] columns of padding after the last token of each row [B, T] bool; all of them where there is none."""
+    return (valid.flip(1).long().cumsum(1) == 0).sum(1)
 
 
 def original_positions(valid: Tensor) -> Tensor:
