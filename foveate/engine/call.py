@@ -18,7 +18,7 @@ from ..methods.base import Method
 from ..report import Report
 from ..tokens import Reduction
 from .model.anatomy import Anatomy
-from .model.seams import PER_TOKEN_INPUTS, PRE_ENCODED, cache_in, encodings_in, modalities, of_modality
+from .model.seams import PACKED_INPUTS, PER_TOKEN_INPUTS, PRE_ENCODED, cache_in, encodings_in, modalities, of_modality
 from .prompt.layout import Layout, cached_layout, filler, short_rows
 from .prompt.positions import Positions
 from .prompt.shorten import IGNORED, PromptPictures, check_columns, lay_out, read_pictures
@@ -142,7 +142,7 @@ class ShortCall:
         call, layout = self.call, self.layout
         if layout is None:
             return {}
-        found = {name: value for name, value in taught(call.parts, call.arguments).items() if name in TAUGHT}
+        found = {name: value for name, value in taught(call.parts, call.ids, call.arguments).items() if name in TAUGHT}
         if call.labels is not None:
             found["labels"] = short_rows(layout, found["labels"], IGNORED, call.outside, self.held)
         shifted = found.get("shift_labels")
@@ -160,6 +160,9 @@ class ShortCall:
             found[PRE_ENCODED] = self.pictures.encoded
         positions = self.positions.full
         if layout is not None:
+            packed = [name for name in PACKED_INPUTS if found.get(name) is not None]
+            if packed:
+                raise InputError(f"{packed[0]}: packed prompts cannot be shortened. Give each prompt a row of its own.")
             found["attention_mask"], positions = self.mask, self.positions.follow(layout, call.mask)
             found |= self.training()
             for name in PER_TOKEN_INPUTS:
@@ -173,13 +176,12 @@ class ShortCall:
 TAUGHT = ("labels", "shift_labels", "num_items_in_batch")
 
 
-def taught(parts: Anatomy, arguments: dict[str, Any]) -> dict[str, Any]:
+def taught(parts: Anatomy, ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments with labels that teach no placeholder, and with the number of labels that a loss is divided by in proportion.
 
     Trainers count labels over several steps and processes; a step knows its own, so that its share stands for all.
     """
-    found, ids = dict(arguments), arguments["input_ids"]
-    visual = parts.visual(ids)
+    found, visual = dict(arguments), parts.visual(ids)
     labels, shifted, number = (arguments.get(name) for name in TAUGHT)
     before = after = 0
     if labels is not None:

@@ -162,7 +162,8 @@ class Direct:
         installed = installed_on(model)
         if installed is None or not installed.replaced() or args or not brings_pictures(kwargs) or self.session.front.keeps_all:
             return None
-        return args, taught(self.session.parts(), kwargs)
+        ids = kwargs.get("input_ids")
+        return None if ids is None else (args, taught(self.session.parts(), ids, kwargs))
 
     def _before_backbone(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():

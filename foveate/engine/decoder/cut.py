@@ -155,6 +155,8 @@ def _run_dry(run: Prefill, layer: int, module: nn.Module, hidden: Tensor, kwargs
     numbered = run.numbered_as_held(layer, stage)
     if numbered is not None:
         inputs["position_embeddings"] = run.rotary(layer, hidden, numbered, -1 - layer)
+        if run.kind.reads_positions:
+            inputs["position_ids"] = numbered
     inputs.pop("hidden_states", None)
     learning = [part for part in module.modules() if part.training]  # no dropout: neither its noise nor its random numbers
     module.eval()

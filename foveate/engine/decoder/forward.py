@@ -12,7 +12,7 @@ from ...cuts import Cut, PromptTokens
 from ...errors import UnsupportedModelError
 from ...methods.base import DecoderReducer
 from ...report import Report
-from ..model.seams import layer_kinds, layer_windows, rotary
+from ..model.seams import layer_kinds, layer_windows, reads_positions, rotary
 from .attention import Recorded
 from .masks import layer_mask, taken_mask
 from .stages import DecoderPrompt, Held, HeldCuts, Stage, take
@@ -24,6 +24,7 @@ class DecoderKind:
     def __init__(self, decoder: Any, two_way: bool) -> None:
         self.decoder, self.two_way = decoder, two_way
         self.windows, self.kinds = layer_windows(decoder.config), layer_kinds(decoder.config)
+        self.reads_positions = reads_positions(decoder.layers[0])
         strange = sorted({*self.kinds} - {"full_attention", "sliding_attention"})
         if strange:
             raise UnsupportedModelError(f"{type(decoder).__name__} has layers of kind {', '.join(strange)}, which cannot be cut.")
@@ -107,7 +108,10 @@ class Forward:
         if held.shift is not None:
             # positions were counted anew after a cut: later tokens go on from there
             shift = held.shift.repeat_interleave(self.rows // len(held.shift), 0)
-            changed["position_embeddings"] = self.rotary(layer, hidden, self.positions.to(shift.device) - shift, id(held))
+            positions = self.positions.to(shift.device) - shift
+            changed["position_embeddings"] = self.rotary(layer, hidden, positions, id(held))
+            if self.kind.reads_positions:
+                changed["position_ids"] = positions
         return changed
 
     def unpadded(self) -> bool:
@@ -233,6 +237,10 @@ class Prefill(Forward):
             shift = shift - (0 if stage.positions is None or above is None or above.shift is None else above.shift)
         return (mine - shift).clamp(min=0)
 
+    def positions_of(self, stage: Stage) -> Tensor:
+        """[B, M] positions of the tokens of a stage."""
+        return take(self.positions.expand(self.rows, -1), stage.index) if stage.positions is None else stage.positions
+
     def inputs(self, layer: int, stage: Stage, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a layer that runs fewer tokens."""
         changed: dict[str, Any] = {}
@@ -246,8 +254,10 @@ class Prefill(Forward):
             changed["position_embeddings"] = self._gathered(layer, stage, kwargs["position_embeddings"], hidden.device)
         else:
             changed["position_embeddings"] = self.rotary(layer, hidden, stage.positions, stage.start)
-        # rotary embeddings are made already; flash attention takes gaps in position ids for packed sequences
-        changed["position_ids"] = torch.arange(number, device=hidden.device)[None]
+        if self.kind.reads_positions:
+            changed["position_ids"] = self.positions_of(stage).to(hidden.device)
+        else:  # rotary embeddings are made already; flash attention takes gaps in position ids for packed sequences
+            changed["position_ids"] = torch.arange(number, device=hidden.device)[None]
         changed["attention_mask"] = self.mask_before(layer, stage, hidden, kwargs["attention_mask"])
         return changed
 

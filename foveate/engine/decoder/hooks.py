@@ -253,6 +253,11 @@ class DecoderCuts:
             )
         if self.pattern is not None and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
             raise UnsupportedModelError(f"{name!r} cannot be trained with gradient checkpointing. Turn it off.")
+        if "flash" in self.kind.implementation and self.kind.reads_positions:
+            raise UnsupportedModelError(
+                f"{name!r}: the attention of {type(self.decoder).__name__} computes with position ids, whose gaps flash attention "
+                "takes for packed sequences. Use attn_implementation='sdpa'."
+            )
         if "flex" in self.kind.implementation:
             raise UnsupportedModelError(f"{name!r} does not support flex attention. Use attn_implementation='sdpa'.")
 

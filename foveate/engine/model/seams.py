@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 RAW_INPUTS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
 PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
+PACKED_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")  # where packed sequences begin
 PRE_ENCODED = "mm_encoder_outputs"
 # whether rows of prefix_allowed_tokens_fn are sequences where a prompt has several (before 5.24), or prompts, as with beams
 ROWS_ARE_SEQUENCES = Version(transformers.__version__) < Version("5.24.dev0")
@@ -299,6 +300,16 @@ def layer_windows(config: Any) -> list[int | None]:
 def layer_kinds(config: Any) -> list[str]:
     """Name of the kind of each decoder layer, such as "full_attention"."""
     return list(get_layer_types_and_kwargs(config)[0])
+
+
+def reads_positions(layer: Any) -> bool:
+    """Whether the attention of a decoder layer computes with position ids (Ministral 3, Mistral 4), beside its rotary embeddings.
+
+    Elsewhere they only tell flash attention where packed sequences begin.
+    """
+    attention = getattr(layer, "self_attn", None)
+    parameter = inspect.signature(type(attention).forward).parameters.get("position_ids") if attention is not None else None
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def attention_of(layer: nn.Module) -> nn.Module:

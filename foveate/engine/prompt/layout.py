@@ -50,6 +50,8 @@ class Layout:
     def of_last(self, values: Tensor) -> Tensor:
         """[B, S] values of the last S tokens of the full prompt -> those of them that are left."""
         earlier = self.length - values.shape[1]
+        if earlier < 0:
+            raise InputError(f"an input with one entry per token has {values.shape[1]} columns, and the prompt has {self.length}")
         taken = self.take(torch.nn.functional.pad(values, (earlier, 0)), 0)
         held = int((self.gather < earlier).all(0).sum()) if earlier else 0  # columns of what a cache has
         return taken[:, held:]

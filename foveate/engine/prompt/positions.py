@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ...errors import InputError
+from ...errors import InputError, UnsupportedModelError
 from ..model.anatomy import Anatomy
 from ..model.marks import layout_of
-from ..model.seams import cache_in, full_positions
+from ..model.seams import cache_in, full_positions, reads_positions
 from .layout import Layout, original_positions
 
 
@@ -184,8 +184,8 @@ def _padded(mask: Any) -> bool:
 class _Guards:
     """The hooks of one decoder; ``active`` is found once per forward and read by every layer."""
 
-    def __init__(self) -> None:
-        self.active = False
+    def __init__(self, reads: bool) -> None:
+        self.active, self.reads = False, reads
 
     def decoder(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
         """Without mask and cache the decoder looks for packed sequences: give it a mask of ones."""
@@ -202,15 +202,28 @@ class _Guards:
 
     def layer(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Changed:
         """Flash attention looks again in every layer, which needs no positions: its rotary embeddings are computed already."""
-        if not self.active or kwargs.get("position_embeddings") is None or kwargs.get("position_ids") is None:
+        if not self.active or self.reads or kwargs.get("position_embeddings") is None or kwargs.get("position_ids") is None:
             return None
         kwargs["position_ids"] = None
         return args, kwargs
 
 
 def guard_positions(model: PreTrainedModel) -> list[RemovableHandle]:
-    """Install both guards; the caller removes the handles."""
-    decoder, guards = model.get_decoder(), _Guards()
+    """Install both guards; the caller removes the handles.
+
+    Raises
+    ------
+    UnsupportedModelError : under flash attention, where the attention of the decoder computes with position ids.
+    """
+    decoder: Any = model.get_decoder()
+    layers: Any = getattr(decoder, "layers", ())
+    reads = len(layers) > 0 and reads_positions(layers[0])
+    if reads and "flash" in str(decoder.config._attn_implementation):
+        raise UnsupportedModelError(
+            "positions='original' leaves gaps between positions, which flash attention takes for packed sequences, and the "
+            f"attention of {type(decoder).__name__} computes with them. Use positions='compact', or attn_implementation='sdpa'."
+        )
+    guards = _Guards(reads)
     handles = [decoder.register_forward_pre_hook(guards.decoder, with_kwargs=True)]
-    handles += [layer.register_forward_pre_hook(guards.layer, with_kwargs=True) for layer in getattr(decoder, "layers", ())]
+    handles += [layer.register_forward_pre_hook(guards.layer, with_kwargs=True) for layer in layers]
     return handles

@@ -203,7 +203,7 @@ def expected_prompt(parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, l
     past, real = mask.shape[1] - ids.shape[1], mask.bool()
     visual = parts.visual(ids)
     sizes = torch.tensor(report.after, device=ids.device)
-    image = torch.full_like(ids, -1)
+    image = torch.full(ids.shape, -1, device=ids.device)  # of int64, whatever the ids are
     numbers = torch.tensor([report.rows[:i].count(row) for i, row in enumerate(report.rows)], device=ids.device)
     image[visual] = numbers.repeat_interleave(sizes)
     cell = torch.full((3, *ids.shape), -1, dtype=torch.long, device=ids.device)
