@@ -24,6 +24,8 @@ from .prompt.positions import Positions
 from .prompt.shorten import IGNORED, PromptPictures, check_columns, lay_out, read_pictures
 from .vision.encoding import Encodings
 
+TAUGHT = ("labels", "shift_labels", "num_items_in_batch")
+
 
 @dataclass(frozen=True)
 class Call:
@@ -53,9 +55,9 @@ class Call:
 
     @property
     def labels(self) -> Tensor | None:
-        """[B, S] of a training step."""
-        labels: Tensor | None = self.arguments.get("labels")
-        return labels
+        """[B, S] of a training step, also where they came shifted by one."""
+        labels, shifted = (self.arguments.get(name) for name in TAUGHT[:2])
+        return F.pad(shifted[:, :-1], (1, 0), value=IGNORED) if labels is None and shifted is not None else labels
 
     @property
     def outside(self) -> int:
@@ -132,7 +134,10 @@ class ShortCall:
     @property
     def labels(self) -> Tensor | None:
         """[B, S'] of a training step."""
-        return self.training().get("labels", self.call.labels)
+        labels = self.call.labels
+        if self.layout is None or labels is None:
+            return labels
+        return short_rows(self.layout, labels, IGNORED, self.call.outside, self.held)
 
     def training(self) -> dict[str, Any]:
         """What a training step teaches, of the short prompt; nothing where the prompt has stayed as it is.
@@ -143,7 +148,7 @@ class ShortCall:
         if layout is None:
             return {}
         found = {name: value for name, value in taught(call.parts, call.ids, call.arguments).items() if name in TAUGHT}
-        if call.labels is not None:
+        if found.get("labels") is not None:
             found["labels"] = short_rows(layout, found["labels"], IGNORED, call.outside, self.held)
         shifted = found.get("shift_labels")
         if shifted is not None:  # of each column the label of the next one, which may be another one now
@@ -171,9 +176,6 @@ class ShortCall:
         if positions is not None:
             found["position_ids"] = positions
         return found
-
-
-TAUGHT = ("labels", "shift_labels", "num_items_in_batch")
 
 
 def taught(parts: Anatomy, ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:

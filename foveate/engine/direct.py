@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import InputError
 from ..report import Report
 from ..tokens import resolve_budget
-from .call import continued, read, shorten, taught
+from .call import TAUGHT, continued, read, shorten, taught
 from .install import installed_on
 from .model.anatomy import Anatomy
 from .model.marks import forget_if_empty, layout_of, mark
@@ -61,6 +61,7 @@ class Direct:
         self._handles: list[RemovableHandle] = []
         self._inside: set[int] = set()  # threads that are in a call of ours
         self._running: dict[int, tuple[Shortened, ExitStack, int]] = {}  # by thread: calls of the backbone alone
+        self._taught: dict[int, dict[str, Any]] = {}  # by thread: labels of a call whose forward is another one
 
     def install(self) -> None:
         """Put the hooks on the model."""
@@ -159,11 +160,15 @@ class Direct:
         """Where another forward stands in the place of ours, its loss must not count placeholders, which may be removed."""
         if torch.compiler.is_compiling():
             return None
-        installed = installed_on(model)
-        if installed is None or not installed.replaced() or args or not brings_pictures(kwargs) or self.session.front.keeps_all:
-            return None
+        thread, installed = threading.get_ident(), installed_on(model)
+        self._taught.pop(thread, None)
         ids = kwargs.get("input_ids")
-        return None if ids is None else (args, taught(self.session.parts(), ids, kwargs))
+        if installed is None or not installed.replaced() or args or ids is None or not brings_pictures(kwargs):
+            return None
+        changed = kwargs if self.session.front.keeps_all else taught(self.session.parts(), ids, kwargs)
+        # the backbone is not told what the answer is, and methods that read the question must not read that
+        self._taught[thread] = {name: kwargs[name] for name in TAUGHT[:2] if kwargs.get(name) is not None}
+        return args, changed
 
     def _before_backbone(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
@@ -171,12 +176,15 @@ class Direct:
         thread = threading.get_ident()
         self._running.pop(thread, None)
         if thread in self._inside:
+            self._taught.pop(thread, None)
             return None
         arguments = named_arguments(base.forward, args, kwargs)
         if not brings_pictures(arguments):
             return None
         self.session.begins(arguments)
-        short, stack = self.shortened(arguments), ExitStack()
+        short, stack = self.shortened({**arguments, **self._taught.pop(thread, {})}), ExitStack()
+        for name in TAUGHT:
+            short.arguments.pop(name, None)
         if BACKBONE not in short.report.notes:
             short.report.notes.append(BACKBONE)
         stack.enter_context(short.reading)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...cuts import PromptTokens
 from ...errors import CacheError
+from ..model.marks import chosen_rows
 
 
 @dataclass(frozen=True)
@@ -129,14 +130,27 @@ class Held:
         ------
         CacheError : the cache was cropped inside its prompt, or has other rows.
         """
+        lost = self.columns.shape[1] - length
+        if lost > 0:
+            return self._cropped(lost).extended(length, new, rows)
         more = length + new - self.columns.shape[1]
-        if length < self.columns.shape[1]:
-            raise CacheError("this cache was cropped inside a prompt whose visual tokens were removed. Start a new cache.")
         if rows % len(self.columns):
             raise CacheError(f"this cache was made for {len(self.columns)} rows, and {rows} were given. Start a new cache.")
         later = torch.arange(self.full, self.full + more, device=self.columns.device)
         columns = self.columns.repeat_interleave(rows // len(self.columns), 0)
         return torch.cat([columns, later.expand(rows, -1)], 1)
+
+    def _cropped(self, lost: int) -> Held:
+        """The same without the last ``lost`` keys."""
+        tail, full = self.columns[:, -lost:], self.full - lost
+        if not bool(((tail == torch.arange(full, self.full, device=tail.device)) | (tail < 0)).all()):
+            raise CacheError("this cache was cropped inside a prompt whose visual tokens were removed. Start a new cache.")
+        return replace(self, columns=self.columns[:, :-lost], full=full)
+
+    def chosen(self, rows: int, index: Tensor) -> Held:
+        """Of a cache of ``rows`` rows of which those at ``index`` are left."""
+        shift = None if self.shift is None else chosen_rows(self.shift, rows, index)
+        return replace(self, columns=chosen_rows(self.columns, rows, index), shift=shift)
 
 
 @dataclass
@@ -151,6 +165,10 @@ class HeldCuts:
         """What a layer's cache holds; None if all of the prompt."""
         starts = [start for start in self.held if start <= layer]
         return self.held[max(starts)] if starts else None
+
+    def chosen(self, rows: int, index: Tensor) -> HeldCuts:
+        """Of a cache of ``rows`` rows of which those at ``index`` are left."""
+        return replace(self, held={layer: held.chosen(rows, index) for layer, held in self.held.items()})
 
     def copy(self) -> HeldCuts:
         return replace(self, held=dict(self.held))

@@ -36,6 +36,8 @@ ROWS_ARE_SEQUENCES = Version(transformers.__version__) < Version("5.24.dev0")
 OLD_CACHE = "past_key_values"
 # what transformers calls the key-value cache: from 5.24 on by a new name, and callers may use the old one
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else OLD_CACHE
+# whether ``crop`` of a cache takes a length, too (before 5.24), and not only the tokens to remove as a negative number
+CROPS_TO_LENGTH = Version(transformers.__version__) < Version("5.24.dev0")
 MERGE_CALLBACKS = "_merge_criteria_processor_list"  # of transformers' generate
 REPLICATE = "_replicate_for_data_parallel"  # of torch
 WRAPPED_FORWARD = "_old_forward"  # where accelerate's hooks keep the forward they wrap, and start from when they are put on anew
@@ -89,6 +91,12 @@ def named_arguments(original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if found.get("pixel_values_images") is not None:
         found["pixel_values"] = found.pop("pixel_values_images")
     return found
+
+
+def cached_rows(cache: Any) -> int:
+    """Rows of a cache that holds something; 0 where its layers show none."""
+    keys = getattr(cache.layers[0], "keys", None) if getattr(cache, "layers", None) else None
+    return 0 if keys is None else int(keys.shape[0])
 
 
 def with_hidden_states(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CacheError, InputError
-from ..model.marks import layout_of
+from ..model.marks import chosen_rows, layout_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,30 @@ class Layout:
         held = int((self.gather < earlier).all(0).sum()) if earlier else 0  # columns of what a cache has
         return taken[:, held:]
 
+    def chosen(self, rows: int, index: Tensor) -> Layout:
+        """The layout of a cache of ``rows`` rows of which those at ``index`` are left."""
+        gather, real = (chosen_rows(values, rows, index) for values in (self.gather, self.real))
+        ahead = None if self.ahead is None else chosen_rows(self.ahead, rows, index)
+        return replace(self, gather=gather, real=real, ahead=ahead)
+
+    def cropped(self, held: int) -> Layout:
+        """The layout of a cache of which only the first ``held`` columns are left.
+
+        Raises
+        ------
+        CacheError : it was cut inside or before a picture whose tokens were removed.
+        """
+        removed = self.gather.shape[1] - held
+        length = self.length - removed
+        tail = self.gather[:, held:]
+        expected = torch.arange(length, self.length, device=tail.device)
+        if not bool(((tail == expected) | (tail < 0)).all()):
+            raise CacheError(
+                f"this cache was cropped to {held} tokens, inside a picture or before one whose tokens were removed. "
+                "Start a new cache."
+            )
+        return replace(self, gather=self.gather[:, :held], length=length, real=self.real - (tail >= 0).sum(1))
+
     def extended(self, columns: int) -> Layout:
         """The layout after ``columns`` further tokens that were all kept."""
         if columns == 0:
@@ -85,11 +109,10 @@ def cached_layout(cache: Any, rows: int, method: dict[str, Any], device: torch.d
             f"this cache was made with {layout.method['name']!r} in other settings or by another method than {method['name']!r}. "
             "Continue it with the same settings, or start a new cache."
         )
-    if held < layout.gather.shape[1] or len(layout.gather) != rows:
-        raise CacheError(
-            f"this cache holds {held} tokens of a prompt of {layout.gather.shape[1]} in {len(layout.gather)} rows, "
-            f"and {rows} rows were given: its prompt cannot be continued. Start a new cache."
-        )
+    if len(layout.gather) != rows:
+        raise CacheError(f"this cache holds {len(layout.gather)} rows, and {rows} rows were given. Start a new cache.")
+    if held < layout.gather.shape[1]:
+        return layout.cropped(held)
     return layout.extended(held - layout.gather.shape[1])
 
 
