@@ -55,7 +55,7 @@ class CDPruner(ProjectorReducer, name="cdpruner", paper="https://arxiv.org/abs/2
         """[B, N] in [0, 1]."""
         words = F.normalize(question.text.float(), dim=-1).masked_fill(~question.valid[..., None], 0).sum(1)
         words = words / question.valid.sum(1, keepdim=True).clamp(min=1)
-        cosine = (F.normalize(question.visual.float(), dim=-1) @ words[..., None])[..., 0]
+        cosine = (F.normalize(question.visual.float(), dim=-1) * words[:, None]).sum(-1)
         negative = question.paired if self.relevance == "auto" else self.relevance == "negative"
         cosine = -cosine if negative else cosine
         low, high = cosine.aminmax(dim=-1, keepdim=True)
