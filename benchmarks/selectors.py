@@ -28,6 +28,7 @@ import foveate
 from benchmarks.common import save, summary, timed
 from foveate.cuts import DecoderTap, PromptTokens
 from foveate.methods.base import DecoderReducer, EncoderReducer, ProjectorReducer
+from foveate.methods.trained import Host, ModelShape, Trained
 from foveate.tokens import BlockTokens, EncoderTap, Question, VisualTokens
 
 TEXT = 64  # tokens of text behind the picture
@@ -45,6 +46,11 @@ class Shapes:
 
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator).to(torch.bfloat16)
+
+    def host(self) -> Host:
+        """A model of these sizes, for methods with weights: random ones."""
+        shape = ModelShape("llava", self.width, self.decoder_width, self.width, max(1, self.width // 64), 24, 22, LAYERS, self.grid)
+        return Host(shape, torch.device("cpu"), dict)
 
     def tap(self, number: int, inside: bool = False) -> EncoderTap:
         shape = (self.batch, number + 1, self.width)
@@ -91,6 +97,9 @@ def calls(shapes: Shapes, budget: int) -> Iterator[tuple[str, Callable[[], Any]]
     for info in foveate.methods():
         try:
             method = foveate.get(info.name, budget=budget)
+            method = method.fresh() if isinstance(method, Trained) else method
+            for part in method.trained():
+                part.bind(shapes.host())
             front = method.before_decoder()
             jobs: list[Callable[[], Any]] = []
             if isinstance(front, EncoderReducer):

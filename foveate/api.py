@@ -87,7 +87,7 @@ def models() -> list[ModelInfo]:
                 reads_cls=TOWERS[config.vision_config.model_type].has_cls,
                 positions="(t, h, w)" if family.mrope else "1-D",
                 notes="; ".join(notes),
-                test=f"tests/engine/model/test_families.py -k {kind}-",
+                test=f"tests/engine/model/test_families.py -k '{kind}- or {kind}]'",
             )
         )
     return found

@@ -85,6 +85,20 @@ def check_size(path: Path, image: Image.Image) -> None:
         raise InputError(f"{path} is {image.width} x {image.height} pixels; at least {SMALLEST} x {SMALLEST} are needed")
 
 
+def _range(image: Image.Image, kind: str | None, pixels: np.ndarray) -> tuple[float, float]:
+    """Which values of a grey picture of more than 8 bits are black and white.
+
+    16 bits use their whole range. So do 32-bit integers that fit into 8 or 16 bits, as tables and masks are saved; others, and
+    floating-point numbers, are stretched to what the picture holds.
+    """
+    low, high = float(pixels.min(initial=0)), float(pixels.max(initial=0))
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):
+        return 0.0, 65535.0
+    if image.mode == "I" and low >= 0 and high <= 65535:
+        return 0.0, 255.0 if high <= 255 else 65535.0
+    return low, high
+
+
 def as_rgb(opened: Image.Image) -> Image.Image:
     """The frame at which an opened picture stands, as 8-bit RGB, upright and on white."""
     opened.load()
@@ -93,9 +107,7 @@ def as_rgb(opened: Image.Image) -> Image.Image:
     clear = image.info.get("transparency")
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
-        # 16-bit pictures use the whole range; others are stretched to what they hold
-        top = 65535.0 if image.mode.startswith("I;16") or (image.mode == "I" and pixels.max(initial=0) <= 65535) else None
-        low, high = (0.0, top) if top else (float(pixels.min(initial=0)), float(pixels.max(initial=0)))
+        low, high = _range(image, opened.format, pixels)
         scaled = (pixels - low) / max(high - low, 1e-12) * 255
         grey = (255 - scaled if white_is_zero else scaled).round().clip(0, 255)  # Pillow turns only 8 bits the right way
         return Image.fromarray(np.where(pixels == clear, 255, grey).astype(np.uint8)).convert("RGB")

@@ -313,3 +313,13 @@ def test_pixels_that_are_no_numbers(tmp_path, recwarn):
     pixels = np.asarray(open_picture(tmp_path / "float.tiff").image)
     assert (pixels.min(), pixels.max()) == (0, 255)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(("top", "white"), [(255, 255), (200, 255), (65535, 65535), (100_000, 100_000)])
+def test_grey_of_32_bit_integers(tmp_path, top, white):
+    """Values that fit into 8 or 16 bits are meant so, as masks and tables are saved; others are stretched."""
+    pixels = np.linspace(0, top, 64).round().astype(np.int32).reshape(8, 8)
+    path = tmp_path / "grey.tif"
+    Image.fromarray(pixels, "I").save(path)
+    found = np.asarray(open_picture(path).image)[..., 0].astype(int)
+    assert np.abs(found - pixels * 255 / white).max() <= 1

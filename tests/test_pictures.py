@@ -10,7 +10,7 @@ from foveate.chat import make_inputs
 from foveate.pictures import encoded_call
 
 from . import families, zoo
-from .methods.test_conformance import BEFORE, VARIANTS, _build
+from .methods.test_conformance import BEFORE, PLAIN, _build
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_the_encoder_runs_once(model, runs):
     assert len(runs) == 3
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PLAIN)
 def test_as_inputs_with_a_method_attached(model, variant):
     """``generate`` and ``forward`` answer as from pixels."""
     inputs = zoo.batch()

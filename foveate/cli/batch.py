@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import InputError
-from .common import err, parse_budget
+from .common import err, parse_budget, sayer
 
 EPILOG = (
     "Examples:  foveate batch questions.jsonl answers.jsonl  |  "
@@ -62,6 +62,11 @@ def batch_command(
     source = Source(questions)
     lines = source.lines()
     with Output(answers, settings(model, wanted, answering), retry_failed=retry_failed) as output:
+        there = [line for line in lines if line.id in output.answered or line.id in output.failed]
+        again = output.changed({line.id: source.digest(line) for line in there}) if output.answered or output.failed else set()
+        if again:
+            sayer(err)(f"{len(again)} rows have changed since they were answered, and are asked again")
+            output.drop(again)
         waiting = [line for line in lines if line.id not in output.answered and line.id not in output.failed]
         if waiting:
             others = {"encoders": encoders, "engines": engines, "address": address}

@@ -40,7 +40,7 @@ def models_command(
     out.print(
         "Methods before the projector and inside the decoder work on every family; merge: before the projector, or after it. "
         "encoder: tome, ats, evit and crossget work, too. Without a [CLS] token, methods use the substitute that the report names. "
-        "What proves a family: pytest tests/engine/model/test_families.py -k MODEL_TYPE-",
+        "What proves a family: pytest tests/engine/model/test_families.py -k MODEL_TYPE",
         style="dim",
         markup=False,
     )

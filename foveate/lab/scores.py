@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from ..pocket.questions import QUESTION_KINDS
 from .testset import TestSet
 
+FEW = 40  # scenes below which resampling them says too little
+Z = 1.959964  # of 95 % of a normal distribution
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -30,19 +33,42 @@ class Scores:
     def per_family(self, right: NDArray[Any]) -> dict[str, float]:
         return {f: float(right[self.families == f].mean()) for f in QUESTION_KINDS if (self.families == f).any()}
 
-    def interval(self, values: NDArray[Any]) -> tuple[float, float, float]:
-        """Mean over questions, and its 95 % interval."""
+    def interval(self, values: NDArray[Any], *, paired: bool = False) -> tuple[float, float, float]:
+        """Mean over questions, and its 95 % interval; ``paired`` values are differences of shares.
+
+        Resampling says nothing where all values are alike, and too little of few scenes: there a score interval is taken
+        (``few_values``), with as many independent observations as scenes.
+        """
         number = self.resamples.shape[1]
         totals = np.bincount(self.scene, values.astype(float), minlength=number)
         counts = np.bincount(self.scene, minlength=number)
+        scenes, mean = int((counts > 0).sum()), float(values.mean())
+        if scenes < FEW or (values == values[0]).all():
+            return (mean, *few_values(values, scenes, paired=paired))
         asked = self.resamples @ counts
         means = (self.resamples @ totals)[asked > 0] / asked[asked > 0]
         low, high = np.quantile(means, [0.025, 0.975])
-        return float(values.mean()), float(low), float(high)
+        return mean, float(low), float(high)
 
     def difference(self, a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float, float]:
         """Accuracy of a minus accuracy of b on the same questions, with its paired 95 % interval."""
-        return self.interval(a.astype(float) - b.astype(float))
+        return self.interval(a.astype(float) - b.astype(float), paired=True)
+
+
+def few_values(values: NDArray[Any], observations: int, *, paired: bool) -> tuple[float, float]:
+    """A 95 % interval of a mean that is right for few observations and at its ends.
+
+    Wilson's for shares, of values that are 0 or 1; that of Bonett and Price (2012) for paired differences of such values, which
+    adds half an observation to each of the four cells of their table.
+    """
+    n = observations
+    if not paired:
+        share, z = float(values.mean()), Z**2 / n
+        middle, half = (share + z / 2) / (1 + z), Z / (1 + z) * (share * (1 - share) / n + z / 4 / n) ** 0.5
+        return max(0.0, middle - half), min(1.0, middle + half)
+    more, fewer = (n * float(values.clip(0, 1).mean()) + 1) / (n + 2), (n * float((-values).clip(0, 1).mean()) + 1) / (n + 2)
+    half = Z * ((more + fewer - (more - fewer) ** 2) / (n + 2)) ** 0.5
+    return max(-1.0, more - fewer - half), min(1.0, more - fewer + half)
 
 
 def majority(data: TestSet) -> dict[str, float]:

@@ -227,8 +227,8 @@ class FrontReducer(Method):
     Parameters
     ----------
     temporal : for videos. Tokens whose cosine similarity to the same cell of the frame before is above this value are dropped
-        first; the method and its budget then see what is left. None = nothing is dropped. Similar to efficient video sampling
-        (arXiv 2510.14624), which compares pixels and drops a fixed share of them.
+        first; the method and its budget then see what is left. None = nothing is dropped. Efficient video sampling (arXiv
+        2510.14624) compares in the same way, and drops a fixed share of the tokens of a video.
     """
 
     reads_projected: ClassVar[bool] = False  # asks for the features after the projector, too

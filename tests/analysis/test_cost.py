@@ -18,6 +18,7 @@ from foveate.analysis.flops import prefill_flops
 from foveate.analysis.hardware import Hardware
 from foveate.analysis.operators import block_pairs, prompt_span
 from foveate.analysis.table2 import COLUMNS, ROWS, table2
+from foveate.families import FAMILIES
 
 from .. import families, zoo
 from ..zoo import IMAGE
@@ -202,6 +203,10 @@ CONFIGS = {
     "aya_vision, wide": lambda: of_family("aya_vision", alignment_intermediate_size=200),
 }
 NO_FORWARD = ("llava_next", "llava_next_video", "llava_onevision", "video_llava")  # llava with another layout of tiles and frames
+
+
+def test_every_family_has_a_config():
+    assert set(FAMILIES) <= {name.split(",")[0] for name in CONFIGS}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

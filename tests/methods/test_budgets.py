@@ -26,7 +26,7 @@ def ran(model, method) -> list[float]:
         return [count / len(session.report.before) for count in session.report.layers]
 
 
-@pytest.mark.parametrize("budget", [5, 13, 0.3, 0.9, 1.0, None])
+@pytest.mark.parametrize("budget", [13, 0.3, 1.0, None])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layer_tokens(model, variant, budget):
     try:
@@ -47,7 +47,7 @@ def test_layer_tokens(model, variant, budget):
 def test_at_budget(model, variant, at):
     """The setting that is found runs as many tokens as was asked for, or the message says what can be had."""
     method, said = _build(variant), []
-    for tokens in (50, 40, 30, 20):
+    for tokens in (50, 30):
         try:
             setting = method.at_budget(tokens, zoo.TOKENS, LAYERS, at)
         except foveate.InputError as error:
@@ -63,7 +63,7 @@ def test_at_budget(model, variant, at):
         assert type(setting) is type(method)
     assert all(message.startswith(f"{method.name}: ") for message in said)
     assert all("cannot be had; the nearest it can do is" in message or "looks at the picture" in message for message in said)
-    assert len(said) < 4 or variant in {"yopo", "aim-prune", "gate"}
+    assert len(said) < 2 or variant in {"yopo", "aim-prune", "gate"}
 
 
 def test_what_cannot_be_had_is_named():

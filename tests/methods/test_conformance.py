@@ -62,6 +62,7 @@ def _build(variant: str, **fields: object) -> foveate.Method:
 LEAST = {"tome": 16, "crossget": 16}  # two blocks merge half of the patches each
 GRIDS = {1: 1, 5: 4, BUDGET: 12, 19: 16}  # of a smaller picture
 VARIANTS = _variants()
+PLAIN = [variant for variant in VARIANTS if ":" not in variant]  # without presets
 INSIDE = [variant for variant in VARIANTS if _build(variant).inside_decoder()]
 BEFORE = [variant for variant in VARIANTS if variant not in INSIDE]  # these act before the projector only
 FAMILY_DECODERS = [("llava", decoder) for decoder in zoo.DECODERS]

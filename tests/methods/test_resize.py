@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import foveate
-from foveate.engine.model import families
+from foveate import families
 from foveate.tokens import VisualTokens
 
 from .. import zoo

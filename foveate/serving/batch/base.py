@@ -54,14 +54,15 @@ class Engine(Protocol):
         """
 
 
-def document(number: str | int, outcome: Answered | Exception) -> dict[str, Any]:
-    """A row of the output."""
+def document(number: str | int, row: str, outcome: Answered | Exception) -> dict[str, Any]:
+    """A row of the output; ``row`` is the digest of the question and its pictures, by which it is known again."""
     if isinstance(outcome, Exception):
-        return {"id": number, "error": {"type": type(outcome).__name__, "message": first_line(outcome)}}
+        return {"id": number, "row": row, "error": {"type": type(outcome).__name__, "message": first_line(outcome)}}
     pairs = zip(outcome.after, outcome.before, strict=True)
     pictures = [{"visual_tokens": after, "visual_tokens_before": before} for after, before in pairs]
     usage = {"prompt_tokens": outcome.prompt, "completion_tokens": outcome.written, "pictures": pictures}
-    return {"id": number, "answer": outcome.text, "finish_reason": "stop" if outcome.ended else "length", "usage": usage}
+    ended = "stop" if outcome.ended else "length"
+    return {"id": number, "row": row, "answer": outcome.text, "finish_reason": ended, "usage": usage}
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,9 @@ def answered(
     EngineError : the engine has stopped.
     """
     for rows, broken in batches(source, lines, wanted, size):
-        found = [document(line.id, error) for line, error in broken]
-        yield found + [document(row.id, outcome) for row, outcome in zip(rows, engine.answer(rows) if rows else [], strict=True)]
+        found = [document(line.id, source.digest(line), error) for line, error in broken]
+        outcomes = engine.answer(rows) if rows else []
+        yield found + [document(row.id, row.digest, outcome) for row, outcome in zip(rows, outcomes, strict=True)]
 
 
 def settings(model: str, wanted: AnswerSettings, engine: BatchEngine) -> dict[str, Any]:

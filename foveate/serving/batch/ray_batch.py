@@ -45,19 +45,23 @@ class EncoderActor:
         self.encoder = RowEncoder(model, wanted)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        numbers = batch["number"].tolist()
-        lines = [RowPlace(n, json.loads(i), s) for n, i, s in zip(numbers, batch["id"], batch["start"].tolist(), strict=True)]
+        columns = (batch["number"].tolist(), batch["id"], batch["start"].tolist(), batch["line"])
+        lines = [RowPlace(n, json.loads(i), s, str(line)) for n, i, s, line in zip(*columns, strict=True)]
         ids: list[str] = []
+        digests: list[str] = []
         prompts: list[bytes] = []
         errors: list[str] = []
         for rows, broken in batches(self.source, lines, self.wanted, len(lines)):
-            outcomes: list[tuple[str | int, Ready | Exception]] = [(line.id, error) for line, error in broken]
-            outcomes += zip([row.id for row in rows], self.encoder.encode(rows), strict=True)
-            for own, outcome in outcomes:
+            outcomes: list[tuple[str | int, str, Ready | Exception]]
+            outcomes = [(line.id, self.source.digest(line), error) for line, error in broken]
+            known = [(row.id, row.digest) for row in rows]
+            outcomes += [(*pair, outcome) for pair, outcome in zip(known, self.encoder.encode(rows), strict=True)]
+            for own, row, outcome in outcomes:
                 ids.append(json.dumps(own))
+                digests.append(row)
                 prompts.append(outcome.packed() if isinstance(outcome, Ready) else b"")
-                errors.append("" if isinstance(outcome, Ready) else json.dumps(document(own, outcome)))
-        return {"id": ids, "prompt": _objects(prompts), "error": errors}
+                errors.append("" if isinstance(outcome, Ready) else json.dumps(document(own, row, outcome)))
+        return {"id": ids, "row": digests, "prompt": _objects(prompts), "error": errors}
 
 
 class EngineActor:
@@ -71,7 +75,7 @@ class EngineActor:
         found = self.engine.answer([Ready.unpacked(batch["prompt"][place]) for place in places])
         rows = batch["error"].tolist()
         for place, outcome in zip(places, found, strict=True):
-            rows[place] = json.dumps(document(json.loads(batch["id"][place]), outcome))
+            rows[place] = json.dumps(document(json.loads(batch["id"][place]), str(batch["row"][place]), outcome))
         return {"row": rows}
 
 
@@ -101,7 +105,7 @@ def answered_by_ray(
     ray = _started(cluster)
     try:
         encoder_gpus, engine_gpus = shares(ray.cluster_resources(), cluster)
-        places = [{"number": line.number, "id": json.dumps(line.id), "start": line.start} for line in lines]
+        places = [{"number": row.number, "id": json.dumps(row.id), "start": row.start, "line": row.line} for row in lines]
         data = ray.data.from_items(places, override_num_blocks=math.ceil(len(places) / ENCODED))
         encoded = data.map_batches(
             EncoderActor,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,7 +29,7 @@ class Output:
 
     Attributes
     ----------
-    answered, failed : ids of the rows in it.
+    answered, failed : digests of the rows in it, by id.
 
     Raises
     ------
@@ -36,7 +37,7 @@ class Output:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, retry_failed: bool = False) -> None:
-        self.path, self.answered, self.failed = Path(path), set[str | int](), set[str | int]()
+        self.path, self.answered, self.failed = Path(path), dict[str | int, str](), dict[str | int, str]()
         self._beside = self.path.with_name(self.path.name + ".settings.json")
         try:
             if self.path.exists() and self.path.stat().st_size and not self._beside.exists():
@@ -53,10 +54,9 @@ class Output:
                     beside.flush()
                 self._file: BinaryIO = stack.enter_context(self.path.open("ab"))
                 self._file.truncate(whole)
-                if retry_failed and self.failed:
-                    self._drop_failed()
-                    self._file = stack.enter_context(self.path.open("ab"))
                 self._open = stack.pop_all()
+            if retry_failed and self.failed:
+                self.drop(set(self.failed))
         except OSError as error:
             raise InputError(f"{self.path} cannot be written: {error.strerror}. Give another file.") from error
 
@@ -76,7 +76,7 @@ class Output:
         lines = []
         for document in documents:
             if document["id"] not in self.answered and document["id"] not in self.failed:
-                (self.failed if "error" in document else self.answered).add(document["id"])
+                (self.failed if "error" in document else self.answered)[document["id"]] = document["row"]
                 lines.append(json.dumps(document) + "\n")
         try:
             self._file.write("".join(lines).encode())
@@ -97,7 +97,7 @@ class Output:
                     break
                 try:
                     document = json.loads(line)
-                    (self.failed if "error" in document else self.answered).add(document["id"])
+                    (self.failed if "error" in document else self.answered)[document["id"]] = str(document.get("row"))
                 except (ValueError, TypeError, KeyError) as error:
                     raise InputError(f"line {number} of {self.path} is no row of a batch. Give another file.") from error
                 whole += len(line)
@@ -117,12 +117,44 @@ class Output:
                 f"the answers in {self.path} have other settings: {'; '.join(other)}. Use the same ones, or give another file."
             )
 
-    def _drop_failed(self) -> None:
-        made = self.path.with_name(f".{self.path.name}.new")
-        with self.path.open("rb") as file, made.open("wb") as kept:
-            kept.writelines(line for line in file if "error" not in json.loads(line))
-        made.replace(self.path)
-        self.failed = set()
+    def changed(self, digests: Mapping[str | int, str]) -> set[str | int]:
+        """Ids of rows in it that are other ones now, by the ``digests`` of the questions.
+
+        Raises
+        ------
+        InputError : all of them are other ones: these are answers to another file.
+        """
+        had = {**self.answered, **self.failed}
+        known = had.keys() & digests.keys()
+        other = {number for number in known if had[number] != digests[number]}
+        if known and len(other) == len(known):
+            raise InputError(
+                f"the answers in {self.path} are those to other rows: of {len(known)} with the ids of these questions, none is the "
+                "same. Give another file, or remove it with its settings."
+            )
+        return other
+
+    def drop(self, numbers: Collection[str | int]) -> None:
+        """Take rows out, so that they are answered again.
+
+        Raises
+        ------
+        OutputError : the file cannot be written anew; it stays as it is.
+        """
+        place = self.path.resolve()  # of a link, the file it leads to
+        made = place.with_name(f".{place.name}.new")
+        try:
+            with place.open("rb") as file, made.open("wb") as kept:
+                shutil.copymode(place, made)
+                kept.writelines(line for line in file if json.loads(line)["id"] not in numbers)
+            made.replace(place)
+            self._file = self._open.enter_context(self.path.open("ab"))
+        except OSError as error:
+            made.unlink(missing_ok=True)
+            raise OutputError(f"{self.path} cannot be written anew: {error.strerror}. It is as it was.") from error
+        for number in numbers:
+            self.answered.pop(number, None)
+            self.failed.pop(number, None)
 
 
 def _hold(lock: Any, path: Path) -> None:

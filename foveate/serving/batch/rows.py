@@ -15,7 +15,7 @@ from urllib.request import url2pathname
 from PIL import Image
 
 from ...chat import Prompt
-from ...errors import InputError
+from ...errors import FoveateError, InputError
 from ...fingerprint import digest
 from ...images import as_rgb, check_size, open_picture, reading
 from ..encoding import pictures_of
@@ -33,6 +33,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (None, 0),
     "stop": (None, []),
 }
+AGAIN = "Nothing was written of it. Run the same command again: what is answered stays, and the rest is asked."
 IGNORED = ("model", "user", "metadata", "store")
 
 
@@ -58,11 +59,12 @@ class AnswerSettings:
 
 @dataclass(frozen=True)
 class RowPlace:
-    """Where a row is: the number of its line from 1 on, and the byte at which that begins; and its id."""
+    """Where a row is: the number of its line from 1 on, the byte at which that begins, and a digest of it; and its id."""
 
     number: int
     id: str | int
     start: int
+    line: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,13 @@ class Row:
     id : its own, or the number of its line.
     messages : of transformers' chat templates, with the place of a picture, a path or data URL, instead of the picture.
     wanted : how it is answered.
+    digest : of the line and the contents of its pictures: another row under the same id has another one.
     """
 
     id: str | int
     messages: list[dict[str, Any]]
     wanted: AnswerSettings
+    digest: str = ""
 
     @property
     def batch(self) -> tuple[Any, ...]:
@@ -90,6 +94,10 @@ class Row:
     def seed(self) -> int:
         """Of the answer."""
         return int(digest(str(self.wanted.seed), json.dumps(self.id))[:15], 16)
+
+
+class ChangedError(FoveateError):
+    """The questions are no longer those that the run began with."""
 
 
 class Source:
@@ -114,14 +122,14 @@ class Source:
         ------
         InputError : there are none, or two have the same id.
         """
-        places: list[tuple[int, int]] = []
+        places: list[tuple[int, int, str]] = []
         names: dict[int, str | int] = {}  # by number of the line
         nameless: list[tuple[int, bool]] = []
         start = 0
         with self.path.open("rb") as file:
             for number, data in enumerate(file, 1):
                 if data.strip():
-                    places.append((number, start))
+                    places.append((number, start, digest(data)))
                     own, broken = _own_id(data)
                     if own is None:
                         nameless.append((number, broken))
@@ -143,7 +151,7 @@ class Source:
                     f"line {number} of {self.path} has no id, so that its number is taken, which is the id of line "
                     f"{taken[names[number]]}. Give all rows an id, or none."
                 )
-        return [RowPlace(number, names[number], start) for number, start in places]
+        return [RowPlace(number, names[number], start, line) for number, start, line in places]
 
     def read(self, line: RowPlace, wanted: AnswerSettings) -> Row:
         """The row of a line; what it does not say of how it is answered is as ``wanted``.
@@ -151,14 +159,51 @@ class Source:
         Raises
         ------
         InputError : it is no row.
+        ChangedError : it is not the line that was there when the file was first read.
         """
-        with self.path.open("rb") as file:
-            file.seek(line.start)
-            data = file.readline()
+        data = self._data(line)
+        messages, asked = self._parsed(data, wanted)
+        return Row(line.id, messages, asked, _digest(data, messages))
+
+    def digest(self, line: RowPlace) -> str:
+        """Of a line and the contents of its pictures, also where it is no row.
+
+        Raises
+        ------
+        ChangedError : it is not the line that was there when the file was first read.
+        """
+        data = self._data(line)
+        try:
+            return _digest(data, self._parsed(data, AnswerSettings())[0])
+        except InputError:
+            return digest(data)
+
+    def _data(self, line: RowPlace) -> bytes:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(line.start)
+                data = file.readline()
+        except OSError as error:
+            raise ChangedError(f"{self.path} can no longer be read: {error.strerror}. {AGAIN}") from error
+        if digest(data) != line.line:
+            raise ChangedError(f"{self.path} has changed: line {line.number} is another one than at the beginning. {AGAIN}")
+        return data
+
+    def _parsed(self, data: bytes, wanted: AnswerSettings) -> tuple[list[dict[str, Any]], AnswerSettings]:
         document = _document(data)
-        if "body" in document:
-            return Row(line.id, *_of_openai(document, self.path.parent, wanted))
-        return Row(line.id, *_of_ours(document, self.path.parent, wanted))
+        return (_of_openai if "body" in document else _of_ours)(document, self.path.parent, wanted)
+
+
+def _digest(data: bytes, messages: Sequence[dict[str, Any]]) -> str:
+    """Of a line, and of the files of its pictures, which may change under the same name."""
+    parts = [data.strip()]
+    for picture in map(str, pictures_of(messages)):
+        if picture[:5].lower() != "data:":
+            try:
+                parts.append(Path(picture).read_bytes() if Path(picture).is_file() else b"")
+            except OSError:
+                parts.append(b"")
+    return digest(*parts)
 
 
 def opened(row: Row, reserved: Sequence[str]) -> Prompt:

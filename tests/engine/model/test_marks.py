@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 import foveate
 
 from ... import zoo
-from ...methods.test_conformance import VARIANTS, _build
+from ...methods.test_conformance import PLAIN, _build
 
 OPTIONS = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False, suppress_tokens=[zoo.IMAGE], return_dict_in_generate=True)
 # of a cache: what changes rows, what changes the length, and what changes neither, or is the business of layers
@@ -52,8 +52,13 @@ def picked(inputs, index):
     return {name: value[index] for name, value in inputs.items()}
 
 
-@pytest.mark.parametrize("how", ["reorder", "select", "select by mask", "repeat", "twice"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "how"),
+    [
+        *((variant, "twice") for variant in PLAIN),
+        *((v, how) for v in ("prumerge+", "fastv", "gate") for how in ("reorder", "select", "select by mask", "repeat")),
+    ],
+)
 def test_rows(model, variant, how):
     """A cache whose rows were changed goes on as one that was filled with the rows so."""
     inputs = zoo.batch("left", rows=(0, 3))
@@ -103,7 +108,7 @@ def test_several_questions_about_one_picture(model, variant):
     assert len(cache.layers[0].keys) == 1
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", PLAIN)
 def test_cropped_into_text(model, variant):
     """Words at the end of the prompt are taken back, and others asked instead."""
     inputs = zoo.batch("left", rows=(0, 3))

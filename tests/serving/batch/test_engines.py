@@ -103,6 +103,7 @@ def test_actors_hand_on_what_fails(vllm, exported, pictures, tmp_path, engine):
         "number": np.array([line.number for line in lines]),
         "id": np.array([json.dumps(line.id) for line in lines], dtype=object),
         "start": np.array([line.start for line in lines]),
+        "line": np.array([line.line for line in lines], dtype=object),
     }
     encoded = EncoderActor(source.path, "pocket", AnswerSettings())(places)
     sent = {name: np.array(values, dtype=object) for name, values in encoded.items()}

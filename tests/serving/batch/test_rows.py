@@ -17,6 +17,7 @@ from PIL import Image
 import foveate
 from foveate.errors import InputError
 from foveate.serving.batch import engines, offline, rows
+from foveate.serving.batch import rows as rows_module
 from foveate.serving.batch.base import EngineError
 from foveate.serving.batch.results import Output
 from foveate.serving.batch.rows import AnswerSettings, Source
@@ -44,6 +45,7 @@ def test_rows_get_the_answers_that_generate_gives_alone(pictures, tmp_path, engi
         before, after = (session.report.before, session.report.after) if shown else ([], [])
         assert found[row["id"]] == {
             "id": row["id"],
+            "row": found[row["id"]]["row"],
             "answer": loaded.processor.decode(told, skip_special_tokens=True).strip(),
             "finish_reason": "stop",
             "usage": {
@@ -76,7 +78,7 @@ def test_rows_of_openai_and_rows_that_ask_for_something_else(pictures, tmp_path,
     ]
     found = alone(engine, Source(written(tmp_path, documents)))
     assert not [row for row in found.values() if "error" in row]
-    strip = {name: {k: v for k, v in row.items() if k != "id"} for name, row in found.items()}
+    strip = {name: {k: v for k, v in row.items() if k not in ("id", "row")} for name, row in found.items()}
     assert strip["a"] == strip["c"]
     assert strip["b"] == strip["d"]
     counts = {name: row["usage"]["pictures"] for name, row in found.items()}
@@ -95,7 +97,7 @@ def test_failed_rows_are_written_and_change_no_others(pictures, tmp_path, engine
     assert f"{GOOD} answered, {len(BAD)} failed (--retry-failed" in out
     found = answers(tmp_path / "out.jsonl")
     for name, message in said.items():
-        assert found[name].keys() == {"id", "error"}
+        assert found[name].keys() == {"id", "row", "error"}
         assert message in found[name]["error"]["message"]
         assert found[name]["error"]["type"].endswith("Error")
     clean = alone(engine, Source(written(tmp_path, mixed(pictures, GOOD), "clean.jsonl")))
@@ -135,7 +137,9 @@ def test_a_killed_run_goes_on(pictures, tmp_path, engine, shared, capsys, monkey
     assert told == f"{out}: 60 answered, 0 failed, {there} rows were there already\n"
     assert out.read_bytes().startswith(whole)
     first = alone(engine, Source(written(tmp_path, mixed(pictures), "first.jsonl")))  # the others ask the same again
-    assert answers(out) == {f"r{n}": {**first[f"r{n % 12}"], "id": f"r{n}"} for n in range(60)}
+    found = answers(out)
+    assert found == {f"r{n}": {**first[f"r{n % 12}"], "id": f"r{n}", "row": found[f"r{n}"]["row"]} for n in range(60)}
+    assert len({row["row"] for row in found.values()}) == 60
 
 
 def test_settings_of_a_resumed_run_must_be_the_same(pictures, tmp_path, shared, capsys, monkeypatch):
@@ -183,7 +187,7 @@ def test_what_is_refused_before_anything_runs(pictures, tmp_path, capsys, monkey
         ((good, out, "--method", "fastv", "--budget", "0.5", "--engine", "vllm"), "inside the language model"),
         ((good, out, "--model", str(tmp_path / "nowhere")), "there is no folder"),
         ((good, out, "--encoders", "2"), "--encoders is for --engine ray"),
-        ((good, out, "--export", "x"), "--export is for --engine vllm or ray"),
+        ((good, out, "--export", "x"), "--export is for --engine ray or vllm"),
         ((good, out, "--temperature", "inf"), "temperature"),
     ):
         code, _, told = invoke(capsys, monkeypatch, "batch", *map(str, arguments))
@@ -200,10 +204,12 @@ def test_what_is_refused_before_anything_runs(pictures, tmp_path, capsys, monkey
 def test_output_of_something_else_is_kept(tmp_path):
     out, settings = tmp_path / "out.jsonl", {"method": "full"}
     with Output(out, settings) as output:
-        output.add([{"id": "a", "answer": "yes"}, {"id": "a", "answer": "no"}, {"id": 1, "error": {}}])
+        output.add(
+            [{"id": "a", "row": "x", "answer": "yes"}, {"id": "a", "row": "x", "answer": "no"}, {"id": 1, "row": "y", "error": {}}]
+        )
     assert out.read_text().count("\n") == 2
     with Output(out, settings) as output:
-        assert (output.answered, output.failed) == ({"a"}, {1})
+        assert (output.answered, output.failed) == ({"a": "x"}, {1: "y"})
     beside = tmp_path / "out.jsonl.settings.json"
     told = beside.read_text()
     beside.write_text("{")
@@ -243,3 +249,97 @@ def test_a_device_that_has_stopped_ends_the_run(engine, monkeypatch, tmp_path, p
     monkeypatch.setattr(engine.loaded.model, "generate", stopped)
     with pytest.raises(EngineError, match="illegal memory"):
         alone(engine, Source(written(tmp_path, mixed(pictures, 2))))
+
+
+# -- rows that change
+
+
+def run(capsys, monkeypatch, path, out, *options):
+    code, said, told = invoke(capsys, monkeypatch, "batch", str(path), str(out), *options)
+    return code, said + told
+
+
+def test_another_file_is_not_given_the_answers_of_the_first(shared, pictures, tmp_path, capsys, monkeypatch):
+    """Neither by line number nor by id; nor the same lines in a folder of other pictures."""
+    one = written(tmp_path, [{"image": str(pictures / "0.png"), "question": "what color is the star ?"}], "1.jsonl")
+    two = written(tmp_path, [{"image": str(pictures / "1.png"), "question": "how many objects are there ?"}], "2.jsonl")
+    out = tmp_path / "out.jsonl"
+    assert run(capsys, monkeypatch, one, out)[0] == 0
+    before = out.read_bytes()
+    code, told = run(capsys, monkeypatch, two, out)
+    assert code == 2
+    assert "are those to other rows" in told
+    assert out.read_bytes() == before
+    folders = [tmp_path / name for name in ("a", "b")]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "x.png").write_bytes((pictures / f"{number}.png").read_bytes())
+        written(folder, [{"id": "x", "image": "x.png", "question": "what color is the star ?"}])
+    assert run(capsys, monkeypatch, folders[0] / "questions.jsonl", tmp_path / "x.jsonl")[0] == 0
+    assert run(capsys, monkeypatch, folders[1] / "questions.jsonl", tmp_path / "x.jsonl")[0] == 2
+
+
+@pytest.mark.parametrize("how", ["question", "picture", "broken before"])
+def test_rows_that_were_edited_are_asked_again(shared, engine, pictures, tmp_path, capsys, monkeypatch, how):
+    """Only these; the others keep their answers, and ids are there once."""
+    (tmp_path / "own.png").write_bytes((pictures / "0.png").read_bytes())
+    rows = mixed(pictures, 5)
+    rows.append({"id": "own", "image": "own.png", "question": QUESTIONS[0]} if how != "broken before" else "{")
+    path, out = written(tmp_path, rows), tmp_path / "out.jsonl"
+    assert run(capsys, monkeypatch, path, out)[0] == 0
+    before = answers(out)
+    if how == "question":
+        rows[1]["question"] = "is there a green ring ?"
+        written(tmp_path, rows)
+        changed = "r1"
+    elif how == "picture":
+        (tmp_path / "own.png").write_bytes((pictures / "2.png").read_bytes())
+        changed = "own"
+    else:
+        rows[-1] = {"question": QUESTIONS[1]}
+        written(tmp_path, rows)
+        changed = 6
+    code, said = run(capsys, monkeypatch, path, out)
+    assert code == 0
+    assert "1 rows have changed" in said
+    after = answers(out)
+    assert after[changed] == alone(engine, Source(path))[changed]
+    assert {name: row for name, row in after.items() if name != changed} == {
+        name: row for name, row in before.items() if name in after and name != changed
+    }
+    assert run(capsys, monkeypatch, path, out)[0] == 0
+    assert answers(out) == after
+
+
+def test_a_file_that_changes_while_it_is_answered(engine, pictures, tmp_path):
+    """Sorted anew in between: no answer is written under the id of another row, and the same command goes on."""
+    rows = mixed(pictures, 6)
+    path = written(tmp_path, rows)
+    source = Source(path)
+    lines, found = source.lines(), []
+    running = offline.answered(source, lines, AnswerSettings(), engine, 2)
+    found += next(running)
+    written(tmp_path, rows[::-1])
+    with pytest.raises(rows_module.ChangedError, match=r"line \d is another one than at the beginning"):
+        found += [row for batch in running for row in batch]
+    wanted = alone(engine, Source(written(tmp_path, rows)))
+    assert 0 < len(found) < 6
+    assert all(row == wanted[row["id"]] for row in found)
+    path.unlink()
+    with pytest.raises(rows_module.ChangedError, match="can no longer be read"):
+        source.read(lines[0], AnswerSettings())
+
+
+def test_dropping_keeps_links_and_rights(shared, pictures, tmp_path, capsys, monkeypatch):
+    """``--retry-failed`` writes the file anew where it is, with the rights that it had."""
+    real = tmp_path / "elsewhere" / "answers.jsonl"
+    real.parent.mkdir()
+    out = tmp_path / "out.jsonl"
+    out.symlink_to(real)
+    path = written(tmp_path, [{"id": "good", "question": "what is a star ?"}, {"id": "bad", "image": "no.png", "question": "q"}])
+    assert run(capsys, monkeypatch, path, out)[0] == 0
+    real.chmod(0o600)
+    assert run(capsys, monkeypatch, path, out, "--retry-failed")[0] == 0
+    assert out.is_symlink()
+    assert oct(real.stat().st_mode & 0o777) == "0o600"
+    assert set(answers(out)) == {"good", "bad"}
