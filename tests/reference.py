@@ -29,6 +29,13 @@ def attention_row(query: Tensor, keys: Tensor, heads: int, fused: bool) -> list[
     return total
 
 
+def row_end(values: Tensor, inputs: dict[str, Tensor], row: int, count: int) -> Tensor:
+    """The last ``count`` real tokens of a row. Padding at the end of a row stays there; all other padding stands before the row."""
+    padding = int(inputs["attention_mask"][row].flip(0).argmax())
+    end = values.shape[1] - padding
+    return values[row, end - count : end]
+
+
 def outliers(scores: list[float], factor: float = 1.5) -> int:
     q1, q3 = np.percentile(scores, 25), np.percentile(scores, 75)
     return sum(s > q3 + factor * (q3 - q1) for s in scores)
