@@ -23,7 +23,7 @@ from .engine.model.seams import (
     with_encodings,
 )
 from .engine.prompt.layout import original_positions
-from .engine.prompt.shorten import read_alone
+from .engine.prompt.shorten import PromptPictures, read_alone
 from .engine.vision.encoding import Encodings
 from .engine.vision.front import prepare
 from .errors import InputError
@@ -40,6 +40,8 @@ class Encoded:
     Attributes
     ----------
     embeds : per image, visual tokens [m_i, D] in the space of the decoder.
+    deepstack : per image [levels, m_i, D], features that the decoder adds to its visual tokens after each of its first layers
+        (Qwen3-VL); a decoder without them answers differently, and the report warns of it. Empty for models that add none.
     reduction : which tokens stayed, for all images.
     inputs : the short prompt: ``input_ids``, ``attention_mask`` and ``position_ids`` [B, T'] (with M-RoPE [4, B, T']); empty where
         pictures came without a prompt.
@@ -47,6 +49,7 @@ class Encoded:
     """
 
     embeds: list[Tensor]
+    deepstack: list[Tensor]
     reduction: Reduction | None
     inputs: dict[str, Tensor]
     report: Report
@@ -207,7 +210,7 @@ def encoded_call(call: Call, method: Method) -> Encoded:
     if not short.positions.given:
         positions = positions + parts.family.first_position * mask
     prompt = {"input_ids": short.ids, "attention_mask": mask, "position_ids": positions}
-    return Encoded(short.embeds, short.reduction, prompt, report)
+    return _encoded(short.pictures, prompt, report)
 
 
 def encoded_alone(call: Call, method: Method) -> Encoded:
@@ -221,7 +224,16 @@ def encoded_alone(call: Call, method: Method) -> Encoded:
     if front.reads_question:
         raise InputError(f"{front.name} reads the question, and these pictures came without a prompt. Pass input_ids, too.")
     pictures = read_alone(call, front, report)
-    return Encoded(pictures.embeds, pictures.reduction, {}, report)
+    return _encoded(pictures, {}, report)
+
+
+def _encoded(pictures: PromptPictures, prompt: dict[str, Tensor], report: Report) -> Encoded:
+    if pictures.deepstack:
+        levels = len(pictures.deepstack[0])
+        report.warnings.append(
+            f"this decoder adds features of the vision encoder after its first {levels} layers: use deepstack beside embeds"
+        )
+    return Encoded(pictures.embeds, pictures.deepstack, pictures.reduction, prompt, report)
 
 
 def _report(parts: Anatomy, method: Method) -> Report:

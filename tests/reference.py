@@ -273,6 +273,7 @@ class Masked:
             kind = getattr(self.decoder.config, "layer_types", None)
             extra = (kind[layer],) if self.decoder.config.model_type.startswith("gemma3") else ()
             changed["position_embeddings"] = self.decoder.rotary_emb(self.hidden[layer], places, *extra)
+            changed["position_ids"] = places
         return args, {**kwargs, **changed}
 
     @torch.no_grad()

@@ -185,3 +185,38 @@ def test_several_questions_about_one_picture():
         text = {name: value for name, value in second.items() if name in ("input_ids", "attention_mask")}
         assert torch.equal(model.generate(**{**pictures.inputs, **text}, max_new_tokens=3, do_sample=False), wanted)
     assert callable(encoded_call)
+
+
+@pytest.mark.parametrize("family", families.SPECS)
+def test_encoded_pictures_are_all_that_a_decoder_needs(family):
+    """The bare decoder with the embeddings, and with what it adds to its first layers, says what the attached model says."""
+    model, inputs = families.load(family), families.batch(family)
+    for method in (foveate.Spatial(budget=1.0), foveate.PruMergePlus(), foveate.PruMerge(budget=5)):
+        encoded = foveate.encode(model, method, **inputs)
+        ids, mask, places = (encoded.inputs[name] for name in ("input_ids", "attention_mask", "position_ids"))
+        visual = (ids == families.IMAGE) | (ids == families.VIDEO)
+        deep = [torch.cat(level) for level in zip(*encoded.deepstack, strict=True)]
+        assert len(deep) == len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
+        assert any("deepstack" in warning for warning in encoded.report.warnings) == bool(deep)
+        if families.SPECS[family].types in ("gemma", "prefix"):  # their masks are made outside the decoder
+            continue
+        embeds = model.get_input_embeddings()(ids).masked_scatter(visual[..., None], torch.cat(encoded.embeds))
+
+        def add(number, deep=deep, visual=visual):
+            def after(_, __, output):
+                return output.masked_scatter(visual[..., None], output[visual] + deep[number])
+
+            return after
+
+        layers = model.get_decoder().layers
+        handles = [layers[number].register_forward_hook(add(number)) for number in range(len(deep))]
+        try:
+            with torch.no_grad():
+                hidden = model.get_decoder()(inputs_embeds=embeds, attention_mask=mask, position_ids=places, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        with torch.no_grad(), method(model):
+            expected = model(**inputs).logits
+        got = model.get_output_embeddings()(hidden.last_hidden_state)
+        torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=3e-4, rtol=3e-4)

@@ -18,6 +18,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Ministral3Config,
     MistralConfig,
     Phi3Config,
     PhiConfig,
@@ -34,6 +35,15 @@ ROWS = COLUMNS = 8
 TOKENS = ROWS * COLUMNS
 PATCH = 14
 SIDE = ROWS * PATCH
+SCALED = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 
 
 def text_config(kind: str) -> PreTrainedConfig:
@@ -63,6 +73,8 @@ def text_config(kind: str) -> PreTrainedConfig:
         ),
         "phi": functools.partial(PhiConfig, partial_rotary_factor=0.5),
         "phi3": Phi3Config,
+        # reads position_ids in its attention; the small context scales queries of all but the first tokens
+        "ministral3": functools.partial(Ministral3Config, sliding_window=None, rope_parameters=dict(SCALED)),
     }
     return configs[kind](**shared)
 
@@ -102,7 +114,7 @@ def build_llava(decoder: str, *, tower: PreTrainedConfig | None = None, strategy
 
 BUILDERS: dict[str, Callable[[str], PreTrainedModel]] = {"llava": build_llava}
 DECODERS = ("llama", "qwen2", "mistral", "gemma")
-CUT_DECODERS = (*DECODERS, "qwen3", "gemma2", "gemma3", "phi", "phi3")
+CUT_DECODERS = (*DECODERS, "qwen3", "gemma2", "gemma3", "phi", "phi3", "ministral3")
 
 
 @functools.cache

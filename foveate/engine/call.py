@@ -169,6 +169,7 @@ class ShortCall:
             if packed:
                 raise InputError(f"{packed[0]}: packed prompts cannot be shortened. Give each prompt a row of its own.")
             found["attention_mask"], positions = self.mask, self.positions.follow(layout, call.mask)
+            found.pop("position_ids", None)
             found |= self.training()
             for name in PER_TOKEN_INPUTS:
                 if found.get(name) is not None:
@@ -236,6 +237,7 @@ def continued(parts: Anatomy, method: Method, arguments: dict[str, Any]) -> dict
     layout = cached.extended(new)
     if mask is None:
         mask = torch.ones(len(ids), layout.length, dtype=torch.long, device=ids.device)
+    numbered.forget_counts(mask)
     changed, positions = dict(arguments), given
     if mask.shape[1] == layout.length:
         changed["attention_mask"], positions = layout.take(mask, 0), numbered.follow(layout, mask)

@@ -122,12 +122,13 @@ class Judge:
         for name, families in GROUPS.items():
             self.masks[name] = np.isin(scores.families, families)
 
-    def _in(self, task: str, values: Any) -> Difference | None:
+    def _in(self, task: str, right: Any, other: Any = None) -> Difference | None:
+        """Accuracy on the group of a task, or its difference to that of ``other``."""
         mask = self.masks[MIRRORS[task]]
         if not mask.any():
             return None
-        part = Scores(self.scores.families[mask], self.scores.scene[mask], self.scores.resamples)
-        return part.interval(np.asarray(values, float)[mask])
+        part, values = self.scores.part(mask), np.asarray(right, float)[mask]
+        return part.interval(values) if other is None else part.difference(values, np.asarray(other, float)[mask])
 
     def accuracy(self, line: TableLine, task: str) -> Difference | None:
         """Ours on the group of a task, with its interval."""
@@ -144,7 +145,7 @@ class Judge:
         ours = {}
         for setting, (first, second) in pairs.items():
             if first.right is not None and second.right is not None:
-                difference = self._in(task, np.asarray(first.right, float) - np.asarray(second.right, float))
+                difference = self._in(task, first.right, second.right)
                 if difference is not None:
                     ours[setting] = difference
         return Claim(task, above.label, below.label, (above.paper[task], below.paper[task]), ours)

@@ -30,6 +30,10 @@ class Scores:
         drawn = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=resamples)
         return cls(data.column(lambda _, q: q.family), data.column(lambda i, _: i), drawn)
 
+    def part(self, mask: NDArray[Any]) -> Scores:
+        """Of the questions [Q] bool alone."""
+        return Scores(self.families[mask], self.scene[mask], self.resamples)
+
     def per_family(self, right: NDArray[Any]) -> dict[str, float]:
         return {f: float(right[self.families == f].mean()) for f in QUESTION_KINDS if (self.families == f).any()}
 
@@ -65,7 +69,7 @@ def few_values(values: NDArray[Any], observations: int, *, paired: bool) -> tupl
     if not paired:
         share, z = float(values.mean()), Z**2 / n
         middle, half = (share + z / 2) / (1 + z), Z / (1 + z) * (share * (1 - share) / n + z / 4 / n) ** 0.5
-        return max(0.0, middle - half), min(1.0, middle + half)
+        return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
     more, fewer = (n * float(values.clip(0, 1).mean()) + 1) / (n + 2), (n * float((-values).clip(0, 1).mean()) + 1) / (n + 2)
     half = Z * ((more + fewer - (more - fewer) ** 2) / (n + 2)) ** 0.5
     return max(-1.0, more - fewer - half), min(1.0, more - fewer + half)

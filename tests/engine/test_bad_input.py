@@ -124,8 +124,29 @@ def test_masks_that_do_not_fit(model):
 def test_position_ids_where_the_prompt_is_renumbered(model):
     inputs = zoo.batch(rows=(0,))
     places = torch.arange(inputs["input_ids"].shape[1])[None]
-    with foveate.PruMergePlus()(model), pytest.raises(foveate.InputError, match="positions='original'"):
-        model(**inputs, position_ids=places)
+    with foveate.PruMergePlus()(model):
+        with pytest.raises(foveate.InputError, match="positions='original'"):
+            model(**inputs, position_ids=places + 1)
+        with torch.no_grad():  # such as a trainer gives: they only count
+            assert torch.equal(model(**inputs, position_ids=places).logits, model(**inputs).logits)
+        assert torch.equal(
+            model.generate(**inputs, position_ids=places, max_new_tokens=4), model.generate(**inputs, max_new_tokens=4)
+        )
+    new, length = torch.tensor([[20, 21, 22]]), places.shape[1]
+    with torch.no_grad(), foveate.PruMergePlus()(model):
+        caches = [model(**inputs, use_cache=True).past_key_values for _ in range(3)]
+        without = model(input_ids=new, past_key_values=caches[0]).logits
+        given = model(input_ids=new, past_key_values=caches[1], position_ids=length + torch.arange(3)[None]).logits
+        assert torch.equal(given, without)
+        with pytest.raises(foveate.InputError, match="positions='original'"):
+            model(input_ids=new, past_key_values=caches[2], position_ids=torch.arange(3)[None])
+    for side in ("left", "right"):
+        padded = zoo.batch(side)
+        counted = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        for filled in (counted, counted.masked_fill(padded["attention_mask"] == 0, 1)):
+            with torch.no_grad(), foveate.PruMergePlus()(model):
+                given, without = model(**padded, position_ids=filled).logits, model(**padded).logits
+            assert torch.equal(given, without)
     with torch.no_grad(), foveate.PruMergePlus(positions="original")(model):
         assert torch.equal(model(**inputs, position_ids=places).logits, model(**inputs).logits)
 

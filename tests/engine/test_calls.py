@@ -110,10 +110,14 @@ def test_decoding_by_hand_with_position_ids(model):
             logits.append(model(input_ids=token, attention_mask=mask, past_key_values=cache, **given).logits)
         torch.testing.assert_close(*logits)
     with torch.no_grad(), foveate.PruMergePlus()(model):
-        cache = new_cache(model)
-        model(**inputs, past_key_values=cache)
+        logits = []
+        for given in ({}, {"position_ids": places}):  # which only count
+            cache = new_cache(model)
+            model(**inputs, past_key_values=cache)
+            logits.append(model(input_ids=token, attention_mask=mask, past_key_values=cache, **given).logits)
+        assert torch.equal(*logits)
         with pytest.raises(foveate.InputError, match="positions='original'"):
-            model(input_ids=token, attention_mask=mask, past_key_values=cache, position_ids=places)
+            model(input_ids=token, attention_mask=mask, past_key_values=cache, position_ids=places + 1)
 
 
 class Stop(BaseStreamer):

@@ -377,10 +377,10 @@ def test_claims_are_judged_by_paired_intervals():
         "ties say nothing"
     )
     assert claims[0].sentence() == (
-        "VQAT: the paper has A above B (60 against 50). Ours, on reading: agrees (+100.0 [+100.0, +100.0])."
+        "VQAT: the paper has A above B (60 against 50). Ours, on reading: agrees (+100.0 [+86.0, +100.0])."
     )
     assert claims[1].sentence() == (
-        "MME: the paper has B above A (1300 against 1200). Ours, on pair: disagrees (-100.0 [-100.0, -100.0])."
+        "MME: the paper has B above A (1300 against 1200). Ours, on pair: disagrees (-100.0 [-100.0, -86.0])."
     )
     even = [replace(line, right=value) for line, value in ((a, noisy), (b, np.roll(noisy, 5)))]
     [told, _] = claims_of(judge, ("VQAT", "MME"), lambda _: [{"": (even[0], even[1])}])
@@ -400,8 +400,9 @@ def test_groups_of_a_task():
     judge = _judge()
     right = np.array([family == "word" for family in judge.scores.families], float)
     line = TableLine("A", {}, {}, right=right)
-    assert judge.accuracy(line, "VQAT") == (1.0, 1.0, 1.0)
-    assert judge.accuracy(line, "POPE") == (0.0, 0.0, 0.0)
+    few = 1.959964**2  # Wilson's interval of 40 scenes that are all right, or all wrong
+    assert judge.accuracy(line, "VQAT") == pytest.approx((1.0, 40 / (40 + few), 1.0))
+    assert judge.accuracy(line, "POPE") == pytest.approx((0.0, 0.0, few / (40 + few)))
     assert judge.accuracy(line, "SQA")[0] == pytest.approx(0.2)
     assert judge.accuracy(replace(line, right=None), "VQAT") is None
 

@@ -33,9 +33,6 @@ class Positions:
     full : positions before anything is removed, the user's or those of M-RoPE; None = they follow from the mask.
     ahead : [B, 1] by how much what follows the prompt is ahead of its tokens, with M-RoPE.
 
-    Raises
-    ------
-    InputError : the user gives positions where prompts are renumbered.
     """
 
     def __init__(self, parts: Anatomy, compact: bool, given: Tensor | None) -> None:
@@ -44,13 +41,33 @@ class Positions:
         self.compact = compact and not self.mrope
         self.full, self.given = given, given is not None
         self.ahead: Tensor | None = None
-        if self.given and self.compact:
+
+    def forget_counts(self, mask: Tensor) -> None:
+        """Forget given positions that only count the tokens of the mask [B, T]: a renumbered prompt is counted anew.
+
+        Raises
+        ------
+        InputError : they are others, and prompts are renumbered.
+        """
+        if self.full is None or not self.compact:
+            return
+        columns = slice(mask.shape[1] - self.full.shape[-1], None)
+        counted = (original_positions(mask.bool()) + self.first)[:, columns].to(self.full.device)
+        if bool(((self.full != counted) & mask.bool()[:, columns].to(self.full.device)).any()):
             raise InputError(
-                "position_ids cannot be given where the prompt is renumbered. Leave them out, or use positions='original'."
+                "position_ids that do more than count the tokens cannot be given where the prompt is renumbered. "
+                "Leave them out, or use positions='original'."
             )
+        self.full, self.given = None, False
 
     def count(self, ids: Tensor, mask: Tensor, past: int, pictures: bool, arguments: dict[str, Any]) -> None:
-        """Number a prompt of a model with M-RoPE as the model does, before anything is removed from it."""
+        """Number a prompt of a model with M-RoPE as the model does, before anything is removed from it.
+
+        Raises
+        ------
+        InputError : the user gives positions of his own where prompts are renumbered, or too little to number the tokens.
+        """
+        self.forget_counts(mask)
         if not self.mrope:
             return
         if self.full is None:

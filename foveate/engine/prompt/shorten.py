@@ -35,6 +35,7 @@ class PromptPictures:
     visual : [B, T] bool, their placeholders in the full prompt.
     encoded : by modality, the encoder output that the model is handed.
     embeds : visual tokens of each item, in the space of the decoder, in the order of the prompts.
+    deepstack : of each item [levels, m_i, D], as ``Visuals.deepstack``, in the same order.
     reduction : of all grids; None without pictures.
     changed : whether any token left its place.
     """
@@ -42,6 +43,7 @@ class PromptPictures:
     visual: Tensor
     encoded: dict[str, Any]
     embeds: list[Tensor]
+    deepstack: list[Tensor]
     reduction: Reduction | None
     changed: bool
 
@@ -109,7 +111,7 @@ def read_pictures(call: Call, method: Method, past: int, report: Report) -> Prom
     new[:, max(past, outside) :] = True  # pictures of earlier turns are in the cache
     visual = torch.zeros_like(new)
     if not call.pixels:
-        return PromptPictures(visual, {}, [], None, changed=False)
+        return PromptPictures(visual, {}, [], [], None, changed=False)
     asked = _asked(call, front, past) if front.reads_question else None
     whole = F.pad(call.ids, (outside, 0), value=-1)
     found: list[_Found] = []
@@ -129,10 +131,7 @@ def read_pictures(call: Call, method: Method, past: int, report: Report) -> Prom
         found += [_Found(start, i, modality, visuals) for i, start in enumerate(starts)]
         report.notes += [note for note in visuals.notes if note not in report.notes]
     found.sort(key=lambda one: one.start)
-    report.items = [one.reported() for one in found]
-    report.reduction, report.encoder_counts = _together(found)
-    changed = any(one.visuals.changed for one in found)
-    return PromptPictures(visual, encoded, [one.embeds for one in found], report.reduction, changed)
+    return _reported(found, encoded, visual, report)
 
 
 def read_alone(call: Call, front: FrontReducer, report: Report) -> PromptPictures:
@@ -143,11 +142,17 @@ def read_alone(call: Call, front: FrontReducer, report: Report) -> PromptPicture
         visuals = encode_and_reduce(own, front, inputs, Around(report.clock, encodings=call.encodings))
         found += [_Found((0, i), i, modality, visuals) for i in range(len(visuals.embeds))]
         report.notes += [note for note in visuals.notes if note not in report.notes]
+    return _reported(found, {one.modality: one.visuals.output for one in found}, torch.zeros(0, 0), report)
+
+
+def _reported(found: list[_Found], encoded: dict[str, Any], visual: Tensor, report: Report) -> PromptPictures:
+    """All items together, once they are in the report."""
     report.items = [one.reported() for one in found]
     report.reduction, report.encoder_counts = _together(found)
-    encoded = {one.modality: one.visuals.output for one in found}
-    changed = any(one.visuals.changed for one in found)
-    return PromptPictures(torch.zeros(0, 0), encoded, [one.embeds for one in found], report.reduction, changed)
+    embeds, changed = [one.embeds for one in found], any(one.visuals.changed for one in found)
+    deep = {modality: visuals.deepstack for modality, visuals in {one.modality: one.visuals for one in found}.items()}
+    deepstack = [deep[one.modality][one.number] for one in found if deep[one.modality]]
+    return PromptPictures(visual, encoded, embeds, deepstack, report.reduction, changed)
 
 
 def lay_out(

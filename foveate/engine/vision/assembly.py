@@ -43,6 +43,15 @@ class Visuals:
     encoder_counts: list[Tensor] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def deepstack(self) -> list[Tensor]:
+        """Per item [levels, m_i, D] features that the decoder adds after its first layers; empty where it adds none."""
+        levels = deepstack(self.output)
+        if not levels:
+            return []
+        together = torch.stack([torch.cat(list(level)) for level in levels])
+        return list(together.split([len(embeds) for embeds in self.embeds], 1))
+
 
 @dataclass(frozen=True)
 class Assembly:

@@ -23,7 +23,6 @@ from ...methods.registry import get
 from ...pocket.questions import READING
 from ..compare import COUNTS
 from ..runner import Outcome, Runner
-from ..scores import Scores
 from ..tables import points
 
 SETTINGS = ("prumerge", "prumerge:paper", "prumerge:released", "prumerge+", "prumerge+:paper", "prumerge+:released")
@@ -43,11 +42,10 @@ class Study:
 
     def difference(self, a: Outcome, b: Outcome, reading: bool = False) -> Difference:
         """How much more of the questions a gets right than b, with its 95 % interval."""
-        scores, values = self.runner.scores, a.right - b.right
+        scores = self.runner.scores
         if reading:
-            scores = Scores(scores.families[self.reading], scores.scene[self.reading], scores.resamples)
-            values = values[self.reading]
-        return scores.interval(values)
+            return scores.part(self.reading).difference(a.right[self.reading], b.right[self.reading])
+        return scores.difference(a.right, b.right)
 
     def merging(self, name: str, budget: int | None) -> dict[str, Any]:
         """One setting with and without merging. Both keep equal counts, but where the sum of all dropped tokens is one more."""

@@ -249,6 +249,8 @@ def test_training(load, decoder, side):
     visual = (inputs["input_ids"] == zoo.IMAGE).cumsum(1) == zoo.TOKENS
     question = visual & ((visual.cumsum(1)) <= 4)
     labels = labels.masked_fill(~visual | question, -100)
+    # transformers counts padding as positions, which attention that reads them tells apart
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     model = zoo.load("llava", decoder, attn, dtype).train()
     method = Ragged()
     grads, losses = [], []
@@ -264,8 +266,8 @@ def test_training(load, decoder, side):
     torch.testing.assert_close(losses[0], losses[1])
     for name in grads[0]:
         torch.testing.assert_close(grads[0][name], grads[1][name])
-    pixels = inputs["pixel_values"].double()
-    encoded = foveate.encode(plain, method.before_decoder(), **{**inputs, "pixel_values": pixels})
+    pixels = {"pixel_values": inputs["pixel_values"].double()}
+    encoded = foveate.encode(plain, method.before_decoder(), **{**inputs, **pixels, "position_ids": None})
     total, number = 0.0, 0
     for row in range(2):
         real = inputs["attention_mask"][row].bool()
