@@ -20,6 +20,7 @@ from .model.anatomy import Anatomy
 from .model.marks import forget_if_empty, layout_of, mark
 from .model.seams import brings_pictures, cache_in, find_cache, modalities, named_arguments, with_hidden_states
 from .prompt.layout import Layout, layout_past
+from .prompt.shorten import IGNORED
 
 if TYPE_CHECKING:
     from .session import Session
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 BACKBONE = (
     "the backbone was called past the model's own forward: its hidden states stand in the columns of the full prompt, and removed "
     "tokens show the state of the last one before them"
+)
+
+PLACEHOLDERS = (
+    "labels teach the placeholders of pictures; none of them is taught. A trainer that divides losses by a count of its own (TRL) "
+    "counts them all the same, so that its losses and steps are smaller: give them the label -100, or let it teach answers only"
 )
 
 
@@ -133,6 +139,8 @@ class Direct:
         reading = session.expecting(short, report)
         if short.layout is None:
             return Shortened({**short.arguments(), "input_ids": ids}, None, report, reading)
+        if labels is not None and bool((parts.visual(ids) & (labels != IGNORED).to(ids.device)).any()):
+            report.warnings.append(PLACEHOLDERS)
         if isinstance(arguments.get("logits_to_keep"), Tensor):
             raise InputError("logits_to_keep as a tensor counts columns of the full prompt. Give an int, or leave it out.")
         if given is not None and mask is None and bool((given.diff(dim=-1) <= 0).any()):

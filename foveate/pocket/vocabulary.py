@@ -43,13 +43,14 @@ PAD, BOS, EOS, UNKNOWN, IMAGE = range(5)
 
 PROMPT_PREFIX = "<s> user: "  # then the visual tokens, the question and " assistant:"
 
+# what the assistant says stands between marks, of which transformers makes the mask of what trainers teach
 CHAT_TEMPLATE = (
-    "<s> {% for message in messages %}"
-    "{% if message['role'] == 'user' %}user: {% else %}assistant: {% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }} {% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> {% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }} {% endif %}{% endfor %}"
-    "{% endif %}{% if message['role'] == 'assistant' %}</s> {% endif %}"
+    "{% macro said(content) %}{% if content is string %}{{ content }} {% else %}"
+    "{% for part in content %}{% if part['type'] == 'image' %}<image> {% endif %}{% endfor %}"
+    "{% for part in content %}{% if part['type'] == 'text' %}{{ part['text'] }} {% endif %}{% endfor %}"
+    "{% endif %}{% endmacro %}"
+    "<s> {% for message in messages %}{% if message['role'] == 'user' %}user: {{ said(message['content']) }}"
+    "{% else %}assistant: {% generation %}{{ said(message['content']) }}</s> {% endgeneration %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
