@@ -11,6 +11,7 @@ from PIL import Image
 
 from .errors import InputError, first_line
 from .families import FAMILIES
+from .images import check_scaled
 from .loading import Loaded, quiet_loading
 from .video import Video
 
@@ -109,6 +110,8 @@ def collate(loaded: Loaded, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 def _inputs(processor: Any, model: Any, prompts: Sequence[Prompt], failure: str) -> dict[str, Any]:
     """Inputs on the device and in the dtype of the model; ``failure`` is what to say where the processor raises."""
+    for prompt in prompts:
+        _check_sizes(processor, prompt)
     options: dict[str, Any] = {"padding": True} if len(prompts) > 1 else {}
     told = [as_sampled(video) for prompt in prompts for video in prompt.videos]
     if told:
@@ -126,12 +129,22 @@ def _inputs(processor: Any, model: Any, prompts: Sequence[Prompt], failure: str)
                 )
             else:
                 inputs = _without_template(processor, prompts, options)
+    except MemoryError:  # which is not the prompt's fault
+        raise
     except Exception as error:  # processors raise what their tokenizers and image processors make of it
         raise InputError(f"{failure}: {first_line(error)}") from error
     inputs = inputs.to(model.device)
     for name in inputs.keys() & {"pixel_values", "pixel_values_videos"}:
         inputs[name] = inputs[name].to(model.dtype)
     return dict(inputs)
+
+
+def _check_sizes(processor: Any, prompt: Prompt) -> None:
+    """Refuse pictures and frames that the processor would blow up."""
+    for number, image in enumerate(prompt.images, 1):
+        check_scaled(image.size, f"picture {number}", getattr(processor, "image_processor", None), len(prompt.images) > 1)
+    for number, video in enumerate(prompt.videos, 1):
+        check_scaled(video.frames[0].size, f"a frame of video {number}", getattr(processor, "video_processor", None))
 
 
 def _without_template(processor: Any, prompts: Sequence[Prompt], options: dict[str, Any]) -> Any:

@@ -1,4 +1,6 @@
-"""Files of JSON lines that are only appended to. A run that is killed leaves at most one unfinished line, which does not count."""
+"""JSON, and files of JSON lines that are only appended to. A run that is killed leaves at most one unfinished line, which does
+not count.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,19 @@ def whole_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
                 return
             end += len(line)
             yield number, end, line
+
+
+def parsed(text: str | bytes) -> Any:
+    """What a text of JSON says.
+
+    Raises
+    ------
+    ValueError : it is none, or nested more deeply than it can be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def append(file: BinaryIO, documents: Iterable[Mapping[str, Any]]) -> None:

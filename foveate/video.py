@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from .errors import InputError, MissingExtraError, first_line
-from .images import as_rgb, check_size, reading
+from .images import as_rgb, check_regular, check_size, named, reading
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = frozenset(".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
 ANIMATED = ("GIF", "WEBP", "PNG")  # formats of moving pictures, which Pillow reads with their transparency
+FRAME = 50_000_000  # pixels of a frame, which is more than 8K has: several are in memory at once
 UNTIMED = 100  # milliseconds that a frame of an animation stays where the file does not say, as browsers show it
 
 # by the signs of a, b, c, d in the matrix (x, y) -> (a x + c y, b x + d y) that shows a frame upright
@@ -79,6 +80,7 @@ def open_video(path: str | Path, frames: int = 8) -> Video:
     if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
         raise InputError(f"frames={frames!r} is no number of frames. Use a whole number from 1 on.")
     with reading(path, "video"):
+        check_regular(path, "video")
         opened = _moving_picture(path)
         if opened is not None:
             with opened:
@@ -114,8 +116,14 @@ def _moving_picture(path: Path) -> Image.Image | None:
         return None
 
 
+def _check_frame(path: Path, width: int, height: int) -> None:
+    if width * height > FRAME:
+        raise InputError(f"a frame of {named(path)} is {width} x {height} pixels; at most {FRAME} are read. Scale it down first.")
+
+
 def _animation(path: Path, opened: Image.Image, count: int) -> Video:
     total = getattr(opened, "n_frames", 1)
+    _check_frame(path, *opened.size)
     wanted, images, starts, now = set(spread(total, count)), [], [], 0.0
     for number in range(total):
         opened.seek(number)
@@ -221,6 +229,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         stream = films[0]
         if stream.codec_context is None:
             raise InputError(f"{path} needs a decoder that PyAV lacks. Convert it to MP4 (H.264).")
+        _check_frame(path, round(stream.codec_context.width * _stretch(stream)), stream.codec_context.height)
         stream.thread_type = "AUTO"
         yield container, stream
 
@@ -303,12 +312,18 @@ def _counted(path: Path, track: _Track, count: int) -> tuple[list[_Shot], list[f
     return shots, [seconds[number] for number in sorted(wanted)], seconds[-1] + 1 / rate, len(times)
 
 
+def _stretch(stream: VideoStream) -> Fraction:
+    """How many times wider than high the pixels of a film are."""
+    pixel = stream.sample_aspect_ratio
+    return pixel if pixel and 0.1 < pixel < 10 else Fraction(1)  # others come from damage
+
+
 def _upright(frame: VideoFrame, stream: VideoStream) -> _Shot:
     """A frame as players show it: with square pixels, turned by right angles and mirrored as the file says."""
     image: Image.Image = frame.to_image()
-    pixel = stream.sample_aspect_ratio
-    if pixel and pixel != 1 and 0.1 < pixel < 10:  # others come from damage
-        image = image.resize((max(1, round(image.width * pixel)), image.height), Image.Resampling.BICUBIC)
+    stretch = _stretch(stream)
+    if stretch != 1:
+        image = image.resize((max(1, round(image.width * stretch)), image.height), Image.Resampling.BICUBIC)
     matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
         a, b, _, c, d = (int(sign) for sign in np.sign(np.frombuffer(bytes(matrix), np.int32))[:5])

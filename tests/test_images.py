@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 import struct
+import tracemalloc
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+import transformers
+from PIL import EpsImagePlugin, Image
 
 import foveate
-from foveate.images import open_picture
+from foveate.chat import make_inputs
+from foveate.errors import first_line, shown
+from foveate.images import SCALED, check_scaled, formats, largest, open_picture, picture_in
+from foveate.video import open_video
 
 RED = (200, 30, 40)
 
@@ -323,3 +332,134 @@ def test_grey_of_32_bit_integers(tmp_path, top, white):
     Image.fromarray(pixels, "I").save(path)
     found = np.asarray(open_picture(path).image)[..., 0].astype(int)
     assert np.abs(found - pixels * 255 / white).max() <= 1
+
+
+# -- long and thin pictures, which a processor scales up until the short side fits
+
+PROCESSORS = ("CLIP", "Llava", "LlavaNext", "LlavaOnevision", "VideoLlava", "Siglip", "Qwen2VL", "GotOcr2", "Gemma3", "Idefics3")
+PROCESSORS += ("SmolVLM", "Pixtral", "Glm4v")
+
+
+def processor_of(name, **options):
+    kind = getattr(transformers, f"{name}ImageProcessorPil", None) or getattr(transformers, f"{name}ImageProcessor")
+    return kind(**options)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("size", [(4, 6000), (6000, 4), (600, 4), (64, 48)])
+@pytest.mark.parametrize("number", [1, 2])
+def test_processors_of_all_families_make_no_gigabytes_of_a_picture(name, size, number):
+    """What is not refused needs little memory; and what is refused would have needed much."""
+    options = {"do_pad": True} if name == "Llava" else {}
+    processor = processor_of(name, **options)
+    width, height = largest(size, processor, number > 1)
+    if width * height > SCALED:
+        assert max(size) == 6000
+        assert name in ("CLIP", "Llava", "VideoLlava", "LlavaOnevision")
+        with pytest.raises(foveate.InputError, match=f"^picture 1 is {size[0]} x {size[1]} pixels"):
+            check_scaled(size, "picture 1", processor, number > 1)
+        return
+    check_scaled(size, "picture 1", processor, number > 1)
+    tracemalloc.start()
+    with contextlib.suppress(ValueError):  # Qwen refuses what is very thin
+        processor(images=[[Image.new("RGB", size)] * number])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200 * 2**20
+
+
+def test_what_processors_make_of_a_size():
+    def made(picture, together=False, **settings):
+        return largest(picture, SimpleNamespace(**settings), together)
+
+    assert made((4, 40_000), size={"shortest_edge": 336}) == (336, 3_360_000)
+    assert made((4000, 3000), size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}) == (4000, 3000)
+    assert made((4, 40_000), size={"shortest_edge": 336}, do_resize=False) == (4, 40_000)
+    crop = {"crop_size": {"height": 336, "width": 336}, "do_center_crop": True, "do_resize": False}
+    assert made((4, 40_000), **crop) == (336, 40_000)  # padded to the crop
+    assert made((4, 40_000), size={"height": 224, "width": 224}) == (4, 40_000)
+    assert made((4, 40_000), size={"shortest_edge": 3136, "longest_edge": 1_003_520}) == (4, 40_000)  # numbers of pixels
+    padded = {"do_pad": True, "pad_to_square": None, "size": {"height": 384, "width": 384}}
+    assert made((4, 40_000), **padded) == (40_000, 40_000)
+    tiles = {"image_grid_pinpoints": [[336, 336]]}
+    assert made((4, 40_000), **padded, **tiles) == (4, 40_000)
+    assert made((4, 40_000), together=True, **padded, **tiles) == (40_000, 40_000)
+    check_scaled((16_000, 12_000), "a large photo", SimpleNamespace(**padded))
+    check_scaled((3000, 600), "a panorama", SimpleNamespace(size={"shortest_edge": 1024}))
+    check_scaled((4, 40_000), "a picture", None)
+
+
+def test_questions_about_pictures_that_would_be_blown_up():
+    """Whoever builds the prompt: here for the pocket model."""
+    model, processor = foveate.load_pocket()
+    with pytest.raises(foveate.InputError, match=r"picture 1 is 4 x 40000 pixels.*would make 192 x 1920000"):
+        make_inputs(processor, model, Image.new("RGB", (4, 40_000)), "what color is the star ?")
+    make_inputs(processor, model, Image.new("RGB", (40, 4000)), "what color is the star ?")
+
+
+# -- files that are no pictures
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_no_program_is_run(tmp_path, monkeypatch):
+    """A PostScript file by the name of a picture: Pillow would have Ghostscript draw it."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was run"))
+    (tmp_path / "a.png").write_bytes(EPS)
+    with pytest.raises(foveate.InputError, match="not a picture that Pillow can read"):
+        open_picture(tmp_path / "a.png")
+    with pytest.raises(foveate.InputError, match="not a picture that Pillow can read"):
+        picture_in(EPS, "picture 1")
+    assert {"PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"} <= set(formats())
+    assert not {"EPS", "WMF", "PDF"} & set(formats())
+
+
+def test_pipes_devices_and_sockets(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "pipe.png")
+    places = [tmp_path / "pipe.png", tmp_path / "link.png", "/dev/zero"]
+    with socket.socket(socket.AF_UNIX) as listening:
+        monkeypatch.chdir(tmp_path)  # the path of a socket is short
+        listening.bind("socket.png")
+        for place in [*places, "socket.png"]:
+            for reader in (open_picture, open_video):
+                with pytest.raises(foveate.InputError, match="is a pipe, a device or a socket"):
+                    reader(place)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("https://example.org/a.png", "https://example.org/a.png is an address, and a file is read here"),
+        ("HTTP://example.org/a.mp4", "http://example.org/a.mp4 is an address"),
+        ("data:image/png;base64," + "iVBORw0K" * 10_000, "is a data URL, and a file is read here"),
+        ("iVBORw0K" * 10_000, "A picture in base64 is no path"),
+        ("image/png;base64," + "iVBORw0K" * 30, "A picture in base64 is no path"),
+        ("a b" * 10_000, "there is no file"),
+    ],
+)
+def test_what_is_no_path(place, said):
+    for reader in (open_picture, open_video):
+        with pytest.raises(foveate.InputError) as error:
+            reader(place)
+        assert said in str(error.value)
+        assert len(str(error.value)) < 300
+
+
+def test_texts_in_messages_are_short():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in ("x" * 10**6, ["y" * 10**6] * 100, deep, {"a": deep}, 10**1000):
+        assert len(shown(value)) < 100
+    assert (shown("a'b"), shown(None), shown(0.5), shown(True)) == ('"a\'b"', "None", "0.5", "True")
+    assert len(first_line(ValueError("z" * 10**6))) < 600
+
+
+def test_grey_with_transparency(tmp_path):
+    grey = Image.new("LA", (8, 8), (0, 0))
+    grey.paste((100, 255), (0, 0, 8, 4))
+    grey.paste((100, 128), (0, 4, 8, 6))
+    grey.save(tmp_path / "grey.png")
+    found = np.asarray(open_picture(tmp_path / "grey.png").image)
+    assert [found[row, 0].tolist() for row in (0, 4, 7)] == [[100] * 3, [177] * 3, [255] * 3]

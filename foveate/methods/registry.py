@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, shown
 
 if TYPE_CHECKING:
     from .base import Method
@@ -84,10 +84,10 @@ def look_up(name: str) -> tuple[type[Method], str]:
         raise InputError(
             f"the method {base!r} cannot be loaded: {failed}"
             if failed
-            else f"unknown method {base!r}; available: {', '.join(known)}"
+            else f"unknown method {shown(base)}; available: {', '.join(known)}"
         )
     if preset and preset not in presets(known[base]):
-        raise InputError(f"{base!r} has no preset {preset!r}; available: {', '.join(presets(known[base])) or 'none'}")
+        raise InputError(f"{base!r} has no preset {shown(preset)}; available: {', '.join(presets(known[base])) or 'none'}")
     return known[base], preset
 
 
