@@ -49,14 +49,13 @@ def batch_command(
     from ..loading import quiet_loading
     from ..serving.batch.base import Job, batch_engine
     from ..serving.batch.offline import settings
-    from ..serving.batch.results import Output
+    from ..serving.batch.results import Output, check_apart
     from ..serving.batch.rows import AnswerSettings, Source
 
     answering = batch_engine(engine, {"export": export, "encoders": encoders, "engines": engines, "address": address})
     if not math.isfinite(temperature):
         raise InputError(f"--temperature {temperature} is no number")
-    if questions.absolute() == answers.absolute():
-        raise InputError("questions and answers are the same file")
+    check_apart(questions, answers)
     wanted = AnswerSettings(method, None if budget is None else parse_budget(budget), max_new_tokens, temperature, seed)
     answering.check(wanted)
     source = Source(questions)
@@ -78,10 +77,10 @@ def batch_command(
                 for rows in found:
                     output.add(rows)
                     bar.update(task, advance=len(rows), failed=len(output.failed))
-        done = len(lines) - len(waiting)
-        failed = f"{len(output.failed)} failed" + (" (--retry-failed answers them again)" if output.failed else "")
-        earlier = f", {done} rows were there already" if done else ""
-        print(f"{answers}: {len(output.answered)} answered, {failed}{earlier}")
+    done = len(lines) - len(waiting)
+    failed = f"{len(output.failed)} failed" + (" (--retry-failed answers them again)" if output.failed else "")
+    earlier = f", {done} rows were there already" if done else ""
+    print(f"{answers}: {len(output.answered)} answered, {failed}{earlier}")
 
 
 def _bar() -> Progress:

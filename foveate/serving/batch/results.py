@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from typing_extensions import Self
 
-from ...errors import FoveateError, InputError
+from ...errors import FoveateError, InputError, shown
+from ...images import check_regular
+from ...jsonl import parsed
 
 
 class OutputError(FoveateError):
@@ -38,40 +43,79 @@ class Output:
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, retry_failed: bool = False) -> None:
         self.path, self.answered, self.failed = Path(path), dict[str | int, str](), dict[str | int, str]()
-        self._beside = self.path.with_name(self.path.name + ".settings.json")
+        self._beside, self._settings = settings_of(self.path), json.dumps(settings, indent=1) + "\n"
+        self._new = [each for each in (self.path, self._beside) if not os.path.lexists(each)]
         try:
+            for each in (self.path, self._beside):
+                check_regular(each, "place for answers")
             if self.path.exists() and self.path.stat().st_size and not self._beside.exists():
                 raise InputError(f"{self.path} exists and is no output of a batch. Give another file.")
             with contextlib.ExitStack() as stack:
                 beside = stack.enter_context(self._beside.open("a+", encoding="utf-8"))
                 _hold(beside, self.path)
+                stack.callback(self._leave_nothing)
                 whole = self._read()
                 if self.answered or self.failed:
                     self._check(settings)
                 else:
                     beside.truncate(0)
-                    beside.write(json.dumps(settings, indent=1) + "\n")
+                    beside.write(self._settings)
                     beside.flush()
                 self._file: BinaryIO = stack.enter_context(self.path.open("ab"))
                 self._file.truncate(whole)
+                if retry_failed and self.failed:
+                    self.drop(set(self.failed), stack)
                 self._open = stack.pop_all()
-            if retry_failed and self.failed:
-                self.drop(set(self.failed))
         except OSError as error:
             raise InputError(f"{self.path} cannot be written: {error.strerror}. Give another file.") from error
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            with self._open:
+                if kind is None:
+                    self._check_there()
+        except OSError as failed:  # what was not written before cannot be written now
+            if kind is None:
+                raise self._unwritten(failed) from failed
+
+    def _leave_nothing(self) -> None:
+        """Take away what this run has made, if it has added no row."""
+        if not self.answered and not self.failed:
+            for each in self._new:
+                with contextlib.suppress(OSError):
+                    each.unlink()
+
+    def _check_there(self) -> None:
+        """Notice that the output is gone; its settings are written again.
+
+        Raises
+        ------
+        OutputError : there is no such file any more, or another one.
+        """
+        if not self._beside.exists():
+            self._beside.write_text(self._settings, encoding="utf-8")
+        try:
+            same = os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise OutputError(
+                f"{self.path} was removed or replaced while answers were written to it, and they are lost. "
+                "The same command asks for them again."
+            )
+
+    def _unwritten(self, error: OSError) -> OutputError:
+        return OutputError(f"{self.path} cannot be written: {error.strerror}. Make room; the same command goes on from there.")
 
     def add(self, documents: Iterable[Mapping[str, Any]]) -> None:
         """Add rows, but for those that are there; they are in the file when this returns.
 
         Raises
         ------
-        OutputError : it cannot be written.
+        OutputError : it cannot be written, or is gone.
         """
         lines = []
         for document in documents:
@@ -81,10 +125,9 @@ class Output:
         try:
             self._file.write("".join(lines).encode())
             self._file.flush()
+            self._check_there()
         except OSError as error:
-            raise OutputError(
-                f"{self.path} cannot be written: {error.strerror}. Make room; the same command goes on from there."
-            ) from error
+            raise self._unwritten(error) from error
 
     def _read(self) -> int:
         """Take note of the rows; returns the bytes up to where a killed run left a line unfinished."""
@@ -96,7 +139,7 @@ class Output:
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    document = json.loads(line)
+                    document = parsed(line)
                     (self.failed if "error" in document else self.answered)[document["id"]] = str(document.get("row"))
                 except (ValueError, TypeError, KeyError) as error:
                     raise InputError(f"line {number} of {self.path} is no row of a batch. Give another file.") from error
@@ -105,13 +148,12 @@ class Output:
 
     def _check(self, settings: Mapping[str, Any]) -> None:
         try:
-            had = dict(json.loads(self._beside.read_text(encoding="utf-8")))
+            had = dict(parsed(self._beside.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise InputError(f"{self._beside} does not say which settings {self.path} has. Give another file.") from error
         now = json.loads(json.dumps(settings))
-        other = [
-            f"{name} {had.get(name)!r}, now {now.get(name)!r}" for name in sorted({*had, *now}) if had.get(name) != now.get(name)
-        ]
+        differ = [name for name in sorted({*had, *now}) if had.get(name) != now.get(name)]
+        other = [f"{name} {shown(had.get(name))}, now {shown(now.get(name))}" for name in differ]
         if other:
             raise InputError(
                 f"the answers in {self.path} have other settings: {'; '.join(other)}. Use the same ones, or give another file."
@@ -134,27 +176,64 @@ class Output:
             )
         return other
 
-    def drop(self, numbers: Collection[str | int]) -> None:
-        """Take rows out, so that they are answered again.
+    def drop(self, numbers: Collection[str | int], stack: contextlib.ExitStack | None = None) -> None:
+        """Take rows out, so that they are answered again; the file keeps its names, mode and owner. ``stack`` closes it.
 
         Raises
         ------
         OutputError : the file cannot be written anew; it stays as it is.
         """
-        place = self.path.resolve()  # of a link, the file it leads to
-        made = place.with_name(f".{place.name}.new")
+        place, made = self.path.resolve(), None  # of a link, the file it leads to
+        left = "It is as it was"
         try:
-            with place.open("rb") as file, made.open("wb") as kept:
-                shutil.copymode(place, made)
+            about = place.stat()
+            with place.open("rb") as file, tempfile.NamedTemporaryFile(dir=place.parent, prefix=".foveate-", delete=False) as kept:
+                made = Path(kept.name)
                 kept.writelines(line for line in file if json.loads(line)["id"] not in numbers)
-            made.replace(place)
-            self._file = self._open.enter_context(self.path.open("ab"))
+            shutil.copymode(place, made)
+            with contextlib.suppress(PermissionError, AttributeError):  # the owner is another one; Windows
+                os.chown(made, about.st_uid, about.st_gid)
+            if about.st_nlink == 1:
+                made.replace(place)
+            else:  # its other names are to lead to the same rows
+                written, made, left = made, None, f"Its rows are in {made}"
+                with written.open("rb") as file, place.open("r+b") as old:
+                    shutil.copyfileobj(file, old)
+                    old.truncate()
+                written.unlink()
+            self._file = (stack or self._open).enter_context(self.path.open("ab"))
         except OSError as error:
-            made.unlink(missing_ok=True)
-            raise OutputError(f"{self.path} cannot be written anew: {error.strerror}. It is as it was.") from error
+            if made is not None:
+                made.unlink(missing_ok=True)
+            raise OutputError(f"{self.path} cannot be written anew: {error.strerror}. {left}.") from error
         for number in numbers:
             self.answered.pop(number, None)
             self.failed.pop(number, None)
+
+
+def settings_of(answers: Path) -> Path:
+    """Where the settings of an output are."""
+    return answers.with_name(answers.name + ".settings.json")
+
+
+def check_apart(questions: Path, answers: Path) -> None:
+    """Refuse places of which one would overwrite another.
+
+    Raises
+    ------
+    InputError : two of questions, answers and settings are one file, by whatever names.
+    """
+    places = {"questions": questions, "answers": answers, "the settings of the answers": settings_of(answers)}
+    for (one, first), (other, second) in itertools.combinations(places.items(), 2):
+        if _same(first, second):
+            raise InputError(f"{one} and {other} are the same file ({first} and {second}). Give another file for the answers.")
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one of them is not there yet
+        return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _hold(lock: Any, path: Path) -> None:
