@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shlex
+import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -17,7 +19,10 @@ from .common import err, parse_budget
 if TYPE_CHECKING:
     from ..serving.encoding import PictureEncoder
 
+SHUTDOWN = 20  # seconds that running requests have once the server is told to end
+STALLED = 60  # seconds after which a client is lost that takes none of what it is sent
 KEEP_ALIVE = 75  # seconds; longer than proxies and clients keep idle connections, which would use one that is being closed
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 EPILOG = (
     "Examples:  foveate serve --launch  |  foveate serve --model llava-hf/llava-1.5-7b-hf --launch --vllm-python bin/python  |  "
     "foveate serve --model llava-hf/llava-1.5-7b-hf --vllm-url http://127.0.0.1:8001 --method prumerge+ --budget 144"
@@ -36,7 +41,12 @@ def serve_command(
     export: Annotated[Path | None, typer.Option(help="Folder of the export, for --launch; a cache of the user by default.")] = None,
     host: Annotated[str, typer.Option(help="Interface to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at.")] = 8000,
-    api_key: Annotated[str | None, typer.Option(help="That clients must give.", envvar="FOVEATE_API_KEY")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help="That clients must give; better by the variable, since others see command lines.", envvar="FOVEATE_API_KEY"
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Of the model, for clients; as --model by default.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the encoder and the export; as saved by default.")] = None,
     devices: Annotated[str | None, typer.Option(help="An encoder on each: cuda:0,cuda:1 or cpu,cpu.")] = None,
@@ -46,10 +56,15 @@ def serve_command(
     max_body_mb: Annotated[int, typer.Option(min=1, help="Largest body of a request, in MiB.")] = 32,
     max_pictures: Annotated[int, typer.Option(min=1, help="Pictures in a request.")] = 8,
     max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a picture.")] = 25_000_000,
+    max_held_mb: Annotated[int, typer.Option(min=1, help="Bodies, pictures and embeddings of all requests, in MiB.")] = 2048,
+    max_decoded_mb: Annotated[int, typer.Option(min=1, help="Pictures that are decoded at a time, in MiB.")] = 1024,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests at once; more are turned away.")] = 256,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until an answer must be complete.")] = 300.0,
 ) -> None:
     """OpenAI's chat API with fewer visual tokens: pictures are encoded and reduced here, vLLM reads their embeddings."""
+    for variable, key in (("FOVEATE_API_KEY", api_key), ("FOVEATE_VLLM_KEY", vllm_key)):
+        if key is None and variable in os.environ:  # which is empty: the command line takes that for none
+            raise InputError(f"the variable {variable} is empty. Give it a key, or unset it.")
     if (vllm_url is None) == (not launch):
         raise InputError("give either --vllm-url of a running vLLM, or --launch to start one")
     if launch and vllm_key:
@@ -70,7 +85,15 @@ def serve_command(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     for chatty in ("httpx", "httpcore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    limits = Limits(max_body_mb * 2**20, pictures=max_pictures, pixels=max_pixels, waiting=max_requests, seconds=timeout)
+    limits = Limits(
+        max_body_mb * 2**20,
+        pictures=max_pictures,
+        pixels=max_pixels,
+        waiting=max_requests,
+        seconds=timeout,
+        held=max_held_mb * 2**20,
+        decoded=max_decoded_mb * 2**20,
+    )
     with err.status(escape(f"loading {model}")) as status:
         encoders = _encoders(model, dtype, devices)
         engine = None
@@ -93,11 +116,16 @@ def serve_command(
     app = create_app(settings, encoders, engine)
     if engine:
         err.print(f"vLLM starts at {engine.url}, for this gateway only; its log: {engine.log}", soft_wrap=True, markup=False)
-    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_keep_alive=KEEP_ALIVE))
+    times: dict[str, Any] = {"timeout_keep_alive": KEEP_ALIVE, "timeout_graceful_shutdown": SHUTDOWN}
+    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", **times))
     try:
         taken = server.config.bind_socket()  # where that fails, it is before vLLM takes minutes to start
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux; the connections of a socket have its options
+            taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED * 1000)
     except SystemExit:  # it has said why
         raise InputError(f"{host}:{port} cannot be listened at. Give another --port or --host.") from None
+    if not api_key and host not in LOOPBACK:
+        err.print("there is no key (FOVEATE_API_KEY): whoever reaches this address may ask", soft_wrap=True, markup=False)
     err.print(f"gateway: http://{host}:{taken.getsockname()[1]}/v1  model: {settings.name}", soft_wrap=True, markup=False)
     # what vLLM says of its failure is told without uvicorn's traceback of it
     logging.getLogger("uvicorn.error").addFilter(lambda record: LaunchError.__name__ not in record.getMessage())

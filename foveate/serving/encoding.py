@@ -20,6 +20,7 @@ from ..methods.base import Method
 from ..methods.registry import get
 from ..pictures import Pictures
 from .checks import check_embeds
+from .scaling import encodes_apart, scales_first
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,16 @@ class PictureEncoder:
         self.loaded, self.parts = loaded, anatomy(loaded.model)
         check_plain_positions(self.parts)
         self.width = int(loaded.model.config.get_text_config().hidden_size)
+
+    @functools.cached_property
+    def scales_first(self) -> bool:
+        """Whether pictures may be scaled down before they are handed over (``scaling.scaled``), and nothing changes."""
+        return scales_first(self.loaded)
+
+    @functools.cached_property
+    def encodes_apart(self) -> bool:
+        """Whether a picture is encoded alone as it is with others in one conversation."""
+        return encodes_apart(self.loaded)
 
     def check(self, method: Method) -> None:
         """Raise ``UnsupportedModelError`` where the model lacks what a method needs."""

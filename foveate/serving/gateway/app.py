@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -16,10 +17,12 @@ from starlette.requests import ClientDisconnect
 
 from ..encoding import PictureEncoder
 from .gateway import ClientGoneError, Gateway, GatewaySettings, as_request_error, unless_gone
-from .requests import Limits, RequestError
+from .limits import RequestError, Share
 from .upstream import Events
 
+log = logging.getLogger("foveate.serving")
 RETRY = {"Retry-After": "5"}
+GRACE = 1.0  # seconds beyond an answer's time in which a client can still take what is said of that
 
 
 def create_app(settings: GatewaySettings, encoders: Sequence[PictureEncoder], engine: Any = None) -> FastAPI:
@@ -44,17 +47,20 @@ def create_app(settings: GatewaySettings, encoders: Sequence[PictureEncoder], en
 
     app = FastAPI(title="foveate", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.gateway = gateway
+    limits = settings.limits
+    app.add_middleware(Deadline, seconds=limits.body_seconds + limits.seconds + 2 * GRACE)
 
     @app.get("/health")
     async def health() -> Response:
-        alive = await gateway.upstream.alive()
-        gateway.metrics.engine.set(alive)
+        alive = await gateway.alive()
         told = {"status": "ok" if alive else "the engine is not there", "model": settings.name}
         return JSONResponse(told, 200 if alive else 503)
 
     @app.get("/metrics")
-    async def metrics() -> Response:
-        gateway.metrics.engine.set(await gateway.upstream.alive())
+    async def metrics(request: Request) -> Response:
+        if not gateway.authorised(request.headers.get("authorization")):
+            return _refusal(gateway, _unauthorised())  # they tell what others ask
+        await gateway.alive()
         return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
@@ -89,55 +95,95 @@ async def _answer(gateway: Gateway, request: Request, began: float) -> Response:
     RequestError : there is none.
     ClientGoneError : nobody waits for it any more.
     """
+    gateway.check_free()  # before a body is taken that would be for nothing
     counted = contextlib.ExitStack()
     with counted:
+        share = counted.enter_context(gateway.held.share())
+        body = await read_body(request, gateway, share)
         counted.enter_context(gateway.counted())
-        body = await read_body(request, gateway.limits)
-        left = gateway.limits.seconds
 
         async def work() -> Any:
-            asked, prepared = await gateway.prepare(body)
-            if asked.stream:
-                return asked, prepared, await gateway.upstream.stream(prepared.body)
-            return asked, prepared, gateway.finished(await gateway.upstream.answer(prepared.body), prepared)
+            prepared = await gateway.prepare(body, share)
+            if prepared.body["stream"]:
+                return prepared, await gateway.upstream.stream(prepared.body)
+            return prepared, gateway.finished(await gateway.upstream.answer(prepared.body), prepared)
 
-        asked, prepared, answer = await asyncio.wait_for(unless_gone(work(), request.receive), left)
+        prepared, answer = await asyncio.wait_for(unless_gone(work(), request.receive), gateway.limits.seconds)
         headers = {"X-Foveate-Visual-Tokens": str(prepared.usage["visual_tokens"])}
-        if not asked.stream:
+        if not prepared.body["stream"]:
             gateway.metrics.whole.observe(time.perf_counter() - began)
             gateway.metrics.requests.labels("200").inc()
             return JSONResponse(answer, headers=headers)
         stays = counted.pop_all()  # until the stream ends
 
-    return _Stream(gateway.pieces(answer, asked.usage, prepared, began), headers, answer, stays)
+    until = began + gateway.limits.seconds + GRACE
+    return _Stream(gateway.pieces(answer, prepared, began), headers, answer, stays, until)
 
 
 class _Stream(StreamingResponse):
-    """An answer, piece by piece; what it holds is let go also where the client leaves before the first piece."""
+    """An answer, piece by piece; what it holds is let go also where the client leaves before the first piece, or takes none.
+
+    Parameters
+    ----------
+    events : of the engine, which is left at the end.
+    held : what is let go at the end.
+    until : the time by which the client must have taken all of it.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, pieces: AsyncIterator[str], headers: dict[str, str], events: Events, held: contextlib.ExitStack) -> None:
+    def __init__(
+        self, pieces: AsyncGenerator[str], headers: dict[str, str], events: Events, held: contextlib.ExitStack, until: float
+    ) -> None:
         super().__init__(pieces, headers={**headers, "Cache-Control": "no-cache"})
-        self.events, self.held = events, held
+        self.pieces, self.events, self.held, self.until = pieces, events, held, until
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        left = max(self.until - time.perf_counter(), GRACE)
         try:
             with self.held:
-                await super().__call__(scope, receive, send)
+                await asyncio.wait_for(super().__call__(scope, receive, send), left)
+        except (TimeoutError, asyncio.TimeoutError):
+            log.warning("a client did not take its answer in time; its connection is closed")
         finally:
-            await asyncio.shield(self.events.aclose())
+            await asyncio.shield(self._left())
+
+    async def _left(self) -> None:
+        await self.pieces.aclose()
+        await self.events.aclose()
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
+class Deadline:
+    """Ends what takes longer than any answer may, such as an answer that nobody reads.
+
+    Parameters
+    ----------
+    app : an application of ASGI.
+    seconds : that it has for each request.
+    """
+
+    def __init__(self, app: Any, seconds: float) -> None:
+        self.app, self.seconds = app, seconds
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            await asyncio.wait_for(self.app(scope, receive, send), self.seconds)
+        except (TimeoutError, asyncio.TimeoutError):
+            log.warning("a client did not take what it was sent in time; its connection is closed")
+
+
+async def read_body(request: Request, gateway: Gateway, share: Share) -> bytearray:
     """The body of a request.
 
     Raises
     ------
-    RequestError : it is too large, or takes too long to come.
+    RequestError : it is too large, takes too long to come, or there is no memory for it now.
     ClientGoneError : the rest of it will not come.
     """
-    told = request.headers.get("content-length", "0")
+    limits, told = gateway.limits, request.headers.get("content-length", "0")
     too_large = RequestError(f"the body is larger than {limits.body_bytes} bytes. Scale the pictures down.", 413)
     if told.isdecimal() and int(told) > limits.body_bytes:
         raise too_large
@@ -147,6 +193,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
         async for chunk in request.stream():
             if len(body) + len(chunk) > limits.body_bytes:
                 raise too_large
+            share.add(len(chunk))
             body.extend(chunk)
 
     try:
@@ -155,7 +202,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
         raise RequestError(f"the body did not come within {limits.body_seconds:g} s", 408, "timeout") from error
     except ClientDisconnect as error:
         raise ClientGoneError from error
-    return bytes(body)
+    return body
 
 
 def _unauthorised() -> RequestError:

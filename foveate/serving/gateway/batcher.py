@@ -7,13 +7,18 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
+
+from PIL import Image
 
 from ...errors import FoveateError
 from ...methods.base import Method
 from ..encoding import EncodedPrompt, PictureEncoder, pictures_of
+from ..pictures import Unopened, decoded
+from ..scaling import scaled
+from .limits import Budget
 
 
 @dataclass(eq=False)
@@ -21,22 +26,32 @@ class _Job:
     conversation: list[dict[str, Any]]
     method: Method
     pictures: int
+    bytes: int
     done: asyncio.Future[EncodedPrompt]
     came: float = field(default_factory=time.perf_counter)
 
 
 class Batcher:
-    """Hands the pictures of requests to encoders, each in a thread of its own.
+    """Opens the pictures of requests, and hands them to encoders, each in a thread of its own.
+
+    Where a processor only scales them down, that is done as soon as a picture is open, and only pictures that are being opened take
+    a part of the budget; else all pictures of a batch do until it is encoded.
 
     Parameters
     ----------
     encoders : each works on one batch at a time.
+    opened : bytes of pictures that are open at a time.
+    openers : threads in which pictures are opened.
     pictures : of one batch, at most; a request with more is a batch of its own.
     observe : told of each batch: its pictures, the seconds that it took, and those that its requests waited.
     """
 
-    def __init__(self, encoders: Sequence[PictureEncoder], pictures: int = 16, observe: Any = None) -> None:
+    def __init__(
+        self, encoders: Sequence[PictureEncoder], opened: Budget, openers: Executor, pictures: int = 16, observe: Any = None
+    ) -> None:
         self.encoders, self.pictures, self.observe = list(encoders), pictures, observe
+        self.opened, self.openers = opened, openers
+        self.scales = encoders[0].scales_first
         self._waiting: deque[_Job] = deque()
         self._came = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -62,13 +77,15 @@ class Batcher:
             thread.shutdown(wait=True, cancel_futures=True)
 
     async def encode(self, conversation: list[dict[str, Any]], method: Method) -> EncodedPrompt:
-        """Encode the pictures of one conversation; the result is the same in whatever batch it is.
+        """Encode the pictures of one conversation, which are ``Unopened``; the result is the same in whatever batch it is.
 
         Raises
         ------
         FoveateError : the conversation or its pictures cannot be used.
         """
-        job = _Job(conversation, method, len(pictures_of(conversation)), asyncio.get_running_loop().create_future())
+        pictures: Any = pictures_of(conversation)
+        size = sum(picture.bytes for picture in pictures)
+        job = _Job(conversation, method, len(pictures), size, asyncio.get_running_loop().create_future())
         self._waiting.append(job)
         self._came.set()
         return await job.done
@@ -82,15 +99,16 @@ class Batcher:
         """The jobs that go together with the one that has waited longest; those that nobody waits for any more are left out."""
         batch: list[_Job] = []
         others: deque[_Job] = deque()
-        pictures = 0
+        pictures = size = 0
         while self._waiting:
             job = self._waiting.popleft()
             if job.done.done():
                 continue
-            fits = not batch or (job.method is batch[0].method and pictures + job.pictures <= self.pictures)
-            if fits:
+            few = pictures + job.pictures <= self.pictures and (self.scales or size + job.bytes <= self.opened.size)
+            if not batch or (job.method is batch[0].method and few):
                 batch.append(job)
                 pictures += job.pictures
+                size += job.bytes
             else:
                 others.append(job)
         self._waiting = others
@@ -104,7 +122,7 @@ class Batcher:
                 self._came.clear()
                 continue
             begin = time.perf_counter()
-            for job, found in zip(batch, await self._run(encoder, thread, batch), strict=True):
+            for job, found in zip(batch, await self._encoded(encoder, thread, batch), strict=True):
                 if job.done.done():
                     continue
                 if isinstance(found, EncodedPrompt):
@@ -114,15 +132,45 @@ class Batcher:
             if self.observe is not None:
                 self.observe(sum(job.pictures for job in batch), time.perf_counter() - begin, [begin - job.came for job in batch])
 
-    async def _run(self, encoder: PictureEncoder, thread: ThreadPoolExecutor, batch: list[_Job]) -> list[EncodedPrompt | Exception]:
-        """Results of a batch; where it fails, each job is tried alone, so that one disturbs no other."""
+    async def _encoded(self, encoder: PictureEncoder, thread: Executor, batch: list[_Job]) -> list[EncodedPrompt | Exception]:
+        """Results of a batch; what cannot be opened disturbs no other."""
+        size = sum(job.bytes for job in batch)
+        async with contextlib.nullcontext() if self.scales else self.opened.part(size):
+            opened = await asyncio.gather(*(self._opened(job.conversation) for job in batch))
+            good = [conversation for conversation in opened if not isinstance(conversation, Exception)]
+            results = iter(await self._run(encoder, thread, good, batch[0].method)) if good else iter([])
+            return [each if isinstance(each, Exception) else next(results) for each in opened]
+
+    async def _opened(self, conversation: list[dict[str, Any]]) -> list[dict[str, Any]] | Exception:
+        """A conversation with its pictures opened, or why they cannot be."""
         try:
-            conversations = [job.conversation for job in batch]
-            return [*await asyncio.get_running_loop().run_in_executor(thread, encoder.encode, conversations, batch[0].method)]
+            contents = [await asyncio.gather(*map(self._part, message["content"])) for message in conversation]
+            return [{**message, "content": content} for message, content in zip(conversation, contents, strict=True)]
+        except Exception as error:  # of whatever the pictures made of Pillow
+            return error if isinstance(error, FoveateError) else EncodingError(error)
+
+    async def _part(self, part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] != "image":
+            return part
+        picture: Unopened = part["image"]
+        async with self.opened.part(picture.bytes) if self.scales else contextlib.nullcontext():
+            image = await asyncio.get_running_loop().run_in_executor(self.openers, self._open, picture)
+        return {"type": "image", "image": image}
+
+    def _open(self, picture: Unopened) -> Image.Image:
+        image = decoded(picture)
+        return scaled(self.encoders[0].loaded.processor, image) if self.scales else image
+
+    async def _run(
+        self, encoder: PictureEncoder, thread: Executor, conversations: list[list[dict[str, Any]]], method: Method
+    ) -> list[EncodedPrompt | Exception]:
+        """Results of a batch; where it fails, each conversation is tried alone, so that one disturbs no other."""
+        try:
+            return [*await asyncio.get_running_loop().run_in_executor(thread, encoder.encode, conversations, method)]
         except Exception as error:  # of whatever the pictures made of the processor or the encoder
-            if len(batch) == 1:
+            if len(conversations) == 1:
                 return [error if isinstance(error, FoveateError) else EncodingError(error)]
-        return [result for job in batch for result in await self._run(encoder, thread, [job])]
+        return [result for each in conversations for result in await self._run(encoder, thread, [each], method)]
 
 
 class EncodingError(FoveateError):
@@ -130,3 +178,4 @@ class EncodingError(FoveateError):
 
     def __init__(self, error: Exception) -> None:
         super().__init__(f"the vision encoder failed: {type(error).__name__}: {error}")
+        self.__cause__ = error

@@ -9,27 +9,30 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, TypeVar
 
 from ...chat import media_words
 from ...errors import FoveateError, InputError, UnsupportedModelError
-from ...methods.base import Method
 from ..encoding import PictureEncoder, method_of
-from ..pictures import decoded, fetched
+from ..pictures import Loader, Unopened, from_data_url, is_data_url, measured, no_memory, refused
 from ..template import PLACEHOLDER, around
 from .batcher import Batcher, EncodingError
+from .limits import Budget, Held, Limits, RequestError, Share
 from .memory import Memory, RememberedPicture
+from .messages import Rendering
 from .metrics import Metrics
-from .requests import ChatRequest, Limits, RequestError, RequestReader
+from .requests import ChatRequest, RequestReader
 from .upstream import Events, UnavailableError, Upstream, check_url, embeds_part, failure
 
 log = logging.getLogger("foveate.serving")
 T = TypeVar("T")
 BROKEN_OFF = ("abort", "error")  # what vLLM says of an answer that it did not complete
-DECODERS = 4  # threads that open pictures
+THREADS = 4  # that read bodies and open pictures
+CHECKED = 256  # settings of methods that are known to fit the model
 IDLE = 2.0  # seconds; vLLM closes connections after 5, and a request on one that it is closing would be lost
 
 
@@ -42,7 +45,7 @@ class GatewaySettings:
     name : of the model, for clients.
     method, budget : for requests that ask for none.
     vllm_url, vllm_key : where vLLM is.
-    api_key : that clients must give; None = none.
+    api_key : that clients must give; None = none, and anybody may ask.
     hosts : from which pictures may be loaded.
     batch : pictures that an encoder takes at once.
     memory : bytes of encoded pictures that are remembered.
@@ -61,12 +64,21 @@ class GatewaySettings:
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """A request as vLLM gets it; ``tokens`` of its prompt are known where pictures were encoded for it, and it has no tools."""
+class Prepared:
+    """A request as vLLM gets it.
+
+    Attributes
+    ----------
+    body : for vLLM.
+    usage : what clients are told of its pictures.
+    tokens : of its prompt, where pictures were encoded for it and it has no tools.
+    counts : whether a stream ends with the numbers of tokens.
+    """
 
     body: dict[str, Any]
     usage: dict[str, Any]
     tokens: int | None
+    counts: bool
 
 
 class Gateway:
@@ -79,25 +91,34 @@ class Gateway:
 
     Raises
     ------
-    InputError : there is no such method, it needs a budget, pictures are not one span, or the engine's address is none.
+    InputError : there is no such method, it needs a budget, pictures are not one span, the engine's address is none, or
+        a key is empty.
     UnsupportedModelError : the model lacks what the method needs.
     """
 
     def __init__(self, settings: GatewaySettings, encoders: Sequence[PictureEncoder]) -> None:
         self.settings, self.limits, self.metrics = settings, settings.limits, Metrics()
         check_url(settings.vllm_url)
+        check_key(settings.api_key, "--api-key (FOVEATE_API_KEY)")
+        check_key(settings.vllm_key, "--vllm-key (FOVEATE_VLLM_KEY)")
         self.encoder = encoders[0]
         self.encoder.check(method_of(settings.method, settings.budget))
         around(self.encoder.loaded.processor)
-        reserved = (PLACEHOLDER, *media_words(self.encoder.loaded.processor))
+        processor = self.encoder.loaded.processor
+        reserved = tuple(dict.fromkeys((PLACEHOLDER, *media_words(processor))))
         self.reader = RequestReader(settings.name, settings.method, settings.budget, self.limits, reserved)
-        self.batcher = Batcher(encoders, settings.batch, self.metrics.observe_batch)
-        self.memory = Memory(settings.memory)
+        self.rendering = Rendering(processor, reserved)
+        self.held, self.opened = Held(self.limits.held), Budget(self.limits.decoded)
+        self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="pictures")
+        self.batcher = Batcher(encoders, self.opened, self.threads, settings.batch, self.metrics.observe_batch)
+        self.memory = Memory(settings.memory, self.encoder.encodes_apart)
         self.metrics.queue.set_function(lambda: self.batcher.waiting)
+        self.metrics.held.set_function(lambda: self.held.bytes)
+        self.metrics.opened.set_function(lambda: self.opened.taken)
         self.running = 0
         self.created = int(time.time())
-        self.threads = ThreadPoolExecutor(DECODERS, thread_name_prefix="pictures")
-        self._checked: dict[int, Method] = {}
+        self.check = functools.lru_cache(CHECKED, typed=True)(self._check)  # 1 is a count, 1.0 a share
+        self._asking: asyncio.Task[bool] | None = None
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
@@ -106,16 +127,34 @@ class Gateway:
 
         timeout = httpx.Timeout(None, connect=5.0)  # whole requests have a limit of their own
         bounds = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=IDLE)
-        async with httpx.AsyncClient(timeout=timeout, limits=bounds) as client, self.batcher:
-            self.client = client
-            self.upstream = Upstream(self.settings.vllm_url, self.settings.vllm_key, client)
+        options: dict[str, Any] = {"timeout": timeout, "limits": bounds}
+        # the engine gets the key and all embeddings: no proxy that some variable names may see them
+        async with (
+            httpx.AsyncClient(trust_env=False, cookies=no_cookies(), **options) as engine,
+            httpx.AsyncClient(cookies=no_cookies(), **options) as self.hosts,
+            self.batcher,
+        ):
+            self.upstream = Upstream(self.settings.vllm_url, self.settings.vllm_key, engine)
             yield
         self.threads.shutdown(wait=False, cancel_futures=True)
+
+    async def alive(self) -> bool:
+        """Whether the engine answers; it is asked once at a time, however many want to know."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self.upstream.alive())
+        found = await asyncio.shield(self._asking)
+        self.metrics.engine.set(found)
+        return found
 
     def authorised(self, header: str | None) -> bool:
         """Whether a client may ask."""
         key = self.settings.api_key
         return key is None or hmac.compare_digest((header or "").encode(), f"Bearer {key}".encode())
+
+    def check_free(self) -> None:
+        """Raise ``RequestError`` where there are too many requests for one more."""
+        if self.running >= self.limits.waiting:
+            raise RequestError(f"{self.running} requests are being worked on already. Try again later.", 429, "rate_limit_error")
 
     @contextlib.contextmanager
     def counted(self) -> Any:
@@ -125,8 +164,7 @@ class Gateway:
         ------
         RequestError : there are too many.
         """
-        if self.running >= self.limits.waiting:
-            raise RequestError(f"{self.running} requests are being worked on already. Try again later.", 429, "rate_limit_error")
+        self.check_free()
         self.running += 1
         self.metrics.running.set(self.running)
         try:
@@ -135,16 +173,22 @@ class Gateway:
             self.running -= 1
             self.metrics.running.set(self.running)
 
-    async def prepare(self, body: bytes) -> tuple[ChatRequest, _Prepared]:
+    async def prepare(self, body: bytearray, share: Share) -> Prepared:
         """Read a request, encode its pictures, and write it for vLLM.
+
+        Parameters
+        ----------
+        body : of the request, which is emptied.
+        share : of the bytes that requests hold.
 
         Raises
         ------
         RequestError : it cannot be answered.
         """
-        asked = await self._in_thread(functools.partial(self.reader.read, body))  # bodies are large
-        self._check(asked.method)
-        pictures, tokens = await self._pictures(asked) if asked.urls else ([], None)
+        asked = await self._in_thread(functools.partial(self._read, body))  # bodies are large
+        body.clear()
+        self.check(asked.name, asked.budget)
+        pictures, tokens = await self._pictures(asked, share) if asked.urls else ([], None)
         body_of = {**asked.options, "messages": asked.filled([each.part for each in pictures]), "stream": asked.stream}
         if asked.stream:
             body_of["stream_options"] = {"include_usage": True}
@@ -158,41 +202,56 @@ class Gateway:
             "visual_tokens_before": sum(before),
             "pictures": [{"visual_tokens": kept, "visual_tokens_before": all_} for kept, all_ in zip(after, before, strict=True)],
         }
-        return asked, _Prepared(body_of, usage, None if "tools" in asked.options else tokens)
+        return Prepared(body_of, usage, None if "tools" in asked.options else tokens, asked.usage)
 
-    async def _pictures(self, asked: ChatRequest) -> tuple[list[RememberedPicture], int | None]:
+    def _read(self, body: bytearray) -> ChatRequest:
+        asked = self.reader.read(body)
+        self.rendering.check(asked.messages, len(asked.urls), asked.options.get("tools"))
+        return asked
+
+    async def _pictures(self, asked: ChatRequest, share: Share) -> tuple[list[RememberedPicture], int | None]:
         """The pictures of a request, encoded or remembered; and the tokens of its prompt, where it was made for that."""
         await self.upstream.model()  # raises where the engine is not there: no picture is encoded for nothing
+        loader = Loader(self.settings.hosts, self.limits, self.hosts, share.add)
         places = [(url, f"picture {number + 1}") for number, url in enumerate(asked.urls)]
-        data = await asyncio.gather(*(fetched(url, where, self.settings.hosts, self.limits, self.client) for url, where in places))
+        data = await asyncio.gather(*(self._contents(loader, url, where) for url, where in places))
         keys = await self._in_thread(functools.partial(self.memory.keys, data, asked.method))
-        remembered = self.memory.get(keys)
-        if remembered is not None:
-            self.metrics.remembered.inc(len(remembered))
-            return remembered, None
-        opened = (functools.partial(decoded, each, where, self.limits) for each, (_, where) in zip(data, places, strict=True))
-        images = await asyncio.gather(*map(self._in_thread, opened))
-        conversation = asked.filled([{"type": "image", "image": image} for image in images])
+        pictures = self.memory.get(keys)
+        if pictures is not None:
+            self.metrics.remembered.inc(len(pictures))
+            share.add(sum(len(each.part["data"]) for each in pictures))
+            return pictures, None
+        unopened = await self._in_thread(functools.partial(self._measured, data))
+        conversation = asked.filled([{"type": "image", "image": each} for each in unopened])
         kept = [{"role": message["role"], "content": message["content"]} for message in conversation]
         found = await self.batcher.encode(kept, asked.method)
         parts = await self._in_thread(lambda: [embeds_part(embeds) for embeds in found.embeds])
         pictures = [RememberedPicture(*each) for each in zip(parts, found.before, found.after, strict=True)]
         if keys:
             self.memory.add(keys, pictures)
+        share.add(sum(len(each.part["data"]) for each in pictures))
         return pictures, len(found.ids)
 
-    def _check(self, method: Method) -> None:
-        if id(method) not in self._checked:
-            try:
-                self.encoder.check(method)
-            except (InputError, UnsupportedModelError) as error:
-                raise RequestError(str(error), param="foveate") from error
-            self._checked[id(method)] = method  # which keeps it, and its id
+    async def _contents(self, loader: Loader, url: str, where: str) -> bytes:
+        if is_data_url(url):
+            return await self._in_thread(functools.partial(from_data_url, url, where))
+        return await loader.load(url, where)
+
+    def _measured(self, data: Sequence[bytes]) -> list[Unopened]:
+        scaler = getattr(self.encoder.loaded.processor, "image_processor", None)
+        places = ((each, f"picture {number + 1}") for number, each in enumerate(data))
+        return [measured(each, where, self.limits, scaler, len(data) > 1) for each, where in places]
+
+    def _check(self, name: str, budget: float | None) -> None:
+        try:
+            self.encoder.check(method_of(name, budget))
+        except (InputError, UnsupportedModelError) as error:
+            raise RequestError(str(error), param="foveate") from error
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
 
-    def finished(self, answer: dict[str, Any], prepared: _Prepared) -> dict[str, Any]:
+    def finished(self, answer: dict[str, Any], prepared: Prepared) -> dict[str, Any]:
         """An answer of vLLM, or a piece of one, as a client gets it.
 
         Raises
@@ -217,7 +276,7 @@ class Gateway:
             usage["foveate"] = prepared.usage
         return answer
 
-    async def pieces(self, stream: Events, wanted: bool, prepared: _Prepared, began: float) -> AsyncIterator[str]:
+    async def pieces(self, stream: Events, prepared: Prepared, began: float) -> AsyncGenerator[str]:
         """An answer as server-sent events; one that fails on the way says so and ends without [DONE]."""
         status, first = "200", True
         try:
@@ -233,7 +292,7 @@ class Gateway:
                     self.metrics.first.observe(time.perf_counter() - began)
                     first = False
                 piece = self.finished(piece, prepared)
-                if not wanted:
+                if not prepared.counts:
                     if not piece.get("choices"):
                         continue  # only tokens are counted in it
                     piece.pop("usage", None)
@@ -255,6 +314,9 @@ def as_request_error(error: BaseException) -> RequestError:
     """What a client is told of an error."""
     if isinstance(error, RequestError):
         return error
+    if no_memory(error):
+        log.error("there is no memory for a request", exc_info=error)
+        return refused(error)
     if isinstance(error, TimeoutError | asyncio.TimeoutError):
         return RequestError("the answer took too long", 504, "timeout")
     if isinstance(error, EncodingError):
@@ -264,6 +326,23 @@ def as_request_error(error: BaseException) -> RequestError:
         return RequestError(str(error))
     log.error("a request failed", exc_info=error)
     return RequestError("the gateway failed; its log says why", 500, "server_error")
+
+
+def check_key(key: str | None, what: str) -> None:
+    """Refuse a key that no header can carry; an empty one would let everybody in.
+
+    Raises
+    ------
+    InputError : it is empty, or has spaces or other characters than those of ASCII.
+    """
+    if key is not None and (not key or not all("!" <= each <= "~" for each in key)):
+        what_is = "is empty" if not key.strip() else "has spaces or characters that are not ASCII"
+        raise InputError(f"the key of {what} {what_is}. Give one of printable ASCII characters, or leave it out altogether.")
+
+
+def no_cookies() -> CookieJar:
+    """A jar that takes none: what one host sets would go to others with the requests of other clients."""
+    return CookieJar(DefaultCookiePolicy(allowed_domains=[]))
 
 
 async def unless_gone(work: Awaitable[T], receive: Callable[[], Awaitable[Any]]) -> T:

@@ -125,7 +125,7 @@ class VllmServer:
         import httpx
 
         end = time.monotonic() + self.patience
-        async with httpx.AsyncClient(timeout=2.0) as client:
+        async with httpx.AsyncClient(timeout=2.0, trust_env=False) as client:
             while time.monotonic() < end:
                 if self._ended():
                     raise LaunchError(f"vLLM ended while it started. {self.told()}")

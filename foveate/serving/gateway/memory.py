@@ -26,10 +26,11 @@ class Memory:
     Parameters
     ----------
     size : bytes that they may take; 0 remembers none.
+    apart : whether a picture is encoded alone as it is with others; where it is not, pictures are known as they came together.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size, self.held = size, 0
+    def __init__(self, size: int, apart: bool = True) -> None:
+        self.size, self.apart, self.held = size, apart, 0
         self._found: OrderedDict[str, RememberedPicture] = OrderedDict()
 
     def keys(self, pictures: Sequence[bytes], method: Method) -> list[str]:
@@ -37,8 +38,11 @@ class Memory:
         if not self.size or method.before_decoder().reads_question:
             return []
         # by what it is: two methods of one name have other settings
-        told = repr(sorted(method.settings().items())).encode()
-        return [hashlib.sha256(told + b"\0" + data).hexdigest() for data in pictures]
+        told = repr(sorted(method.settings().items()))
+        contents = [hashlib.sha256(data).hexdigest() for data in pictures]
+        if self.apart:
+            return [_key(told, each) for each in contents]
+        return [_key(told, *contents, str(place)) for place in range(len(contents))]
 
     def get(self, keys: Sequence[str]) -> list[RememberedPicture] | None:
         """The pictures, if all of them are known."""
@@ -57,3 +61,7 @@ class Memory:
             self.held += len(picture.part["data"])
         while self.held > self.size:
             self.held -= len(self._found.popitem(last=False)[1].part["data"])
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

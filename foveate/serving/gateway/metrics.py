@@ -17,6 +17,8 @@ class Metrics:
         self.requests = Counter("foveate_requests", "Requests that ended, by status of HTTP.", ["status"], registry=registry)
         self.running = Gauge("foveate_requests_running", "Requests that are being worked on or wait.", registry=registry)
         self.queue = Gauge("foveate_encoder_queue", "Requests whose pictures no encoder has begun.", registry=registry)
+        self.held = Gauge("foveate_held_bytes", "Bodies, loaded pictures and embeddings of all requests.", registry=registry)
+        self.opened = Gauge("foveate_opened_bytes", "Part of the budget of opened pictures that is taken.", registry=registry)
         self.engine = Gauge("foveate_engine_up", "Whether the engine answered when last asked.", registry=registry)
         self.pictures = Counter("foveate_pictures", "Pictures that were sent.", ["method"], registry=registry)
         self.remembered = Counter("foveate_pictures_remembered", "Of these, those that were not encoded again.", registry=registry)

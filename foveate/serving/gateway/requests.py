@@ -8,54 +8,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from ...errors import FoveateError, InputError, UnsupportedModelError
+from ...errors import SHOWN, InputError, UnsupportedModelError, shown
 from ...methods.base import Method
 from ..encoding import method_of
 from ..template import PLACEHOLDER
+from .limits import Limits as Limits
+from .limits import RequestError as RequestError
+from .messages import check_words, read_messages, strings, too_deep
 
 # what goes on to the engine: it knows others, which would let a client change templates, caches or other clients' turns
 FORWARDED = frozenset(
     "temperature top_p top_k min_p n seed stop stop_token_ids max_tokens max_completion_tokens min_tokens ignore_eos "
     "presence_penalty frequency_penalty repetition_penalty logit_bias logprobs top_logprobs response_format tools tool_choice "
-    "parallel_tool_calls reasoning_effort skip_special_tokens user metadata".split()
+    "parallel_tool_calls reasoning_effort skip_special_tokens".split()
 )
 OURS = frozenset(("model", "messages", "stream", "stream_options", "foveate"))
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may ask for, and how many there may be.
-
-    Attributes
-    ----------
-    body_bytes, body_seconds : of the body of a request, and until all of it has come.
-    pictures : of one request.
-    pixels : of one picture.
-    waiting : requests that are being worked on or wait; one more is turned away.
-    seconds : until an answer is complete.
-    answers : ``n`` of one request.
-    """
-
-    body_bytes: int = 32 * 2**20
-    body_seconds: float = 30.0
-    pictures: int = 8
-    pixels: int = 25_000_000
-    waiting: int = 256
-    seconds: float = 300.0
-    answers: int = 8
-
-
-class RequestError(FoveateError):
-    """A request gets no answer: ``status`` of HTTP, ``kind`` and ``param`` as OpenAI's API names them."""
-
-    def __init__(self, message: str, status: int = 400, kind: str = "invalid_request_error", param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.param = status, kind, param
-
-    def body(self) -> dict[str, Any]:
-        """As OpenAI's API writes an error."""
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.status}}
+# what changes no answer: bookkeeping of OpenAI's, which is taken and forgotten
+HARMLESS = frozenset(
+    "user metadata store service_tier prompt_cache_key prompt_cache_retention safety_identifier prediction".split()
+)
+NEUTRAL: dict[str, Any] = {"modalities": ["text"], "verbosity": "medium"}  # what may be asked for, since it is done anyway
+IN_NO_PROMPT = frozenset(("stop",))  # texts that no template writes
+LARGEST_BUDGET = 10**6  # visual tokens
 
 
 @dataclass(frozen=True)
@@ -110,39 +84,51 @@ class RequestReader:
     limits: Limits = field(default_factory=Limits)
     reserved: tuple[str, ...] = (PLACEHOLDER,)
 
-    def read(self, body: bytes) -> ChatRequest:
+    def read(self, body: bytes | bytearray) -> ChatRequest:
         """Read one body.
 
         Raises
         ------
         RequestError : it is no request that can be answered; the message says why.
         """
-        try:
-            text = body.decode()
-            asked = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"the body is no JSON: {error}") from error
-        if "\\ud" in text or "\\uD" in text:
-            _check_characters(asked)
-        if not isinstance(asked, dict):
-            raise RequestError("the body is no JSON object")
-        odd = sorted(asked.keys() - FORWARDED - OURS)
+        asked = self._parsed(body)
+        odd = sorted(name for name in asked.keys() - FORWARDED - OURS - HARMLESS if asked[name] not in (None, NEUTRAL.get(name)))
         if odd:
-            raise RequestError(f"unknown argument {odd[0]!r}. Known: {', '.join(sorted(FORWARDED | OURS))}.", param=odd[0])
-        if asked.get("model", self.model) != self.model:
-            raise RequestError(f"there is no model {asked['model']!r} here; {self.model!r} is served.", 404, param="model")
+            known = ", ".join(sorted(FORWARDED | OURS | HARMLESS))
+            unknown = f"unknown argument {shown(odd[0])}"
+            said = f"{shown(odd[0])}: only {NEUTRAL[odd[0]]!r} is answered here" if odd[0] in NEUTRAL else unknown
+            raise RequestError(f"{said}. Known: {known}.", param=odd[0])
+        if asked.get("model") not in (None, self.model):
+            raise RequestError(f"there is no model {shown(asked['model'])} here; {self.model!r} is served.", 404, param="model")
         if not _within(asked.get("n"), 1, self.limits.answers):
             raise RequestError(f"n must be a whole number from 1 to {self.limits.answers}", param="n")
         for name in ("stream", "logprobs"):
             if not isinstance(asked.get(name) or False, bool):
                 raise RequestError(f"{name} must be true or false", param=name)
-        messages, urls = self._messages(asked.get("messages"))
+        found = read_messages(asked.get("messages"), self.limits)
         options = {name: asked[name] for name in FORWARDED & asked.keys() if asked[name] is not None}
-        told = asked.get("stream_options") or {}
-        if not isinstance(told, dict):
-            raise RequestError("stream_options must be an object", param="stream_options")
+        written = [(text, name) for name in sorted(options.keys() - IN_NO_PROMPT) for text in strings(options[name])]
+        check_words([*found.texts, *written], self.reserved)
         method, stream = self._method(asked.get("foveate")), bool(asked.get("stream"))
-        return ChatRequest(messages, urls, *method, options, stream, bool(told.get("include_usage")))
+        return ChatRequest(found.messages, found.urls, *method, options, stream, _usage(asked.get("stream_options")))
+
+    def _parsed(self, body: bytes | bytearray) -> dict[str, Any]:
+        """A body as JSON that is not too much to look at."""
+        values = sum(map(body.count, (b",", b"[", b"{")))
+        if values > self.limits.values:
+            raise RequestError(f"the body has {values} commas and opening brackets; at most {self.limits.values} are allowed", 413)
+        try:
+            text = body.decode()
+            asked = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"the body is no JSON: {error}") from error
+        if too_deep(asked, self.limits.depth):
+            raise RequestError(f"the body is nested too deep; at most {self.limits.depth} levels are allowed")
+        if "\\ud" in text or "\\uD" in text:
+            _check_characters(asked)
+        if not isinstance(asked, dict):
+            raise RequestError("the body is no JSON object")
+        return asked
 
     def _method(self, asked: Any) -> tuple[Method, str, float | None]:
         if asked is None:
@@ -152,53 +138,25 @@ class RequestReader:
         name, budget = asked.get("method"), asked.get("budget")
         if not isinstance(name or "", str) or not isinstance(budget, int | float | None) or isinstance(budget, bool):
             raise RequestError("foveate.method must be a name and foveate.budget a number", param="foveate")
+        if len(name or "") > SHOWN:
+            raise RequestError(f"foveate.method is {shown(name)}, which is no method; see 'foveate methods'", param="foveate")
+        if budget is not None and abs(budget) > LARGEST_BUDGET:
+            raise RequestError(f"foveate.budget must be at most {LARGEST_BUDGET}", param="foveate")
         try:
             return method_of(name or self.method, budget), name or self.method, budget
         except (InputError, UnsupportedModelError) as error:
             raise RequestError(str(error), param="foveate") from error
 
-    def _messages(self, messages: Any) -> tuple[list[dict[str, Any]], list[str]]:
-        if not isinstance(messages, list) or not messages:
-            raise RequestError("messages must be a list of at least one message", param="messages")
-        found: list[dict[str, Any]] = []
-        urls: list[str] = []
-        for number, message in enumerate(messages):
-            where = f"messages[{number}]"
-            if not isinstance(message, dict) or message.get("role") not in ROLES:
-                raise RequestError(f"{where} needs a role: {', '.join(ROLES)}", param=where)
-            content = message.get("content")
-            if isinstance(content, str):
-                content = [{"type": "text", "text": content}]
-            elif content is None and message["role"] == "assistant":
-                content = []  # it called a tool
-            if not isinstance(content, list):
-                raise RequestError(f"{where}.content must be a text or a list of parts", param=where)
-            parts = [self._part(part, f"{where}.content[{i}]", message["role"], urls) for i, part in enumerate(content)]
-            found.append({**message, "content": parts})
-        if len(urls) > self.limits.pictures:
-            raise RequestError(f"{len(urls)} pictures in one request; at most {self.limits.pictures} are allowed", param="messages")
-        return found, urls
 
-    def _part(self, part: Any, where: str, role: str, urls: list[str]) -> dict[str, Any]:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text":
-            text = part.get("text")
-            if not isinstance(text, str):
-                raise RequestError(f"{where}.text must be a text", param=where)
-            held = next((word for word in self.reserved if word in text), None)
-            if held:
-                raise RequestError(f"{where} holds {held!r}, which stands for pictures in prompts. Leave it out.", param=where)
-            return {"type": "text", "text": text}
-        if kind == "image_url":
-            url = part.get("image_url")
-            url = url.get("url") if isinstance(url, dict) else url
-            if not isinstance(url, str):
-                raise RequestError(f"{where}.image_url.url must be a text", param=where)
-            if role != "user":
-                raise RequestError(f"{where}: pictures can only be in messages of the user", param=where)
-            urls.append(url)
-            return {"type": "image", "number": len(urls) - 1}
-        raise RequestError(f"{where} must be of type text or image_url, and is {kind!r}", param=where)
+def _usage(asked: Any) -> bool:
+    """Whether a stream ends with the numbers of tokens."""
+    asked = asked or {}
+    if not isinstance(asked, dict):
+        raise RequestError("stream_options must be an object", param="stream_options")
+    odd = sorted(name for name in asked if asked[name] is not None and name not in ("include_usage", "include_obfuscation"))
+    if odd:
+        raise RequestError(f"unknown argument {shown(odd[0])} of stream_options. Known: include_usage.", param="stream_options")
+    return bool(asked.get("include_usage"))
 
 
 def _no_constant(name: str) -> NoReturn:

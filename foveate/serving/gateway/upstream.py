@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator
@@ -13,14 +14,13 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from .requests import RequestError
+from .limits import BusyError, RequestError
+
+TOLD = 500  # characters of what the engine says of an error
 
 
-class UnavailableError(RequestError):
+class UnavailableError(BusyError):
     """The engine cannot be reached, or went away; the request can be sent again."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, 503, "service_unavailable")
 
 
 def embeds_part(embeds: Tensor) -> dict[str, Any]:
@@ -120,7 +120,9 @@ class Upstream:
     async def _send(self, verb: str, path: str, body: dict[str, Any] | None) -> Any:
         import httpx
 
-        request = self.client.build_request(verb, self.url + path, json=body, headers=self.headers)
+        content = None if body is None else await asyncio.to_thread(lambda: json.dumps(body).encode())  # it is large
+        headers = self.headers if body is None else {**self.headers, "Content-Type": "application/json"}
+        request = self.client.build_request(verb, self.url + path, content=content, headers=headers)
         try:
             response = await self.client.send(request, stream=True)
         except httpx.HTTPError as error:
@@ -196,5 +198,5 @@ def failure(told: dict[str, Any], status: int = 502) -> RequestError:
     inner = told.get("error")
     message = inner.get("message") if isinstance(inner, dict) else inner or told.get("message") or told.get("detail")
     if status >= 500:
-        return RequestError(f"the engine failed: {str(message)[:500]}", 502, "engine_error")
-    return RequestError(str(message)[:2000], status)
+        return RequestError(f"the engine failed: {str(message)[:TOLD]}", 502, "engine_error")
+    return RequestError(str(message)[:TOLD], status)

@@ -1,0 +1,232 @@
+"""Reads the messages of requests: which fields they may have, and that no text makes a word that stands for pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+from ...errors import cut, first_line, shown
+from ..template import source_template
+from .limits import Limits, RequestError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+FIELDS = frozenset(("role", "content", "name"))
+FIELDS_OF = {"assistant": FIELDS | {"tool_calls"}, "tool": FIELDS | {"tool_call_id"}}
+DETAILS = (None, "auto", "high")  # of a picture; its size is chosen by the model, and its tokens by "foveate"
+
+
+@dataclass
+class Conversation:
+    """Messages that have been read.
+
+    Attributes
+    ----------
+    messages : texts as lists of parts; a picture is ``{"type": "image", "number": its place in urls}``.
+    urls : of the pictures, in their order.
+    texts : all that a chat template may write, in its order, and where it is.
+    """
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    urls: list[str] = field(default_factory=list)
+    texts: list[tuple[str, str]] = field(default_factory=list)
+
+
+def read_messages(messages: Any, limits: Limits) -> Conversation:
+    """Read the messages of a request.
+
+    Raises
+    ------
+    RequestError : they are none, or too many, or say what is not known.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise RequestError("messages must be a list of at least one message", param="messages")
+    contents = (message.get("content") for message in messages if isinstance(message, dict))
+    number = len(messages) + sum(len(content) for content in contents if isinstance(content, list))
+    if number > limits.messages:
+        raise RequestError(f"{number} messages and parts of messages; at most {limits.messages} are allowed", 413, param="messages")
+    found = Conversation()
+    for place, message in enumerate(messages):
+        found.messages.append(_message(message, f"messages[{place}]", found))
+    if len(found.urls) > limits.pictures:
+        raise RequestError(f"{len(found.urls)} pictures in one request; at most {limits.pictures} are allowed", param="messages")
+    return found
+
+
+def _message(message: Any, where: str, found: Conversation) -> dict[str, Any]:
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise RequestError(f"{where} needs a role: {', '.join(ROLES)}", param=where)
+    role = message["role"]
+    message = known(message, FIELDS_OF.get(role, FIELDS), where)
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    elif content is None and role == "assistant":
+        content = []  # it called a tool
+    if not isinstance(content, list):
+        raise RequestError(f"{where}.content must be a text or a list of parts", param=where)
+    parts = [_part(part, f"{where}.content[{i}]", role, found) for i, part in enumerate(content)]
+    read: dict[str, Any] = {"role": role, "content": parts}
+    for name in message.keys() & {"name", "tool_call_id"}:
+        read[name] = _text(message[name], f"{where}.{name}", found)
+    if message.get("tool_calls"):
+        calls = message["tool_calls"]
+        if not isinstance(calls, list):
+            raise RequestError(f"{where}.tool_calls must be a list", param=where)
+        read["tool_calls"] = [_call(call, f"{where}.tool_calls[{i}]", found) for i, call in enumerate(calls)]
+    return read
+
+
+def known(sent: dict[str, Any], fields: frozenset[str], where: str) -> dict[str, Any]:
+    """The fields that say something.
+
+    Raises
+    ------
+    RequestError : one of them is none of ``fields``.
+    """
+    said = {name: value for name, value in sent.items() if value is not None and value != []}
+    odd = sorted(said.keys() - fields)
+    if odd:
+        raise RequestError(f"{where} has an unknown field {shown(odd[0])}. Known: {', '.join(sorted(fields))}.", param=where)
+    return said
+
+
+def _text(value: Any, where: str, found: Conversation) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{where} must be a text", param=where)
+    found.texts.append((value, where))
+    return value
+
+
+def _call(call: Any, where: str, found: Conversation) -> dict[str, Any]:
+    """The call of a tool; engines read its arguments before a template writes them."""
+    if not isinstance(call, dict) or not isinstance(call.get("function"), dict) or call.get("type", "function") != "function":
+        raise RequestError(f'{where} must be {{"id": ..., "type": "function", "function": {{...}}}}', param=where)
+    call = known(call, frozenset(("id", "type", "function", "index")), where)
+    function = known(call["function"], frozenset(("name", "arguments")), f"{where}.function")
+    name = _text(function.get("name"), f"{where}.function.name", found)
+    arguments = _text(function.get("arguments", "{}"), f"{where}.function.arguments", found)
+    try:
+        told = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        told = None
+    if not isinstance(told, dict) or too_deep(told, Limits.depth):
+        raise RequestError(f"{where}.function.arguments must be a text that is a JSON object", param=where)
+    found.texts += [(text, where) for text in strings(told)]
+    read = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"id": _text(call["id"], f"{where}.id", found), **read} if "id" in call else read
+
+
+def _part(part: Any, where: str, role: str, found: Conversation) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        part = known(part, frozenset(("type", "text", "cache_control")), where)
+        return {"type": "text", "text": _text(part.get("text"), f"{where}.text", found)}
+    if kind == "image_url":
+        url = told = known(part, frozenset(("type", "image_url", "cache_control")), where).get("image_url")
+        if isinstance(told, dict):
+            url = known(told, frozenset(("url", "detail")), f"{where}.image_url").get("url")
+            if told.get("detail") not in DETAILS:
+                raise RequestError(
+                    f"{where}.image_url.detail is {shown(told['detail'])}; 'auto' and 'high' are taken. For fewer visual tokens "
+                    'say how many: "foveate": {"budget": 64}.',
+                    param=where,
+                )
+        if not isinstance(url, str):
+            raise RequestError(f"{where}.image_url.url must be a text", param=where)
+        if role != "user":
+            raise RequestError(f"{where}: pictures can only be in messages of the user", param=where)
+        found.urls.append(url)
+        return {"type": "image", "number": len(found.urls) - 1}
+    raise RequestError(f"{where} must be of type text or image_url, and is {shown(kind)}", param=where)
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All texts in something of JSON, names of fields included, in their order."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, str):
+            yield each
+        elif isinstance(each, dict):
+            waiting += [inner for pair in reversed(each.items()) for inner in reversed(pair)]
+        elif isinstance(each, list):
+            waiting += reversed(each)
+
+
+def too_deep(value: Any, depth: int) -> bool:
+    """Whether something of JSON has more levels than that."""
+    level = [value]
+    for _ in range(depth):
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [*chain.from_iterable(inner)]
+        if not level:
+            return False
+    return True
+
+
+def check_words(texts: Sequence[tuple[str, str]], words: Sequence[str]) -> None:
+    """Refuse words that stand for pictures in prompts, also in pieces that a template may join, with or without spaces around.
+
+    Raises
+    ------
+    RequestError : there is one.
+    """
+    whole = "".join(text for text, _ in texts)
+    bare = "".join(text.strip() for text, _ in texts)
+    for word in words:
+        if word in whole or word in bare:
+            where = next((where for text, where in texts if word in text), "messages, in several parts,")
+            raise RequestError(f"{where} holds {word!r}, which stands for pictures in prompts. Leave it out.", param=where)
+
+
+class Rendering:
+    """Writes conversations by the chat template, and counts in them the words that stand for pictures.
+
+    Parameters
+    ----------
+    processor : whose template.
+    words : to be counted.
+    """
+
+    def __init__(self, processor: Any, words: Sequence[str]) -> None:
+        self.tokenizer, self.template, self.words = processor.tokenizer, source_template(processor), words
+        content: list[dict[str, Any]] = [{"type": "image"}, {"type": "text", "text": "a"}]
+        one = self.write([{"role": "user", "content": content}])
+        self.per_picture = {word: one.count(word) for word in words}
+
+    def write(self, messages: list[dict[str, Any]], tools: Any = None) -> str:
+        """The prompt of a conversation."""
+        options = {"chat_template": self.template, "tools": tools, "tokenize": False, "add_generation_prompt": True}
+        return str(self.tokenizer.apply_chat_template(messages, **options))
+
+    def check(self, messages: Sequence[dict[str, Any]], pictures: int, tools: Any = None) -> None:
+        """Refuse messages of which the template makes other words for pictures than its pictures need.
+
+        Raises
+        ------
+        RequestError : it does, or does not take the messages at all.
+        """
+        try:
+            written = self.write([_as_engines_read(message) for message in messages], tools)
+        except Exception as error:  # templates raise what their authors chose
+            raise RequestError(f"the chat template of the model does not take the messages: {cut(first_line(error))}") from error
+        for word in self.words:
+            if written.count(word) != pictures * self.per_picture[word]:
+                raise RequestError(
+                    f"in the prompt {word!r} is written {written.count(word)} times for {pictures} pictures. The texts make this "
+                    "word, which stands for pictures, or the chat template leaves pictures out.",
+                    param="messages",
+                )
+
+
+def _as_engines_read(message: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.loads(call["function"]["arguments"] or "{}")}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
