@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +16,11 @@ from torch import nn
 from .engine.model.anatomy import Anatomy, anatomy
 from .errors import FoveateError, InputError, MissingExtraError, UnsupportedModelError, first_line
 from .fingerprint import digest, fingerprint
+from .jsonl import parsed
 from .pocket import ADAPTERS, NAME, WEIGHTS
 
 POCKET = NAME
+ADAPTER = "adapter_config.json"
 SPREAD = "auto"  # the device that stands for all of them
 
 
@@ -150,7 +151,26 @@ def source_of(name: str) -> str:
 
 def is_adapter(name: str) -> bool:
     """Whether a name is that of an adapter of PEFT."""
-    return (Path(source_of(name)) / "adapter_config.json").is_file()
+    return (Path(source_of(name)) / ADAPTER).is_file()
+
+
+def base_of(folder: Path) -> str:
+    """The model that an adapter in a folder belongs to.
+
+    Raises
+    ------
+    InputError : the adapter does not say.
+    """
+    try:
+        base = parsed((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not isinstance(base, str) or not base:
+            raise ValueError("no name of a model")
+        if Path(base).expanduser().resolve() == folder.resolve():
+            raise ValueError("it names itself")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"{ADAPTER} does not name its model ({type(error).__name__}: {first_line(error)})"
+        raise InputError(f"the adapter {folder} cannot be loaded: {why}. Write it there, as base_model_name_or_path.") from error
+    return base
 
 
 def _place(device: str | torch.device | None) -> torch.device:
@@ -175,10 +195,7 @@ def _read(name: str, dtype: str | None, options: dict[str, Any]) -> tuple[Any, A
     except ImportError as error:
         raise MissingExtraError("peft", "peft") from error
     folder = Path(source_of(name))
-    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise InputError(f"{folder / 'adapter_config.json'} does not name its model. Write it there, as base_model_name_or_path.")
-    model, processor = _read(base, dtype, options)
+    model, processor = _read(base_of(folder), dtype, options)
     return PeftModel.from_pretrained(model, folder), processor
 
 

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from ..analysis.hardware import HARDWARE, Hardware
 from ..analysis.roofline import PARTS, Cost, Part
-from ..errors import InputError
+from ..errors import InputError, first_line
+from ..jsonl import parsed
 from .common import POCKET, err, out, wide
 
 CLOSE = 3.5  # percent
@@ -135,15 +136,15 @@ def _reported(path: Path, visual: str | None, layers: str | None) -> dict[str, d
     if visual is not None or layers is not None:
         raise InputError("a report brings its own visual tokens. Leave out --visual and --layers.")
     try:
-        document = json.loads(path.read_text())
+        document = parsed(path.read_text())
         runs = {
             "all visual tokens": {"report": unreduced(document), "patches": None},
             document["method"]["name"]: {"report": document},
         }
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"{path} is no report of a session ({reason}). Write one with session.report.to_json().") from error
     return runs
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..fingerprint import digest
+from ..jsonl import parsed
 
 Row = dict[str, Any]
 PICTURES = frozenset((".jpg", ".jpeg", ".png"))
@@ -63,7 +63,7 @@ def _file(path: Path) -> Path:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(_file(path).read_text(encoding="utf-8"))
+        return parsed(_file(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is no JSON: {error}. Use the file that the authors of the benchmark released.") from error
 
@@ -71,7 +71,7 @@ def _json(path: Path) -> Any:
 def _lines(path: Path) -> list[Any]:
     """A file of JSON lines."""
     try:
-        return [json.loads(line) for line in _file(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [parsed(line) for line in _file(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except ValueError as error:
         raise InputError(f"{path} holds no JSON lines: {error}. Use the file that the authors released.") from error
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..fingerprint import digest
-from ..jsonl import append, held, whole_lines
+from ..jsonl import append, held, parsed, whole_lines
 from ..methods.base import Method
 
 FORMAT = 2
@@ -83,7 +83,7 @@ class Store:
         known = False
         for number, _, line in whole_lines(file):
             try:
-                document = json.loads(line)
+                document = parsed(line)
                 if number == 1 and document["format"] != FORMAT:
                     raise ValueError("unknown format")
                 if document["setting"] != self.setting:
@@ -91,7 +91,7 @@ class Store:
                 known = True
                 if "key" in document:
                     self._found[document["key"]] = document["result"]
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
                     f"{file} is no store of foveate (line {number}, {type(error).__name__}). Give another file, or delete it."
                 ) from error

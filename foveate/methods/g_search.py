@@ -7,11 +7,11 @@ search itself is in ``foveate.tuning.search``.
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
+from ..jsonl import parsed
 from .tools.schedule import FILLED, PAPER, Schedule
 
 
@@ -74,7 +74,7 @@ def read_plan(path: str | Path) -> tuple[float, ...]:
     InputError : there is no such file, or it is no plan.
     """
     try:
-        rates = json.loads(Path(path).expanduser().read_text())["rates"]
+        rates = parsed(Path(path).expanduser().read_text())["rates"]
         if not isinstance(rates, list) or not all(isinstance(rate, int | float) and not isinstance(rate, bool) for rate in rates):
             raise TypeError("rates is no list of numbers")
         return tuple(float(rate) for rate in rates)

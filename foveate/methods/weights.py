@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FoveateError, InputError, first_line
+from ..jsonl import parsed
 
 FORMAT = 1
 CONFIG, TENSORS = "config.json", "model.safetensors"
@@ -35,7 +36,7 @@ class Weights:
     def __init__(self, name: str) -> None:
         self.name, self.folder = name, _folder(name)
         try:
-            self.config: dict[str, Any] = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
+            self.config: dict[str, Any] = parsed((self.folder / CONFIG).read_text(encoding="utf-8"))
             version, self.method = self.config["format"], str(self.config["method"])
             self.fields: dict[str, Any] = dict(self.config["fields"])
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -7,7 +7,6 @@ layer cut and the neurons are really saved, and heads are pruned by zero values,
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 from ..cuts import Cut, Pattern, PromptTokens
 from ..errors import InputError
+from ..jsonl import parsed
 from .base import DecoderReducer
 from .tools.schedule import steps
 
@@ -80,7 +80,7 @@ def read_heads(path: str | Path) -> tuple[tuple[bool, ...], ...]:
     InputError : there is no such file, or it holds no head mask.
     """
     try:
-        heads = json.loads(Path(path).expanduser().read_text())["heads"]
+        heads = parsed(Path(path).expanduser().read_text())["heads"]
         if not all(isinstance(layer, list) and all(isinstance(head, bool) for head in layer) for layer in heads):
             raise TypeError("heads is no list of lists of true and false")
         return tuple(tuple(layer) for layer in heads)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..engine.model.anatomy import Anatomy, anatomy
 from ..errors import FoveateError, InputError, first_line
+from ..jsonl import parsed
 from ..loading import check_plain_positions, load, merged, quiet_loading
 from .files import fingerprint
 from .template import PLACEHOLDER, chat_template, collapsed, placeholder
@@ -139,7 +140,7 @@ def described(folder: Path) -> Exported:
     InputError : the folder is no export.
     """
     try:
-        return Exported(**json.loads((folder / MARK).read_text()))
+        return Exported(**parsed((folder / MARK).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{folder} is no export. Write one with 'foveate export MODEL {folder}'.") from error
 

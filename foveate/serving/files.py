@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ..errors import InputError, first_line
 from ..fingerprint import digest
-from ..loading import is_adapter, source_of
+from ..loading import base_of, is_adapter, source_of
 
 CHUNK, CHUNKS = 4096, 256  # bytes of a file that its fingerprint reads at a time, and how often at most
 FILES = (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt")
@@ -36,7 +35,4 @@ def fingerprint(model: str) -> str:
                 opened.seek(place)
                 parts.append(opened.read(CHUNK))
         parts.append(f"{file.name} {size}")
-    base = None
-    if is_adapter(model):
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    return digest(*parts, fingerprint(base) if base else "")
+    return digest(*parts, fingerprint(base_of(folder)) if is_adapter(model) else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from typing import Any
 
 from ..chat import make_inputs
 from ..errors import InputError
-from ..images import open_picture
+from ..images import check_regular, open_picture
+from ..jsonl import parsed
 from ..lab.exam import WORDS, Asker, said
 from ..lab.testset import TestSet
 from ..loading import Loaded
@@ -38,14 +38,17 @@ def read_examples(path: Path) -> list[Example]:
     ------
     InputError : the file cannot be read, or a line is not such an example.
     """
+    check_regular(path, "file of examples")
     try:
         lines = [line for line in path.read_text().splitlines() if line.strip()]
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is no file of JSON lines: {error}") from error
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            entry = json.loads(line)
+            entry = parsed(line)
             if not re.search(r"\w", str(entry["answer"])):
                 raise ValueError("the answer is empty")
             found.append(Example(path.parent / entry["image"], str(entry["question"]), str(entry["answer"])))
