@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import InputError, UnsupportedModelError
@@ -165,6 +166,9 @@ Merge = Regroup  # its name before version 1
 class Reduction:
     """Which visual tokens stay: the outputs are ``weights @ features``, or ``features[index]`` where ``weights`` is None.
 
+    Weights are a matrix, or links: link e adds ``weights[b, e]`` times the token at ``sources[b, e]`` to output ``into[b, e]``.
+    ``matrix`` gives the matrix of both. Outputs of few tokens each, or few outputs of all of them, are far cheaper as links.
+
     A method with learnt tokens gives its outputs themselves as ``made``; ``weights`` and ``added`` are None then.
 
     Attributes
@@ -172,7 +176,8 @@ class Reduction:
     index : [B, M] the source token at whose grid cell (and position) each output token sits, in output order.
     valid : [B, M] bool, image b keeps the tokens with valid[b]; None = all of them. Ragged counts thus need no host
         synchronisation.
-    weights : [B, M, N] merge matrix, or None for pure selection.
+    weights : [B, M, N] merge matrix, or [B, E] of links; None for pure selection.
+    sources, into : [B, E] the links, in ascending order of ``into``; those into output M lead nowhere. None = a matrix.
     scores : [B, N] float32 importance for pictures and reports, or None.
     threshold : [B] the score from which a token was kept, where the method has such a value (adaptive rules).
     added : [B, E, C] tokens that are not made of patches, such as [CLS]; they are the first E outputs, and stand at cells that were
@@ -197,6 +202,8 @@ class Reduction:
     space: Literal["features", "decoder"] = "features"
     attention: Tensor | None = None
     drawn: Tensor | None = None
+    sources: Tensor | None = None
+    into: Tensor | None = None
 
     def apply(self, features: Tensor) -> Tensor:
         """[B, N, C] -> [B, M, C] output tokens (the invalid ones included: mask them with ``valid``)."""
@@ -205,8 +212,10 @@ class Reduction:
         added = 0 if self.added is None else self.added.shape[1]
         if self.weights is None:
             chosen = features.gather(1, self.index[:, added:, None].expand(-1, -1, features.shape[-1]))
+        elif self.sources is None or self.into is None:
+            chosen = product(self.weights[:, added:], features)
         else:
-            chosen = self.weights[:, added:].to(features.dtype) @ features
+            chosen = sums_of_links(features, self.sources, self.into, self.weights, self.index.shape[1])[:, added:]
         return chosen if self.added is None else torch.cat([self.added.to(chosen), chosen], 1)
 
     def carry(self, values: Tensor) -> Tensor:
@@ -224,7 +233,19 @@ class Reduction:
                 "which visual tokens its outputs were made of (Reduction.attention)."
             )
         share = self.attention / self.attention.sum(-1, keepdim=True).clamp(min=1e-9)
-        return share.to(values.dtype) @ values
+        return product(share, values)
+
+    def matrix(self, tokens: int) -> Tensor:
+        """[B, M, N] float32 what each output takes of each of N source tokens, where outputs are made of them."""
+        (batch, outputs), links = self.index.shape, (self.sources, self.into)
+        if self.weights is not None and links[0] is None:
+            return self.weights
+        matrix = torch.zeros(batch, (outputs + 1) * tokens, device=self.index.device)
+        if self.weights is None or links[0] is None or links[1] is None:
+            place = torch.arange(outputs, device=self.index.device) * tokens
+            return matrix.scatter(1, place + self.index, 1.0)[:, : outputs * tokens].unflatten(1, (outputs, tokens))
+        matrix = matrix.scatter_add(1, links[1] * tokens + links[0], self.weights)
+        return matrix[:, : outputs * tokens].unflatten(1, (outputs, tokens))
 
     def are_made(self) -> Tensor:
         """[B] bool, images whose outputs were made."""
@@ -256,6 +277,8 @@ class Reduction:
             valid = valid & (torch.arange(outputs, device=valid.device) >= self.added.shape[1])
         if self.weights is None:
             owner = self.index.new_full((batch, tokens), -1)
+        elif self.sources is not None and self.into is not None:
+            owner = _owner_of_links(self.sources, self.into, self.weights, valid, tokens)
         else:
             share, owner = self.weights.float().abs().masked_fill(~valid[..., None], 0).max(1)
             owner = owner.masked_fill(share == 0, -1)
@@ -263,6 +286,39 @@ class Reduction:
         spare = owner.new_full((batch, 1), -1)  # invalid outputs write to a column that is cut off again
         target = self.index.masked_fill(~valid, tokens)
         return torch.cat([owner, spare], 1).scatter(1, target, place)[:, :tokens]
+
+
+def product(weights: Tensor, values: Tensor) -> Tensor:
+    """[B, M, N] @ [B, N, C] in the dtype of the values. CPUs sum in float32, for many have no units for half precision."""
+    wide = torch.promote_types(values.dtype, torch.float32) if values.device.type == "cpu" else values.dtype
+    return (weights.to(wide) @ values.to(wide)).to(values.dtype)
+
+
+def sums_of_links(values: Tensor, sources: Tensor, into: Tensor, weights: Tensor, outputs: int) -> Tensor:
+    """[B, N, C] -> [B, M, C], M = ``outputs``: weighted sums along links [B, E], as in ``Reduction``."""
+    batch, tokens, channels = values.shape
+    row = torch.arange(batch, device=values.device)[:, None]
+    ends = torch.arange(outputs + 1, device=values.device).expand(batch, -1).contiguous()
+    begin = torch.searchsorted(into.contiguous(), ends) + row * into.shape[1]  # where the links of each output begin
+    sums = F.embedding_bag(
+        (sources + row * tokens).flatten(),
+        values.flatten(0, 1),
+        begin.flatten(),
+        mode="sum",
+        per_sample_weights=weights.to(values.dtype).flatten(),
+    )
+    return sums.view(batch, outputs + 1, channels)[:, :outputs]
+
+
+def _owner_of_links(sources: Tensor, into: Tensor, weights: Tensor, valid: Tensor, tokens: int) -> Tensor:
+    """[B, N] the output that took most of each token, the first one of several; -1 = none did."""
+    outputs = valid.shape[1]
+    real = torch.cat([valid, torch.zeros_like(valid[:, :1])], 1).gather(1, into)
+    share = weights.abs().masked_fill(~real, 0)
+    most = torch.zeros(len(valid), tokens, device=valid.device).scatter_reduce(1, sources, share, "amax")
+    first = torch.where((share > 0) & (share == most.gather(1, sources)), into, outputs)
+    owner = into.new_full((len(valid), tokens), outputs).scatter_reduce(1, sources, first, "amin")
+    return owner.masked_fill(owner == outputs, -1)
 
 
 def keep_all(features: Tensor) -> Reduction:

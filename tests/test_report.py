@@ -35,7 +35,7 @@ def test_the_source_map_counts_only_real_outputs(session):
         assert len(image.source) == zoo.TOKENS
         assert set(image.source) <= set(range(-1, image.after))
         assert all(image.source[cell] == number for number, cell in enumerate(image.kept))
-        weights = encoded.reduction.weights[i][encoded.reduction.mask()[i]]
+        weights = encoded.reduction.matrix(zoo.TOKENS)[i][encoded.reduction.mask()[i]]
         for cell in range(zoo.TOKENS):
             if cell not in image.kept and image.source[cell] >= 0:
                 assert weights[image.source[cell], cell] == weights[:, cell].max() > 0

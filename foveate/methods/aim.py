@@ -16,11 +16,13 @@ from typing_extensions import Self
 
 from ..cuts import Cut, PromptTokens
 from ..errors import InputError
-from ..tokens import Budget, EncoderLayer, Reduction, VisualTokens, resolve_budget
+from ..tokens import Budget, EncoderLayer, Reduction, VisualTokens, resolve_budget, sums_of_links
 from .base import DecoderReducer, FrontReducer, Method, ProjectorReducer
+from .tools.merging import links_of
+from .tools.plans import outputs_of
 from .tools.schedule import steps
 from .tools.scoring import page_rank
-from .tools.selection import best_of_images
+from .tools.selection import best_of_images, rows_at_once
 
 PAPER = "https://arxiv.org/abs/2412.03248"
 
@@ -45,29 +47,34 @@ class AIMMerge(ProjectorReducer, name="aim-merge", paper=PAPER, adaptive=False):
     def reduce(self, tokens: VisualTokens) -> Reduction:
         metric, number = tokens.taps["last"].patch_keys.float(), tokens.number
         goal = resolve_budget(self.budget, number) or number
-        weights = torch.eye(number, device=metric.device).expand(len(metric), -1, -1)
-        index = torch.arange(number, device=metric.device).expand(len(metric), -1)
+        index = owner = torch.arange(number, device=metric.device).expand(len(metric), -1)
+        share = torch.ones_like(metric[..., 0])  # of each token in the output that it went to
         while index.shape[1] > goal:
-            step, chosen = self._step(metric, index, min(index.shape[1] - goal, index.shape[1] // 2))
-            metric, weights, index = step @ metric, step @ weights, index.gather(1, chosen)
-        return Reduction(index, weights=weights)
+            left, target = self._step(metric, index, min(index.shape[1] - goal, index.shape[1] // 2))
+            parts = torch.zeros_like(left, dtype=torch.float32).scatter_add(1, target, torch.ones_like(metric[..., 0]))
+            part = 1 / parts.gather(1, target)
+            index = index.gather(1, left)
+            owner, share = target.gather(1, owner), share * part.gather(1, owner)
+            if index.shape[1] > goal:
+                metric = sums_of_links(metric, *links_of(target, part), left.shape[1])
+        return Reduction(index, **links_of(owner, share)._asdict())
 
     def _step(self, metric: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Weights [B, T - count, T] of one round, and the place [B, T - count] that each output sits at."""
+        """Of one round, the place [B, T - count] that each output sits at, and the output [B, T] that each token goes to."""
         unit = F.normalize(metric, dim=-1)
-        best = (unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)
-        ranked = best.values.argsort(dim=-1, descending=True, stable=True)
+        partners = unit[:, 1::2].transpose(1, 2)
+        best = [(some @ partners).max(-1) for some in unit[:, 0::2].split(rows_at_once(metric.shape[1] // 2), 1)]
+        ranked = torch.cat([pairs.values for pairs in best], 1).argsort(dim=-1, descending=True, stable=True)
+        partner = torch.cat([pairs.indices for pairs in best], 1)
         merging, staying = 2 * ranked[:, :count], 2 * ranked[:, count:]
-        into = 2 * best.indices.gather(1, ranked[:, :count]) + 1
         length = metric.shape[1]
         odd = torch.arange(1, length, 2, device=metric.device).expand(len(metric), -1)
         left = torch.cat([staying, odd], 1)
         if self.order == "raster":
             left = left.gather(1, index.gather(1, left).argsort(dim=1))
-        pairs = torch.eye(length, device=metric.device).repeat(len(metric), 1, 1)
-        pairs[torch.arange(len(metric), device=metric.device)[:, None], into, merging] = 1.0
-        rows = pairs.gather(1, left[..., None].expand(-1, -1, length))
-        return rows / rows.sum(-1, keepdim=True), left
+        target = outputs_of(left, length, 0)
+        into = 2 * partner.gather(1, ranked[:, :count]) + 1
+        return left, target.scatter(1, merging, target.gather(1, into))
 
 
 @dataclass(kw_only=True)

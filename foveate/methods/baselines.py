@@ -18,6 +18,7 @@ from typing_extensions import Self
 from ..errors import InputError
 from ..tokens import Reduction, VisualTokens, resolve_budget
 from .base import ProjectorReducer
+from .tools.merging import links_of
 from .tools.selection import grid_middles, lattice_blocks, uniform_lattice
 
 BASELINES = ("random", "spatial", "resize", "sequential", "pool")
@@ -101,12 +102,12 @@ class Pool(ProjectorReducer, name="pool", paper="https://arxiv.org/abs/2405.2098
     def reduce(self, tokens: VisualTokens) -> Reduction:
         rows, columns = tokens.grid
         count = _count(self, tokens)
-        weights = torch.zeros(count, rows, columns)
+        owner, share = torch.zeros(rows, columns, dtype=torch.long), torch.zeros(rows, columns)
         for number, (top, end, left, right) in enumerate(lattice_blocks(rows, columns, count)):
-            weights[number, top:end, left:right] = 1 / ((end - top) * (right - left))
-        weights = weights.flatten(1).to(tokens.features.device, non_blocking=True)
-        index = _same_for_all(uniform_lattice(rows, columns, count), tokens).index
-        return Reduction(index, weights=weights.expand(len(tokens.features), -1, -1))
+            owner[top:end, left:right], share[top:end, left:right] = number, 1 / ((end - top) * (right - left))
+        batch, device = len(tokens.features), tokens.features.device
+        links = links_of(*(each.view(1, -1).to(device, non_blocking=True).expand(batch, -1) for each in (owner, share)))
+        return Reduction(_same_for_all(uniform_lattice(rows, columns, count), tokens).index, **links._asdict())
 
 
 @dataclass(kw_only=True)

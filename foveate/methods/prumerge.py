@@ -7,7 +7,7 @@ difference a field.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from typing_extensions import Self
 from ..errors import InputError
 from ..tokens import EncoderLayer, Reduction, VisualTokens, resolve_budget
 from .base import ProjectorReducer
-from .tools.merging import Similarity, neighbour_weights, normalised, rest_token, similarity
+from .tools.merging import Similarity, nearest_neighbours, neighbour_links, with_rest
 from .tools.scoring import Heads, cls_attention
 from .tools.selection import iqr_fence, order_keys, ranks, take_in_order
 
@@ -107,16 +107,15 @@ class PruMerge(ProjectorReducer, name="prumerge", paper="https://arxiv.org/abs/2
         index, valid = take_in_order(order_keys(scores, first, choice.kept), choice.most)
         if not self.merge:
             return Reduction(index, valid if budget is None else None, None, scores, choice.fence)
-        similar = similarity(tokens.taps[self.key_layer].patch_keys, index, self.similarity)
         pool = ~choice.kept if self.neighbour_pool == "pruned" else torch.ones_like(choice.kept)
-        weights = neighbour_weights(similar, scores, index, pool, self.merging(choice).gather(1, index), self.k, self.include_self)
-        weights = normalised(weights) if self.normalise_weights else weights
+        near, real = nearest_neighbours(tokens.taps[self.key_layer].patch_keys, index, pool, self.similarity, self.k)
+        centre = self.merging(choice).gather(1, index)
+        links = neighbour_links(near, real, scores, index, centre, self.include_self, self.normalise_weights)
         if rest:
-            place, dropped, row = rest_token(scores, choice.kept)
-            row = normalised(row) if self.normalise_weights else row
-            index, valid = torch.cat([index, place], 1), torch.cat([valid, dropped], 1)
-            weights = torch.cat([weights, row], 1)
-        return Reduction(index, valid if budget is None else None, weights, scores, choice.fence)
+            links, cell, dropped = with_rest(links, index, scores, choice.kept, self.normalise_weights)
+            index, valid = torch.cat([index, cell], 1), torch.cat([valid, dropped], 1)
+        found = Reduction(index, valid if budget is None else None, scores=scores, threshold=choice.fence)
+        return replace(found, **links._asdict())
 
     def choose(self, scores: Tensor, grid: tuple[int, int], slots: int | None) -> Choice:
         """Section 3.2: the outliers of each image, or the ``slots`` highest scores [B, N]."""

@@ -12,7 +12,8 @@ from typing_extensions import Self
 from ..errors import FoveateError, InputError
 from ..tokens import EncoderLayer, EncoderTap, Reduction, VisualTokens, resolve_budget
 from .base import ProjectorReducer
-from .tools.merging import normalised, one_hot, similarity
+from .tools.merging import Links, links_of, similarity
+from .tools.plans import outputs_of
 from .tools.scoring import cls_attention
 
 
@@ -67,27 +68,24 @@ class VisionZip(ProjectorReducer, name="visionzip", paper="https://arxiv.org/abs
         step = max(1, rest.shape[1] // max(1, merged))
         target = rest[:, : step * merged : step]
         index = torch.cat([dominant, target], 1)
-        weights = None
-        if merged:
-            weights = torch.cat([one_hot(dominant, number), self._merged(tap, rest, target)], 1)
-        if self.order == "raster":
-            index, place = index.sort(-1)
-            weights = None if weights is None else weights.gather(1, place[..., None].expand(-1, -1, number))
+        index = index.sort(-1).values if self.order == "raster" else index
+        links = self._merged(tap, index, target) if merged else None
         if cls is not None:  # it stands at the first cell that nothing else stands at
             spot = 0 if merged == 0 else 1 if step > 1 else merged
             index = torch.cat([rest[:, spot : spot + 1], index], 1)
-            weights = None if weights is None else torch.cat([torch.zeros_like(weights[:, :1]), weights], 1)
-        return Reduction(index, weights=weights, scores=scores, added=cls)
+            links = None if links is None else links._replace(into=links.into + 1)
+        return Reduction(index, scores=scores, added=cls, **({} if links is None else links._asdict()))
 
-    def _merged(self, tap: EncoderTap, rest: Tensor, target: Tensor) -> Tensor:
-        """[B, c, N] weights of the tokens at ``target``, into which the others of ``rest`` [B, n] go."""
+    def _merged(self, tap: EncoderTap, index: Tensor, target: Tensor) -> Links:
+        """Tokens that stand nowhere in ``index`` [B, M] go to the target that is most like them."""
         keys = tap.patch_keys.float().unflatten(-1, (tap.heads, -1)).mean(2)
-        number = keys.shape[1]
-        moves = torch.zeros_like(keys[..., 0]).scatter(1, rest, 1.0).scatter(1, target, 0.0)
-        owner = similarity(keys, target, "cosine").argmax(1)
-        others = one_hot(owner, target.shape[1]).transpose(1, 2) * moves[:, None]
-        weights = one_hot(target, number) + normalised(others)
-        return normalised(weights) if self.normalise_weights else weights
+        own = outputs_of(index, keys.shape[1], -1)
+        moves = own < 0
+        nearest = similarity(keys, target, "cosine").argmax(1)
+        owner = torch.where(moves, own.gather(1, target.gather(1, nearest)), own)
+        others = torch.zeros_like(index, dtype=torch.float32).scatter_add(1, owner, moves.float()).gather(1, owner)
+        share = torch.where(moves, 1 / others.clamp(min=1), 1.0)
+        return links_of(owner, share / (1 + (others > 0)) if self.normalise_weights else share)
 
     def _cls(self, tap: EncoderTap, features: Tensor) -> Tensor | None:
         """[B, 1, C] the state of [CLS], where it is kept."""

@@ -105,13 +105,41 @@ def test_uniform_stride(tokens, count):
 
 
 def test_nearest_neighbours_never_leave_the_allowed_tokens():
-    similar = torch.randn(2, 3, 7)
-    allowed = torch.zeros(2, 3, 7, dtype=torch.bool)
-    allowed[..., [1, 4]] = True
-    chosen = nearest_neighbours(similar, allowed, 5)
-    assert torch.equal(chosen, allowed)
-    assert not nearest_neighbours(similar, torch.zeros_like(allowed), 5).any()
-    assert nearest_neighbours(similar, torch.ones_like(allowed), 4).sum(-1).unique().tolist() == [4]
+    keys, index = torch.randn(2, 7, 5), torch.tensor([[0, 1, 6], [2, 4, 5]])
+    allowed = torch.zeros(2, 7, dtype=torch.bool)
+    allowed[:, [1, 4]] = True
+    near, real = nearest_neighbours(keys, index, allowed, "cosine", 5)
+    for b in range(2):
+        for m, own in enumerate(index[b].tolist()):
+            assert set(near[b, m][real[b, m]].tolist()) == {1, 4} - {own}
+    assert not nearest_neighbours(keys, index, allowed & False, "dot", 5)[1].any()
+    near, real = nearest_neighbours(keys, index, allowed | True, "dot", 4)
+    assert real.all()
+    products = (keys @ keys.mT).masked_fill(torch.eye(7, dtype=torch.bool), float("-inf"))
+    assert torch.equal(near, products.gather(1, index[..., None].expand(-1, -1, 7)).topk(4).indices)
+
+
+def test_links_are_the_matrix_that_they_stand_for():
+    """Sums, their gradients and the source map, with links that lead nowhere and outputs without links."""
+    sources, into = torch.tensor([[3, 0, 1, 3, 2], [0, 1, 2, 3, 4]]), torch.tensor([[0, 0, 2, 2, 3], [0, 1, 1, 2, 2]])
+    weights = torch.tensor([[0.5, 0.25, 1.0, 0.75, 9.0], [1.0, 0.0, 0.5, 0.5, 0.5]])
+    index, valid = torch.tensor([[3, 4, 1], [0, 2, 4]]), torch.tensor([[True, True, True], [True, True, False]])
+    links = Reduction(index, valid, weights, sources=sources, into=into)
+    matrix = links.matrix(5)
+    assert matrix[0].tolist() == [[0.25, 0, 0, 0.5, 0], [0] * 5, [0, 1, 0, 0.75, 0]]
+    dense = Reduction(index, valid, matrix)
+    assert torch.equal(links.source_map(5), dense.source_map(5))
+    assert links.source_map(5).tolist() == [[0, 2, -1, 0, 1], [0, -1, 1, -1, -1]]
+    for dtype in (torch.float32, torch.float64):
+        features = torch.randn(2, 5, 4, dtype=dtype, requires_grad=True)
+        gradients = []
+        for reduction in (links, dense):
+            torch.testing.assert_close(reduction.apply(features), (matrix.to(dtype) @ features), atol=1e-6, rtol=1e-6)
+            gradients += torch.autograd.grad(reduction.apply(features).square().sum(), features)
+        torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+    half = torch.randn(2, 5, 4).bfloat16()
+    torch.testing.assert_close(links.apply(half).float(), matrix @ half.float(), atol=0.05, rtol=0.02)
+    assert torch.equal(Reduction(index).matrix(5), torch.eye(5)[index])
 
 
 def test_baselines():
@@ -132,8 +160,8 @@ def test_pool_is_average_pooling():
     features = tokens.features.transpose(1, 2).reshape(2, 4, 6, 8)
     expected = torch.nn.functional.avg_pool2d(features, 2).flatten(2).transpose(1, 2)
     torch.testing.assert_close(pooled.apply(tokens.features), expected)
-    torch.testing.assert_close(pooled.weights.sum(-1), torch.ones(2, 12))
-    assert ((pooled.weights > 0).sum(1) == 1).all(), "every token goes to exactly one"
+    torch.testing.assert_close(pooled.matrix(48).sum(-1), torch.ones(2, 12))
+    assert ((pooled.matrix(48) > 0).sum(1) == 1).all(), "every token goes to exactly one"
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3,), (1, 2, 3)])

@@ -122,21 +122,21 @@ def test_visionzip_as_published_is_54_and_10_tokens():
     reduction = VisionZip.released(budget=64).reduce(visual)
     assert reduction.index.shape == (1, 64)
     assert reduction.added.shape == (1, 1, 16)
-    of = (reduction.weights != 0).sum(-1)[0]
+    of = (reduction.matrix(576) != 0).sum(-1)[0]
     assert of[0] == 0, "[CLS] is made of no patch"
     assert (of[1:54] == 1).all()
     assert (of[54:] > 1).all()
     assert of.sum() == 576, "every patch is in one output"
     plain = VisionZip(budget=64).reduce(visual)
-    assert (plain.weights != 0).sum(-1).gt(1).sum() == 10
-    torch.testing.assert_close(plain.weights.sum(-1), torch.ones(1, 64))
+    assert (plain.matrix(576) != 0).sum(-1).gt(1).sum() == 10
+    torch.testing.assert_close(plain.matrix(576).sum(-1), torch.ones(1, 64))
 
 
 def test_visionzip_without_cls_is_made_of_patches_only():
     reduction = VisionZip.released(budget=12).reduce(tokens(cls=False))
     assert reduction.added is None
     assert reduction.index.shape == (3, 12)
-    assert (reduction.weights != 0).any(-1).all()
+    assert (reduction.matrix(64) != 0).any(-1).all()
 
 
 def test_visionzip_refuses_features_that_cls_does_not_fit():

@@ -1,14 +1,13 @@
-"""How dropped visual tokens are merged into kept ones: matrices W [B, M, N], outputs are W @ features."""
+"""How dropped visual tokens are merged into kept ones: links between source tokens and outputs."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .selection import best_of_images
+from .selection import best_of_images, rows_at_once
 
 Similarity = Literal["cosine", "dot"]
 
@@ -23,37 +22,66 @@ def similarity(keys: Tensor, index: Tensor, kind: Similarity) -> Tensor:
     return products * scale[:, None] * scale.gather(1, index)[..., None]
 
 
-def nearest_neighbours(similar: Tensor, allowed: Tensor, k: int) -> Tensor:
-    """[B, M, N] bool: for each of M rows, its ``k`` most similar allowed tokens (fewer where fewer are allowed)."""
-    candidates = similar.masked_fill(~allowed, float("-inf"))
-    nearest = candidates.topk(min(k, similar.shape[-1]), dim=-1)
-    chosen = torch.zeros_like(candidates, dtype=torch.bool)
-    return chosen.scatter(-1, nearest.indices, nearest.values > float("-inf"))
+@torch.no_grad()
+def nearest_neighbours(keys: Tensor, index: Tensor, allowed: Tensor, kind: Similarity, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` allowed tokens that are most similar to each of those at ``index`` [B, M], itself not among them.
 
-
-def one_hot(index: Tensor, tokens: int) -> Tensor:
-    """[B, M, N] float32, 1 where output m sits at token n."""
-    return F.one_hot(index, tokens).float()
-
-
-def neighbour_weights(
-    similar: Tensor, scores: Tensor, index: Tensor, allowed: Tensor, centre: Tensor, k: int, include_self: bool
-) -> Tensor:
-    """[B, M, N] each output is its own token plus its ``k`` nearest ones weighted by their scores (PruMerge, Algorithm 1, line 12).
+    Some outputs at a time, so that similarities to all tokens are never there at once.
 
     Parameters
     ----------
-    similar : [B, M, N] of the outputs to all tokens.
+    keys : [B, N, C].
+    allowed : [B, N] bool.
+
+    Returns
+    -------
+    [B, M, k] tokens, and which of them are real, [B, M, k] bool: there may be fewer than ``k``.
+    """
+    keys, number = keys.float(), keys.shape[1]
+    scale = torch.ones_like(keys[..., 0]) if kind == "dot" else keys.norm(dim=-1).clamp(min=1e-12).reciprocal()
+    found = []
+    for some in index.split(rows_at_once(number), 1):
+        similar = keys.gather(1, some[..., None].expand(-1, -1, keys.shape[-1])) @ keys.transpose(1, 2)
+        similar = similar.mul_(scale[:, None]).masked_fill_(~allowed[:, None], float("-inf"))
+        found.append(similar.scatter_(2, some[..., None], float("-inf")).topk(min(k, number), dim=-1))
+    return torch.cat([near.indices for near in found], 1), torch.cat([near.values for near in found], 1) > float("-inf")
+
+
+class Links(NamedTuple):
+    """Weighted sums of few tokens each, as in ``Reduction``: all [B, E]."""
+
+    sources: Tensor
+    into: Tensor
+    weights: Tensor
+
+
+def neighbour_links(
+    near: Tensor, real: Tensor, scores: Tensor, index: Tensor, centre: Tensor, include_self: bool, normalise: bool
+) -> Links:
+    """Each output is its own token plus its nearest ones weighted by their scores (PruMerge, Algorithm 1, line 12).
+
+    Parameters
+    ----------
+    near, real : [B, M, k], as from ``nearest_neighbours``.
     scores : [B, N].
     index : [B, M] the token at which an output sits.
-    allowed : [B, N] bool, tokens that may be merged into others.
     centre : [B, M] bool; outputs that are no centres only copy their token.
-    k : neighbours, fewer where fewer are allowed.
     include_self : whether the own token counts, with weight 1; it does where there is no neighbour.
+    normalise : whether weights of an output are divided by their sum.
     """
-    own = one_hot(index, scores.shape[1])
-    near = nearest_neighbours(similar, allowed[:, None] & (own == 0), k) & centre[..., None]
-    return near * scores[:, None] + own * (include_self | ~near.any(-1, keepdim=True))
+    real = real & centre[..., None]
+    own = (include_self | ~real.any(-1, keepdim=True)).float()
+    shares = scores[:, None].expand(-1, len(index[0]), -1).gather(2, near) * real
+    weights = torch.cat([own, shares], 2)
+    into = torch.arange(index.shape[1], device=index.device)[:, None].expand(weights.shape)
+    weights = normalised(weights) if normalise else weights
+    return Links(torch.cat([index[..., None], near], 2).flatten(1), into.flatten(1), weights.flatten(1))
+
+
+def links_of(owner: Tensor, share: Tensor) -> Links:
+    """Links of tokens that each go to one output, ``owner`` [B, N], with weight ``share`` [B, N]."""
+    into, sources = owner.sort(dim=1, stable=True)
+    return Links(sources, into, share.gather(1, sources))
 
 
 def normalised(weights: Tensor) -> Tensor:
@@ -61,14 +89,16 @@ def normalised(weights: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
-def rest_token(scores: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One token for everything dropped: the sum of the tokens outside ``kept`` [B, N], weighted by ``scores`` [B, N].
+def with_rest(links: Links, index: Tensor, scores: Tensor, kept: Tensor, normalise: bool) -> tuple[Links, Tensor, Tensor]:
+    """One more output for everything dropped: the sum of the tokens outside ``kept`` [B, N], weighted by ``scores`` [B, N].
 
-    Returns its cell [B, 1] (the dropped token with the highest score), whether anything was dropped [B, 1], and its row of
-    weights [B, 1, N].
+    Returns the links, its cell [B, 1] (the dropped token with the highest score), and whether anything was dropped [B, 1].
     """
-    place = scores.masked_fill(kept, -1).argmax(-1, keepdim=True)
-    return place, ~kept.all(-1, keepdim=True), scores.masked_fill(kept, 0)[:, None]
+    cell, row = scores.masked_fill(kept, -1).argmax(-1, keepdim=True), scores.masked_fill(kept, 0)
+    every = torch.arange(scores.shape[1], device=scores.device).expand_as(kept)
+    more = Links(every, torch.full_like(every, index.shape[1]), normalised(row) if normalise else row)
+    both = Links(*(torch.cat(pair, 1) for pair in zip(links, more, strict=True)))
+    return both, cell, ~kept.all(-1, keepdim=True)
 
 
 def cluster_weights(features: Tensor, pool: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor, Tensor]:

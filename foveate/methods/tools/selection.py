@@ -170,6 +170,11 @@ def _stage_ratio(share: float, cuts: tuple[int, ...], layers: int) -> float:
     return high
 
 
+def rows_at_once(number: int) -> int:
+    """Rows of a matrix of ``number`` columns to work on at a time, so that they stay in a cache. The same in every batch."""
+    return max(128, 2**20 // number)
+
+
 @torch.no_grad()
 def cosines(features: Tensor, block: int = 384) -> Tensor:
     """[B, N, N] float32 cosine similarity of the tokens of each image; a token of zeros is like no other.

@@ -311,7 +311,7 @@ def test_gradients_of_adapters_equal_the_spliced_prompt(kind):
     got = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     model.zero_grad()
     reduction = session.report.reduction
-    spliced_loss(model.get_base_model(), inputs, labels, reduction.weights[0][reduction.mask()[0]]).backward()
+    spliced_loss(model.get_base_model(), inputs, labels, reduction.matrix(zoo.TOKENS)[0][reduction.mask()[0]]).backward()
     for part in ("vision_tower.encoder.layers.1.mlp", "multi_modal_projector", "language_model.layers.3"):
         mine = [name for name in got if part in name]
         assert len(mine) >= 4
