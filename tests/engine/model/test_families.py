@@ -161,7 +161,7 @@ def made_by_hand(model: torch.nn.Module, heard: list, features: Tensor, kept: Se
             near = torch.cdist(projector(grid[None])[0], features, compute_mode="donot_use_mm_for_euclid_dist").min(1)
             if near.values.max() > 1e-3:
                 continue  # of another row
-            weights = torch.eye(len(grid))[answer.index[b]] if answer.weights is None else answer.weights[b]
+            weights = answer.matrix(len(grid))[b]
             outputs = weights @ grid
             if answer.made is not None:
                 weights, outputs = answer.attention[b], answer.made[b]
