@@ -107,7 +107,8 @@ def around(processor: Any) -> tuple[str, str]:
     number = tokenizer.convert_tokens_to_ids(placeholder(processor))
     found = set()
     for size in PICTURES:
-        ids = processor(text=str(processor.image_token), images=[Image.new("RGB", size)], add_special_tokens=False)["input_ids"][0]
+        picture = Image.new("RGB", size)
+        ids = _first_row(processor(text=str(processor.image_token), images=[picture], add_special_tokens=False))
         first, last = ids.index(number), len(ids) - ids[::-1].index(number)
         if any(each != number for each in ids[first:last]):
             raise InputError(
@@ -126,14 +127,19 @@ def collapsed(processor: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
     pictures = sum(part["type"] == "image" for message in messages for part in message["content"])
     template = source_template(processor)
     if getattr(processor, "chat_template", None):
-        ids = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"][0]
+        ids = _first_row(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True))
     else:
         text = processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True)
         images = [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
-        ids = processor(text=text, images=images or None)["input_ids"][0]
+        ids = _first_row(processor(text=text, images=images or None))
     each_has, seen = ids.count(number) // max(pictures, 1), 0
     for each in ids:
         seen += each == number
         if each != number or seen % each_has == 1 or each_has == 1:
             found.append(int(each))
     return found
+
+
+def _first_row(inputs: Any) -> list[int]:
+    """The ids of the first prompt, which some processors give as a tensor without being asked to."""
+    return [int(each) for each in inputs["input_ids"][0]]
