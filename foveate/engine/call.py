@@ -18,6 +18,7 @@ from ..methods.base import Method
 from ..report import Report
 from ..tokens import Reduction
 from .model.anatomy import Anatomy
+from .model.inputs import check_sizes
 from .model.seams import PACKED_INPUTS, PER_TOKEN_INPUTS, PRE_ENCODED, cache_in, encodings_in, modalities, of_modality
 from .prompt.layout import Layout, cached_layout, filler, short_rows
 from .prompt.positions import Positions
@@ -71,6 +72,7 @@ def read(parts: Anatomy, arguments: dict[str, Any], ids: Tensor, mask: Tensor | 
     Raises
     ------
     UnsupportedModelError : there are pictures or videos that the engine does not take.
+    InputError : they come without their sizes, which the prompt depends on.
     """
     mask = torch.ones_like(ids) if mask is None else mask
     encodings = encodings_in(arguments)
@@ -79,6 +81,7 @@ def read(parts: Anatomy, arguments: dict[str, Any], ids: Tensor, mask: Tensor | 
     kinds = modalities(arguments)
     for modality in kinds:
         parts.of(modality).check_modality()
+        check_sizes(parts.of(modality).arrangement, modality, arguments)
     base = parts.model.base_model
     return Call(parts, arguments, ids, mask, {modality: of_modality(base, modality, arguments) for modality in kinds})
 

@@ -21,6 +21,7 @@ from .direct import Direct
 from .generation import FullPrompt, GenerateSettings, on_full_prompt
 from .install import Installation, installed_on
 from .model.anatomy import Anatomy, anatomy, innermost
+from .model.inputs import without_empty
 from .model.marks import cuts_of, forget_if_empty, layout_of, mark, restore
 from .model.seams import (
     PRE_ENCODED,
@@ -310,6 +311,7 @@ class Session:
 
     def forward(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Shorten the prompt of a direct call; calls from ``generate`` come with reduced pictures and pass."""
+        kwargs = without_empty(kwargs)
         cache = cache_in(kwargs)
         self.begins(kwargs)
         if cuts_of(cache) is not None:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import foveate
 from foveate.errors import FoveateError
 
-from .. import zoo
+from .. import families, zoo
 
 
 @pytest.fixture
@@ -261,3 +261,48 @@ def test_pictures_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(foveate.MissingExtraError, match=r"foveate\[viz\]"):
         new_figure()
+
+
+SIZED = [name for name in families.SPECS if any(key in families.batch(name) for key in ("image_grid_thw", "image_sizes"))]
+
+
+def calls_of(model, inputs):
+    yield lambda: model(**inputs).logits
+    yield lambda: model.generate(**inputs, max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize("name", [name for name in families.SPECS if "pixel_values" not in families.batch(name, rows=(2,))])
+def test_pixels_of_no_picture(name):
+    """What collators give for a batch of text is a batch of text, whether or not the model itself takes it."""
+    model, whole = families.load(name), families.batch(name)
+    text = families.batch(name, rows=(2,))
+    text = {
+        key: value for key, value in text.items() if key in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+    }
+    beside = {key: value[:0] for key, value in whole.items() if isinstance(value, torch.Tensor) and key not in text}
+    assert "pixel_values" in beside
+    wanted = [call() for call in calls_of(model, text)]
+    for method in (foveate.PruMergePlus(), foveate.VisionZip(budget=0.5), foveate.FastV()):
+        try:
+            session = foveate.attach(model, method)
+        except FoveateError:
+            continue
+        found = [call() for call in calls_of(model, {**text, **beside})]
+        foveate.detach(model)
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+        assert session.report.before == []
+    with pytest.raises(foveate.InputError, match="pixel_values"):
+        foveate.encode(model, foveate.PruMergePlus(), **text, **beside)
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_pictures_without_their_sizes(name):
+    model, inputs = families.load(name), families.batch(name)
+    for missing in [key for key in ("image_grid_thw", "video_grid_thw", "image_sizes") if key in inputs]:
+        some = {key: value for key, value in inputs.items() if key != missing}
+        with foveate.PruMergePlus()(model):
+            for call in calls_of(model, some):
+                with pytest.raises(foveate.InputError, match=f"s and no {missing}, which says how large each of them is"):
+                    call()
+        with pytest.raises(foveate.InputError, match=f"s and no {missing}"):
+            foveate.encode(model, foveate.PruMergePlus(), **some)

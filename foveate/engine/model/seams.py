@@ -23,11 +23,11 @@ from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from ...errors import CacheError, InputError, UnsupportedModelError
+from .inputs import RAW_INPUTS, is_none, without_empty
 
 if TYPE_CHECKING:
     from ..vision.encoding import Encodings
 
-RAW_INPUTS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
 PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
 PACKED_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")  # where packed sequences begin
 PRE_ENCODED = "mm_encoder_outputs"
@@ -54,7 +54,7 @@ def check_pre_encoded_input(model: PreTrainedModel) -> None:
 
 
 def has_pixels(kwargs: dict[str, Any]) -> bool:
-    return any(kwargs.get(name) is not None for name in RAW_INPUTS)
+    return any(not is_none(kwargs.get(name)) for name in RAW_INPUTS)
 
 
 def brings_pictures(kwargs: dict[str, Any]) -> bool:
@@ -80,17 +80,20 @@ def with_encodings(output: Any, encodings: Encodings) -> Any:
 def modalities(kwargs: dict[str, Any]) -> list[str]:
     """Which of "image" and "video" a call brings."""
     here = {"image": ("pixel_values", "pixel_values_images", "image_patches"), "video": ("pixel_values_videos",)}
-    return [modality for modality, names in here.items() if any(kwargs.get(name) is not None for name in names)]
+    return [modality for modality, names in here.items() if any(not is_none(kwargs.get(name)) for name in names)]
 
 
 def named_arguments(original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name, in a dictionary of our own; the older name of an input is the newer one from here on."""
+    """All arguments of a call by name, in a dictionary of our own; the older name of an input is the newer one from here on.
+
+    Inputs of no picture are left out.
+    """
     found = {**dict(zip(list(inspect.signature(original).parameters), args, strict=False)), **kwargs}
     if CACHE != OLD_CACHE and OLD_CACHE in found:
         found.setdefault(CACHE, found.pop(OLD_CACHE))
     if found.get("pixel_values_images") is not None:
         found["pixel_values"] = found.pop("pixel_values_images")
-    return found
+    return without_empty(found)
 
 
 def cached_rows(cache: Any) -> int:
