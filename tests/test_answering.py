@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -289,3 +290,58 @@ def test_frames_as_the_encoder_saw_them():
     assert frames_as_seen(tiled, processor, FILM.frames) == [*FILM.frames]
     assert first_as_seen(tiled, processor, FILM.frames[0]).size == (6, 6)
     assert first_as_seen({"pixel_values": torch.zeros(16, 588)}, processor, FILM.frames[1]) is FILM.frames[1]
+
+
+def test_ask_about_what_is_no_file(capsys, monkeypatch, tmp_path):
+    """One sentence that says what to do, before a model is loaded."""
+    monkeypatch.setattr("foveate.loading.load", lambda *_, **__: pytest.fail("nothing is to be loaded"))
+    os.mkfifo(tmp_path / "pipe.png")
+    for place, said in (
+        (
+            "https://example.org/a.png",
+            "https://example.org/a.png is an address, and a file is read here: nothing is loaded from the",
+        ),
+        (
+            "https://example.org/a.mp4",
+            "https://example.org/a.mp4 is an address, and a file is read here: nothing is loaded from the",
+        ),
+        ("data:image/png;base64," + "iVBORw0K" * 1000, "is a data URL, and a file is read here. Save the picture as a file"),
+        ("iVBORw0K" * 1000, "A picture in base64 is no path"),
+        (str(tmp_path / "pipe.png"), "is a pipe, a device or a socket. Give a picture that is saved as a file."),
+        (str(tmp_path / "none.png"), f"there is no file {tmp_path / 'none.png'}"),
+    ):
+        code, _, err = invoke(capsys, monkeypatch, "ask", place, QUESTION)
+        assert code == 2
+        assert said in err
+        assert len(err) < 400
+
+
+@pytest.mark.parametrize("options", [(), ("--frames", "1")])
+def test_ask_about_a_picture_that_would_be_blown_up(capsys, monkeypatch, tmp_path, options):
+    Image.new("RGB", (4, 40_000)).save(tmp_path / "thin.png")
+    code, _, err = invoke(capsys, monkeypatch, "ask", str(tmp_path / "thin.png"), QUESTION, *options)
+    assert code == 2
+    assert "picture 1 is 4 x 40000 pixels, and the processor of this model would make 192 x 1920000 of it" in err
+
+
+def test_frames_that_are_too_large(tmp_path, monkeypatch):
+    """Several frames are in memory at once; of a film, the size is known before one is decoded."""
+    frames = [Image.new("P", (8000, 8000), number) for number in range(3)]
+    frames[0].save(tmp_path / "bomb.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(foveate.InputError, match=r"a frame of .*bomb.gif is 8000 x 8000 pixels; at most 50000000 are read"):
+        open_video(tmp_path / "bomb.gif")
+
+
+def test_frames_of_a_film_that_are_too_large(clip, monkeypatch):
+    monkeypatch.setattr("foveate.video.FRAME", 192 * 192 - 1)
+    with pytest.raises(foveate.InputError, match="is 192 x 192 pixels; at most"):
+        open_video(clip)
+
+
+def test_frames_that_a_video_processor_would_blow_up():
+    frames = tuple(Image.new("RGB", (4, 40_000)) for _ in range(2))
+    video = Video(frames, (0.0, 1.0), 1.0, 2.0, ())
+    prompt = chat.Prompt([], "", [], [video])
+    scaler = SimpleNamespace(video_processor=SimpleNamespace(size={"shortest_edge": 224}))
+    with pytest.raises(foveate.InputError, match=r"a frame of video 1 is 4 x 40000 pixels.*224 x 2240000"):
+        chat._inputs(scaler, None, [prompt], "")

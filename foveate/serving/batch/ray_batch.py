@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import FoveateError, InputError, MissingExtraError, first_line
+from ...errors import LINE, FoveateError, InputError, MissingExtraError, cut, first_line
 from ..encoding import method_of
 from ..export import ready_export
 from .base import BatchEngine, EngineError, Job, document
@@ -127,7 +127,7 @@ def answered_by_ray(
         raise
     except Exception as error:  # what an actor raised, below where it was raised, or what became of a machine
         why = (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")
-        raise EngineError(f"Ray has stopped: {why}. The same command goes on from there.") from error
+        raise EngineError(f"Ray has stopped: {cut(why, LINE)}. The same command goes on from there.") from error
     finally:
         ray.shutdown()
 
