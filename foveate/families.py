@@ -25,6 +25,7 @@ class Family:
     mrope : tokens have (t, h, w) positions, which those that stay keep.
     first_position : of a prompt.
     two_way : tokens of a picture see each other in the decoder, not only those before them.
+    since : the first version of transformers whose model takes encoded pictures as the engine hands them in.
     vllm : its class in vLLM, and the module and class of ``serving.plugin`` that take its place; None = there is none.
     notes : what is different from what one may expect.
     """
@@ -42,6 +43,7 @@ class Family:
     first_position: int = 0
     two_way: bool = False
     joins: str = "mlp"
+    since: str = "5.18"
     vllm: tuple[str, str] | None = None
     notes: str = ""
 
@@ -118,7 +120,7 @@ FAMILIES = {
             shrinkable=True,
             vllm=("LlavaForConditionalGeneration", "llava:FoveateLlava"),
         ),
-        Family("vipllava", "VipLLaVA", "llava-hf/vip-llava-7b-hf", shrinkable=True, joins="normed mlp"),
+        Family("vipllava", "VipLLaVA", "llava-hf/vip-llava-7b-hf", shrinkable=True, joins="normed mlp", since="5.23"),
         Family("llava_next", "LLaVA-NeXT", "llava-hf/llava-v1.6-mistral-7b-hf", images="packed", joins="mlp, newline"),
         Family(
             "llava_next_video",
@@ -127,6 +129,7 @@ FAMILIES = {
             images="packed",
             videos="frames",
             joins="mlp, newline",
+            since="5.21",
         ),
         Family(
             "llava_onevision",
@@ -145,6 +148,7 @@ FAMILIES = {
             tower="image_tower",
             video_tower="video_tower",
             shrinkable=True,
+            since="5.21",
         ),
         _qwen("qwen2_vl", "Qwen2-VL", "Qwen/Qwen2-VL-7B-Instruct", vllm=("Qwen2VLForConditionalGeneration", "qwen:FoveateQwen2VL")),
         _qwen(
@@ -183,6 +187,7 @@ FAMILIES = {
             tower="vision_model",
             projector=None,
             joins="one",
+            since="5.21",
             notes=f"{_TILES}; {_FRAMES}",
         ),
         Family(

@@ -13,6 +13,8 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
@@ -40,6 +42,8 @@ from transformers import (
     VideoLlavaConfig,
     VipLlavaConfig,
 )
+
+from foveate.families import FAMILIES
 
 from . import zoo
 from .family_prompts import (
@@ -227,6 +231,8 @@ SPECS: dict[str, Spec] = {
     "mistral3": Spec(MISTRAL_ROWS, lines(28), lambda medium: (3, *medium.size), padded_pictures),
     "aya_vision": Spec(TILED_ROWS, tiles_apart(3, breaks=False), tiled(6, whole=True)),
 }
+# those that the installed transformers can do
+USABLE = [family for family in SPECS if Version(transformers.__version__) >= Version(f"{FAMILIES[family].since}.dev0")]
 WORDS = ((3, 6), (2, 5), (9, 0), (8, 4), (5, 3))  # of each row: in front of the media, and behind each of them
 
 

@@ -1,4 +1,4 @@
-"""TRL's trainers with a method attached: losses and steps equal those of a loop by hand, over prompts spliced from whole features."""
+"""TRL's trainers with a method attached: losses and steps equal those of a loop by hand, over spliced prompts."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def spliced_logits(model, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor
 
 
 def by_hand(model, processor, rows, *, answers_only: bool) -> list[float]:
-    """Losses of the steps, over all labels of text that a token before them predicts; placeholders are counted, as TRL counts them."""
+    """Losses of the steps, over labels of text that a token before them predicts; TRL counts placeholders, too."""
     optimizer, losses = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], RATE), []
     for _ in range(STEPS):
         total, number = 0.0, 0

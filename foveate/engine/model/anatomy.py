@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -269,6 +271,11 @@ def anatomy(model: Any) -> Anatomy:
     if model.get_output_embeddings() is None or not model.can_generate():
         raise UnsupportedModelError(f"{type(model).__name__} has no language head. Load it with AutoModelForImageTextToText.")
     family = FAMILIES[kind]
+    if Version(transformers.__version__) < Version(f"{family.since}.dev0"):
+        raise UnsupportedModelError(
+            f"{family.name} needs transformers {family.since} or newer, and this is {transformers.__version__}: "
+            "pip install -U transformers"
+        )
     tower = _part(model.base_model, family.tower, "vision encoder")
     tower_type = tower.config.model_type
     if tower_type not in TOWERS:

@@ -87,6 +87,15 @@ def test_every_family_has_a_small_model():
     assert set(FAMILIES) == set(families.SPECS)
 
 
+def test_families_that_need_a_newer_transformers_say_so(monkeypatch):
+    model = families.load("vipllava")
+    monkeypatch.setattr("transformers.__version__", "5.22.2")
+    with pytest.raises(foveate.UnsupportedModelError, match=r"VipLLaVA needs transformers 5\.23 or newer, and this is 5\.22\.2"):
+        foveate.attach(model, "prumerge+")
+    monkeypatch.setattr("transformers.__version__", "5.23.0")
+    foveate.attach(model, "prumerge+").detach()
+
+
 @pytest.mark.parametrize("family", families.SPECS)
 def test_unmodified_models_answer_as_worked_out_by_hand(family):
     """The small models, their batches and the reference itself: without any method, in a batch or alone."""
