@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import foveate
+from foveate.engine.model import anatomy
 from foveate.families import FAMILIES
 from foveate.methods.base import EncoderReducer, ProjectorReducer
 
@@ -89,10 +90,10 @@ def test_every_family_has_a_small_model():
 
 def test_families_that_need_a_newer_transformers_say_so(monkeypatch):
     model = families.load("vipllava")
-    monkeypatch.setattr("transformers.__version__", "5.22.2")
+    monkeypatch.setattr(anatomy.transformers, "__version__", "5.22.2")
     with pytest.raises(foveate.UnsupportedModelError, match=r"VipLLaVA needs transformers 5\.23 or newer, and this is 5\.22\.2"):
         foveate.attach(model, "prumerge+")
-    monkeypatch.setattr("transformers.__version__", "5.23.0")
+    monkeypatch.setattr(anatomy.transformers, "__version__", "5.23.0")
     foveate.attach(model, "prumerge+").detach()
 
 
