@@ -191,7 +191,7 @@ class Session:
         InputError : there are no such weights, or they do not fit.
         """
         for part, place in places(self.method, folder):
-            part.load(place)
+            part.load_weights(place)
 
     # -- generate
 

@@ -17,6 +17,7 @@ from ..tokens import BlockTokens, Budget, EncoderLayer, Reduction, Regroup, Visu
 from .budgets import budgeted
 from .fields import check_fields, check_tuple
 from .registry import REGISTRY, UNLISTED
+from .saved import Saved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Method:
+class Method(Saved):
     """Base of all methods: a dataclass whose fields are the hyper-parameters.
 
     A subclass registers itself by the name in its class statement: ``class Mine(ProjectorReducer, name="mine", paper="...")``.
@@ -46,6 +47,7 @@ class Method:
     adaptive: ClassVar[bool] = True
     reconstruction: ClassVar[str] = ""  # what of it no paper or code told; goes into every report
     searched: ClassVar[str] = ""  # the kind of search that finds its setting on a calibration set (foveate.tuning.search)
+    found_by_search: ClassVar[str] = ""  # the field that takes the file of such a search
     instead_of_budget: ClassVar[tuple[str, ...]] = ()  # fields that also say how many tokens stay, where they have a value
 
     budget: Budget = None

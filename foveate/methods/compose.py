@@ -54,6 +54,13 @@ class Compose(Method, name="compose", listed=False):
     def settings(self) -> dict[str, Any]:
         return {"name": self.name, "methods": [method.settings() for method in self.methods]}
 
+    def described(self) -> dict[str, Any]:
+        return {"method": self.name, "methods": [method.described() for method in self.methods]}
+
+    @classmethod
+    def joined(cls, methods: list[Method]) -> Method:
+        return cls(*methods)
+
     def notes(self) -> list[str]:
         return [note for method in self.methods for note in method.notes()]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 from numbers import Integral, Real
@@ -43,6 +44,30 @@ def check_fields(method: Method) -> None:
             raise InputError(f"{method.name}: {field.name}={value!r}; expected {kind}")
         if hint is float and not math.isfinite(value):
             raise InputError(f"{method.name}: {field.name}={value!r}; expected a finite number")
+
+
+def read_field(cls: type[Method], field: str, text: str) -> Any:
+    """The value of a field as somebody writes it: ``0.25``, ``true``, ``none``, ``2,8`` for several, or a text.
+
+    It is checked where the method is built. Fields that the method does not have are read, too; building it says that.
+    """
+    hint = get_type_hints(cls).get(field, Any)
+    if text.strip().lower() in ("none", "null"):
+        return None
+    if _unwrapped(hint, text) is str or get_origin(hint) is Literal:
+        return text
+    if "," in text and "[" not in text:
+        return [_literal(part) for part in text.split(",") if part.strip()]
+    return _literal(text)
+
+
+def _literal(text: str) -> Any:
+    """A number, a truth value or a list as JSON writes them; any other text as it is."""
+    text = text.strip()
+    try:
+        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def check_tuple(method: Method, field: str, value: Any, element: Any) -> None:

@@ -27,7 +27,7 @@ class GSearch(Schedule, name="g-search", paper=PAPER, adaptive=False, reconstruc
     rates : the keep rates themselves, one for each decoder layer, not increasing.
     """
 
-    searched = "rates"
+    searched, found_by_search = "rates", "plan"
     instead_of_budget = ("plan", "rates")
 
     plan: str | None = None

@@ -244,7 +244,7 @@ class Trained(Method):
         self._state.run, self._state.source = "", None
         self.module.eval().requires_grad_(False)
 
-    def load(self, folder: str | Path) -> None:
+    def load_weights(self, folder: str | Path) -> None:
         """Put the weights of a folder into the module, also while it is trained.
 
         Raises
@@ -335,6 +335,13 @@ class Trained(Method):
         return "\n".join(lines)
 
     # -- settings, and copies in other processes
+
+    def described(self) -> dict[str, Any]:
+        if self.weights is None:
+            raise InputError(f"{self.name}: its weights are in no folder. Call save_pretrained first, and build it with weights=.")
+        folder = Path(self.weights).expanduser()
+        found = super().described()
+        return {**found, "fields": {**found["fields"], "weights": str(folder.absolute()) if folder.is_dir() else self.weights}}
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "weights": self._state.name()}

@@ -36,7 +36,7 @@ class YOPO(DecoderReducer, name="yopo", paper="https://arxiv.org/abs/2410.06169"
     """
 
     reads = "nothing"
-    searched = "heads"
+    searched, found_by_search = "heads", "heads"
 
     layer_cut: int | None = None
     window: int | None = 5

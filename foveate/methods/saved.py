@@ -1,0 +1,116 @@
+"""Methods as JSON: what ``Method.save`` writes, and what the command line sends to other processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import FoveateError, InputError, first_line
+from .registry import get, look_up
+
+if TYPE_CHECKING:
+    from .base import Method
+
+EXPECTED = 'expected {"method": "prumerge+", "fields": {"budget": 144}}, as Method.save writes it'
+
+
+class Saved:
+    """What every method can do on disk."""
+
+    name: ClassVar[str]
+
+    def described(self) -> dict[str, Any]:
+        """What ``save`` writes: the name and all fields, JSON-able.
+
+        Raises
+        ------
+        InputError : the class has no name, or the method weights that are in no folder yet.
+        """
+        if not self.name:
+            raise InputError(f"{type(self).__name__} has no name. Define it with one: class Mine(ProjectorReducer, name='mine').")
+        own: Any = self
+        return {"method": self.name, "fields": {field.name: getattr(self, field.name) for field in dataclasses.fields(own)}}
+
+    @classmethod
+    def joined(cls, methods: list[Method]) -> Method:
+        """The method that several make together, where a file describes one of these."""
+        raise InputError(f"{cls.name!r} is not made of methods; {EXPECTED}")
+
+    def save(self, path: str | Path) -> None:
+        """Write name and fields as a small JSON file, which ``Method.load`` and ``--config`` of every command read.
+
+        Raises
+        ------
+        InputError : as of ``described``.
+        FoveateError : the file cannot be written.
+        """
+        from .. import __version__
+
+        text = json.dumps({**self.described(), "foveate": __version__}, indent=1)
+        try:
+            Path(path).expanduser().write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise FoveateError(f"{path} cannot be written: {error.strerror}. Choose another place for the method.") from error
+
+    @staticmethod
+    def load(path: str | Path) -> Method:
+        """The method that ``save`` or ``foveate search`` wrote, whatever its class.
+
+        Raises
+        ------
+        InputError : there is no such file, it describes no method, or a field is wrong.
+        """
+        return read(path)
+
+
+def read(path: str | Path) -> Method:
+    """The method that a file describes.
+
+    Raises
+    ------
+    InputError : there is no such file, it describes no method, or there is no such method here.
+    """
+    place = Path(path).expanduser()
+    try:
+        document = json.loads(place.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}. Give a file that Method.save or 'foveate search' wrote."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON ({first_line(error)}); {EXPECTED}") from error
+    return restored(document, place)
+
+
+def restored(document: Any, place: Path | None = None) -> Method:
+    """The method that a document describes.
+
+    Parameters
+    ----------
+    document : of ``Method.described``, or of a search.
+    place : the file it came from, for methods that read what a search found.
+
+    Raises
+    ------
+    InputError : it describes no method, or there is no such method here.
+    """
+    where = "the method" if place is None else str(place)
+    if not isinstance(document, dict) or not isinstance(document.get("method"), str):
+        raise InputError(f"{where}: {EXPECTED}")
+    name, fields, parts = document["method"], document.get("fields"), document.get("methods")
+    if parts is not None:
+        if not isinstance(parts, list):
+            raise InputError(f"{where}: 'methods' is no list of methods")
+        return look_up(name)[0].joined([restored(part) for part in parts])
+    if fields is None and place is not None and (own := look_up(name)[0].found_by_search):
+        fields = {own: str(place)}
+    if not isinstance(fields or {}, dict):
+        raise InputError(f"{where}: 'fields' is no object; {EXPECTED}")
+    return get(name, **(fields or {}))
+
+
+def dumped(method: Method) -> str:
+    """A method in one line, for other processes."""
+    return json.dumps(method.described(), sort_keys=True)
