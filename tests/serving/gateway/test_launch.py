@@ -56,7 +56,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
     for folder in (package, package.parent, package.parent.parent):
         (folder / "__init__.py").touch()
     (package / "api_server.py").write_text(SERVER)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "found"), str(Path(__file__).parents[3])])}
+    proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")  # where nobody is: none is asked
+    return {**os.environ, **proxies, "PYTHONPATH": os.pathsep.join([str(tmp_path / "found"), str(Path(__file__).parents[3])])}
 
 
 def command(exported: Path, *options: str) -> list[str]:
