@@ -15,7 +15,7 @@ from ..cuts import Cut, Pattern, PromptTokens
 from ..errors import InputError
 from ..tokens import BlockTokens, Budget, EncoderLayer, Reduction, Regroup, VisualTokens, check_budget, resolve_budget
 from .budgets import budgeted
-from .fields import check_fields, check_tuple
+from .fields import check_declared, check_fields, check_tuple
 from .registry import REGISTRY, UNLISTED
 from .saved import Saved
 
@@ -73,6 +73,7 @@ class Method(Saved):
         (REGISTRY if listed else UNLISTED)[name] = cls
 
     def __post_init__(self) -> None:
+        check_declared(type(self))
         check_budget(self.budget)
         if self.budget is not None:
             self.budget = int(self.budget) if isinstance(self.budget, Integral) else float(self.budget)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import types
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 if TYPE_CHECKING:
     from .base import Method
@@ -27,6 +28,36 @@ def _unwrapped(hint: Any, value: Any) -> Any:
         kinds = [kind for kind in get_args(hint) if kind is not type(None)]
         return Any if value is None or len(kinds) > 1 else kinds[0]
     return hint
+
+
+def check_declared(cls: type[Method]) -> None:
+    """Raise ``InputError`` where a class has fields of its own that no ``@dataclass`` made fields."""
+    own = vars(cls)
+    if "__dataclass_fields__" in own:
+        return
+    named = [name for name, hint in inspect.get_annotations(cls).items() if "ClassVar" not in str(hint)]
+    named += [name for name in own if name in {field.name for field in dataclasses.fields(cls)} and name not in named]
+    if named:
+        raise InputError(
+            f"{cls.__name__} has fields ({', '.join(named)}) and is no dataclass, so that they are not read. Write "
+            "@dataclass(kw_only=True) above it."
+        )
+
+
+def raise_undeclared(method: Method, error: Exception, missing: dict[str, str]) -> None:
+    """Raise ``InputError`` where a method failed that seems to read what it was not given, because it did not ask for it.
+
+    Parameters
+    ----------
+    error : of the method.
+    missing : what it was not given, and how it asks for that.
+    """
+    if not missing or not ("None" in str(error) or isinstance(error, KeyError)):
+        return
+    ways = "; ".join(f"{name}: {way}" for name, way in missing.items())
+    where = f"{type(error).__name__}: {first_line(error)}"
+    message = f"{method.name} failed ({where}). It was not given what it did not ask for; a method asks for {ways}."
+    raise InputError(message) from error
 
 
 def check_fields(method: Method) -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import logging
+import os
 import pkgutil
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("foveate")
 REGISTRY: dict[str, type[Method]] = {}
 UNLISTED: dict[str, type[Method]] = {}  # what has a name and is no method of the table, such as keeping everything
+IMPORTS = "FOVEATE_IMPORT"  # environment variable with Python files that define methods, separated as in PATH; workers read it, too
 GROUP = "foveate.methods"  # entry points by which other packages add methods: the module, or class, that registers them
 
 
@@ -30,6 +37,8 @@ def _load_all() -> dict[str, str]:
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if not module.ispkg:
             importlib.import_module(f"{__package__}.{module.name}")
+    for place in filter(None, os.environ.get(IMPORTS, "").split(os.pathsep)):
+        import_file(place)
     failed: dict[str, str] = {}
     for entry in entry_points(group=GROUP):
         try:
@@ -38,6 +47,28 @@ def _load_all() -> dict[str, str]:
             failed[entry.name] = f"{entry.value}: {type(error).__name__}: {first_line(error)}"
             log.warning("the method %r of another package cannot be loaded (%s)", entry.name, failed[entry.name])
     return failed
+
+
+def import_file(place: str | Path) -> None:
+    """Run a Python file, whose methods enter the registry by that. Nothing happens where it has been run already.
+
+    Raises
+    ------
+    InputError : there is no such file, or it cannot be run.
+    """
+    path = Path(place).expanduser().resolve()
+    name = f"foveate_import_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise InputError(f"{place} is no Python file. Give a file.py that defines a method.")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever somebody's code leads to
+        del sys.modules[name]
+        raise InputError(f"{place} cannot be imported ({type(error).__name__}: {first_line(error)})") from error
 
 
 def registered() -> dict[str, type[Method]]:
@@ -63,7 +94,7 @@ def get(name: str, **fields: Any) -> Method:
     allowed = [field.name for field in dataclasses.fields(cls)]
     unknown = [field for field in fields if field not in allowed]
     if unknown:
-        raise InputError(f"{cls.name!r} has no field {unknown[0]!r}; its fields: {', '.join(allowed)}")
+        raise InputError(f"{cls.name!r} has no field {unknown[0]!r}{_near(unknown[0], allowed)}; its fields: {', '.join(allowed)}")
     method: Method = (getattr(cls, preset) if preset else cls)(**fields)
     return method
 
@@ -84,11 +115,17 @@ def look_up(name: str) -> tuple[type[Method], str]:
         raise InputError(
             f"the method {base!r} cannot be loaded: {failed}"
             if failed
-            else f"unknown method {shown(base)}; available: {', '.join(known)}"
+            else f"unknown method {shown(base)}{_near(base, [*known, *UNLISTED])}; available: {', '.join(known)}"
         )
     if preset and preset not in presets(known[base]):
         raise InputError(f"{base!r} has no preset {shown(preset)}; available: {', '.join(presets(known[base])) or 'none'}")
     return known[base], preset
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    """A question, where a known name is like the one given."""
+    found = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def presets(cls: type[Method]) -> tuple[str, ...]:

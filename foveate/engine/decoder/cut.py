@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...cuts import Cut, DecoderTap, PromptTokens
 from ...errors import FoveateError, InputError
 from ...methods.base import DecoderReducer
+from ...methods.fields import raise_undeclared
 from ...report import CutRecord
 from ..model.marks import mark_cuts
 from ..model.seams import CACHE, cached_keys
@@ -53,7 +54,7 @@ def _decide(run: Prefill, layer: int, reducer: DecoderReducer, module: nn.Module
     before = run.stage(layer)
     tokens = _tokens(run, layer, reducer, module, hidden, kwargs)
     with torch.autocast(hidden.device.type, enabled=False):  # scores are float32 in mixed precision too
-        cut = reducer.cut(tokens)
+        cut = _cut(reducer, tokens)
     keep, counts, visual, changed = _checked(reducer, tokens, cut)
     if not changed and before is None and (run.earlier is None or not run.earlier.held):
         return
@@ -90,6 +91,14 @@ def _checked(reducer: DecoderReducer, tokens: PromptTokens, cut: Cut) -> tuple[T
             "model (float16 overflows in some decoders: use bfloat16 or float32)."
         )
     return keep, counts, visual, not same or cut.mix is not None
+
+
+def _cut(reducer: DecoderReducer, tokens: PromptTokens) -> Cut:
+    try:
+        return reducer.cut(tokens)
+    except (AttributeError, TypeError) as error:
+        raise_undeclared(reducer, error, {} if tokens.tap is not None else {"tokens.tap": "reads = 'previous' or 'own'"})
+        raise
 
 
 def _laid_out(

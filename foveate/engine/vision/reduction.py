@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import FoveateError, InputError, UnsupportedModelError
 from ...methods.base import FrontReducer, ProjectorReducer
+from ...methods.fields import raise_undeclared
 from ...tokens import Budget, Reduction, VisualTokens, keep_all, resolve_budget
 from ..model.anatomy import Anatomy
 from .arrangement import Arrangement, Unit
@@ -146,7 +147,7 @@ def reduce(
         if asked is not None and method.reads_question and after is not None:
             question = asked(cells, after, [rows[unit.item] if rows else 0 for unit in group.units])
         taps = {name: encoded.tap(name, group.units) for name in method.encoder_layers(len(parts.layers))}
-        reduction = group.method.reduce(VisualTokens(cells, group.units[0].shape, taps, after, question))
+        reduction = _reduced(group.method, VisualTokens(cells, group.units[0].shape, taps, after, question))
         if reduction.added is not None and parts.projector is None:
             raise UnsupportedModelError(
                 f"{method.name} hands on [CLS] before the projector, where {parts.family.name} has no visual tokens yet. "
@@ -156,9 +157,26 @@ def reduce(
             check_made(parts, method, cells, reduction)
         outputs = reduction.apply(cells)
         counts, in_place = check(method, cells.shape[1], outputs, reduction, reduction.mask())
+        most = resolve_budget(group.method.budget, cells.shape[1])
+        if most is not None and max(counts) > most:
+            raise FoveateError(
+                f"{method.name} kept {max(counts)} tokens of a picture, and its budget is {most}. A method has to read self.budget "
+                "(resolve_budget in foveate.tokens makes a count of it)."
+            )
         same = same and in_place
         found.append(Reduced(group.units, reduction, counts, outputs, places))
     return found, same and sum(sum(reduced.counts) for reduced in found) == every
+
+
+def _reduced(method: ProjectorReducer, tokens: VisualTokens) -> Reduction:
+    try:
+        return method.reduce(tokens)
+    except (AttributeError, TypeError, KeyError) as error:
+        missing = {} if tokens.taps else {"tokens.taps": "encoder_layers()"}
+        missing |= {} if tokens.projected is not None else {"tokens.projected": "reads_projected = True"}
+        missing |= {} if tokens.question is not None else {"tokens.question": "reads_question = True, reads_projected = True"}
+        raise_undeclared(method, error, missing)
+        raise
 
 
 def check(method: FrontReducer, number: int, reduced: Tensor, reduction: Reduction, valid: Tensor) -> tuple[list[int], bool]:
