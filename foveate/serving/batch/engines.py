@@ -100,7 +100,8 @@ class Drawing(LogitsProcessor):
         for row, (heat, numbers) in enumerate(zip(self.heat, self.numbers, strict=True)):
             if heat > 0:
                 noise = -torch.empty(scores.shape[1], dtype=torch.float64).exponential_(generator=numbers).log()
-                scores[row] = scores[row] / heat + noise.to(scores)
+                above = scores[row].double().cpu()  # what is next to no heat would make infinite scores of all
+                scores[row] = ((above - above.max()) / heat + noise).to(scores)
         return scores
 
 
@@ -142,7 +143,7 @@ class TransformersEngine:
             out = model.generate(
                 **inputs,
                 **PLAIN,
-                max_new_tokens=max(row.wanted.max_new_tokens for row in rows),
+                max_new_tokens=int(min(max(row.wanted.max_new_tokens for row in rows), self.longest)),
                 logits_processor=LogitsProcessorList([drawing]),
             )
             counts = visual_tokens(session, len(rows)) if prompts[0].images else [([], [])] * len(rows)

@@ -218,16 +218,15 @@ def opened(row: Row, reserved: Sequence[str]) -> Prompt:
     images: list[Image.Image] = []
     for message in row.messages:
         parts = []
+        whole = "".join(part["text"] for part in message["content"] if part["type"] == "text")  # as templates write it
+        held = next((word for word in reserved if word in whole), None)
+        if held:
+            raise InputError(f"a text holds {held!r}, which stands for a picture in the prompts of this model. Leave it out.")
         for part in message["content"]:
             if part["type"] == "image":
                 images.append(_picture(part["image"], f"picture {len(images) + 1}"))
                 parts.append({"type": "image", "image": images[-1]})
             else:
-                held = next((word for word in reserved if word in part["text"]), None)
-                if held:
-                    raise InputError(
-                        f"a text holds {held!r}, which stands for a picture in the prompts of this model. Leave it out."
-                    )
                 parts.append(part)
         messages.append({"role": message["role"], "content": parts})
     texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]

@@ -242,6 +242,32 @@ def test_words_are_drawn_by_their_probability():
     assert torch.bincount(found) / 4000 == pytest.approx([0.2, 0.3, 0.5], abs=0.03)
 
 
+@pytest.mark.parametrize("heat", [5e-324, 1e-40, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_next_to_no_heat_is_the_likeliest_word(heat, dtype):
+    """Of scores that would be infinite if they were divided."""
+    scores = torch.tensor([[11.0, 50.0, 52.0, -80.0], [-9.0, -7.0, -8.0, -torch.inf]], dtype=dtype)
+    asked = [rows.Row(number, [], AnswerSettings(temperature=heat)) for number in range(2)]
+    assert engines.Drawing(asked)(torch.zeros(2, 1), scores.clone()).argmax(-1).tolist() == [2, 1]
+
+
+def test_no_row_generates_beyond_what_the_model_takes(engine, pictures, tmp_path, monkeypatch):
+    """One that asks for a billion words and never ends would hold up the others."""
+    asked, generate = [], engine.loaded.model.generate
+    monkeypatch.setattr(
+        engine.loaded.model, "generate", lambda **inputs: (asked.append(inputs["max_new_tokens"]), generate(**inputs))[1]
+    )
+    rows = [{**row, "max_new_tokens": 10**30} for row in mixed(pictures, 2)]
+    assert all("answer" in row for row in alone(engine, Source(written(tmp_path, rows))).values())
+    assert asked == [4096] * 2
+
+
+def test_a_word_for_pictures_in_two_parts(engine, tmp_path):
+    text = [{"type": "text", "text": piece} for piece in ("what is <im", "age> ?")]
+    found = alone(engine, Source(written(tmp_path, [{"id": 1, "body": {"messages": [{"role": "user", "content": text}]}}])))
+    assert "holds '<image>'" in found[1]["error"]["message"]
+
+
 def test_a_device_that_has_stopped_ends_the_run(engine, monkeypatch, tmp_path, pictures):
     def stopped(*_, **__):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
