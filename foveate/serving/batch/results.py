@@ -212,7 +212,14 @@ class Output:
 
 
 def settings_of(answers: Path) -> Path:
-    """Where the settings of an output are."""
+    """Where the settings of an output are.
+
+    Raises
+    ------
+    InputError : it is a folder.
+    """
+    if not answers.name or answers.is_dir():
+        raise InputError(f"{str(answers)!r} is a folder. Give a file for the answers.")
     return answers.with_name(answers.name + ".settings.json")
 
 

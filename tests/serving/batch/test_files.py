@@ -118,6 +118,17 @@ def test_pipes_and_devices(unloaded, run, tmp_path, pictures):
     assert not (tmp_path / "out.settings.json").exists()
 
 
+def test_folders(unloaded, run, tmp_path, pictures, monkeypatch):
+    path = written(tmp_path, mixed(pictures, 2))
+    monkeypatch.chdir(tmp_path)
+    for out in (".", "", "/", "..", tmp_path):
+        code, said = run(path, out)
+        assert (code, "is a folder. Give a file for the answers." in said) == (2, True)
+    code, said = run(tmp_path, tmp_path / "out.jsonl")
+    assert (code, "cannot be read" in said) == (2, True)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_refused_output_leaves_nothing(run, tmp_path, pictures, monkeypatch):
     path = written(tmp_path, mixed(pictures, 2))
     (tmp_path / "folder.jsonl").mkdir()
