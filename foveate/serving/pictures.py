@@ -20,7 +20,7 @@ from .gateway.limits import BusyError, Limits, RequestError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG is also that of phones with previews
 # bytes for each pixel while a picture is opened and made ready: Pillow's own and its copies, and arrays of a processor
-PLAIN, CLEAR, DEEP = 12, 24, 32
+PLAIN, CLEAR, DEEP = 18, 24, 32
 HEADERS = {"Accept-Encoding": "identity"}  # what is packed may be any size when unpacked
 
 

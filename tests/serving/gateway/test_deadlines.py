@@ -49,10 +49,10 @@ def streaming(text: str = LONG) -> dict[str, Any]:
 
 
 def test_a_stream_that_nobody_reads_lets_its_place_go(engine: FakeEngine, encoder: PictureEncoder) -> None:
-    with started(engine, encoder, limits=Limits(waiting=1, seconds=1.5)) as url, connected(url, asking(streaming())):
+    with started(engine, encoder, limits=Limits(waiting=1, seconds=4.0)) as url, connected(url, asking(streaming())):
         wait_for(lambda: metric(url, "foveate_requests_running") == 1)
         assert post(url, {"messages": [MESSAGE]}).status_code == 429
-        wait_for(lambda: metric(url, "foveate_requests_running") == 0, 6)
+        wait_for(lambda: metric(url, "foveate_requests_running") == 0, 10)
         assert post(url, {"messages": [MESSAGE]}).status_code == 200
         assert metric(url, "foveate_held_bytes") == 0
 

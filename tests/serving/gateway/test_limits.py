@@ -7,12 +7,18 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from foveate.cli.main import app
+from foveate.errors import InputError
 from foveate.serving.encoding import PictureEncoder
+from foveate.serving.gateway.app import create_app
+from foveate.serving.gateway.gateway import GatewaySettings
 from foveate.serving.gateway.requests import Limits
 from tests.serving_fakes import FakeEngine, events, metric, served, shown, wait_for
 
@@ -112,3 +118,72 @@ def test_keys(encoder: PictureEncoder) -> None:
     with started(engine, encoder, vllm_key="wrong") as url:
         answer = post(url, {"messages": [MESSAGE]})
         assert (answer.status_code, "--vllm-key" in answer.text) == (502, True)
+
+
+def test_metrics_need_the_key(engine: FakeEngine, encoder: PictureEncoder) -> None:
+    """They tell which pictures others have sent."""
+    with started(engine, encoder, api_key="outer") as url:
+        assert httpx.get(f"{url}/metrics").status_code == 401
+        assert httpx.get(f"{url}/metrics", headers={"Authorization": "Bearer wrong"}).status_code == 401
+        told = httpx.get(f"{url}/metrics", headers={"Authorization": "Bearer outer"})
+        assert (told.status_code, "foveate_requests_running" in told.text) == (200, True)
+    with started(engine, encoder) as url:
+        assert httpx.get(f"{url}/metrics").status_code == 200
+
+
+@pytest.mark.parametrize("name", ["api_key", "vllm_key"])
+@pytest.mark.parametrize("key", ["", " ", "\t", "a b", "a\n", "schl\u00fcssel"])
+def test_keys_that_are_none(encoder: PictureEncoder, name: str, key: str) -> None:
+    with pytest.raises(InputError, match=r"is empty|has spaces") as told:
+        create_app(GatewaySettings("pocket", "http://127.0.0.1:1", **{name: key}), [encoder])
+    assert name.replace("_", "-") in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["api", "vllm"])
+@pytest.mark.parametrize("how", ["option", "variable", "variable of spaces"])
+def test_an_empty_key_does_not_start(monkeypatch: pytest.MonkeyPatch, name: str, how: str) -> None:
+    """It would turn authentication off."""
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: pytest.fail("it serves"))
+    variable, option = f"FOVEATE_{name.upper()}_KEY", f"--{name}-key"
+    more = [option, ""] if how == "option" else []
+    if not more:
+        monkeypatch.setenv(variable, "" if how == "variable" else "  ")
+    found = CliRunner().invoke(app, ["serve", "--port", "0", "--vllm-url", "http://127.0.0.1:1", *more])
+    assert isinstance(found.exception, InputError)
+    assert "empty" in str(found.exception)
+    assert variable in str(found.exception)
+
+
+def test_a_key_on_the_command_line_is_taken_before_an_empty_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    served_: list[bool] = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: served_.append(True))
+    monkeypatch.setenv("FOVEATE_API_KEY", "")
+    assert CliRunner().invoke(app, ["serve", "--port", "0", "--vllm-url", "http://127.0.0.1:1", "--api-key", "a"]).exit_code == 0
+    assert served_
+
+
+def test_an_open_server_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)
+    options = ["serve", "--port", "0", "--vllm-url", "http://127.0.0.1:1"]
+    assert "whoever reaches" not in CliRunner().invoke(app, options).output
+    assert "whoever reaches" in CliRunner().invoke(app, [*options, "--host", "0.0.0.0"]).output  # noqa: S104
+    assert "whoever reaches" not in CliRunner().invoke(app, [*options, "--host", "0.0.0.0", "--api-key", "a"]).output  # noqa: S104
+
+
+def test_the_engine_is_asked_once_at_a_time_whether_it_is_there(encoder: PictureEncoder) -> None:
+    """Nobody needs a key for that question."""
+    engine, asked = FakeEngine(), []
+    own = engine._health
+
+    async def health() -> Any:
+        import asyncio
+
+        asked.append(True)
+        await asyncio.sleep(1)
+        return await own()
+
+    engine.app.router.routes[:] = [route for route in engine.app.router.routes if getattr(route, "path", "") != "/health"]
+    engine.app.get("/health")(health)
+    with started(engine, encoder) as url, concurrent.futures.ThreadPoolExecutor(16) as pool:
+        assert {*pool.map(lambda _: httpx.get(f"{url}/health", timeout=20).status_code, range(16))} == {200}
+    assert len(asked) < 4
