@@ -10,6 +10,7 @@ import yaml
 from typer.main import get_command
 
 from foveate.cli.main import app
+from foveate.cli.serve import SHUTDOWN
 from foveate.serving.gateway.requests import Limits
 
 FOLDER = Path(__file__).parents[2] / "examples" / "serving"
@@ -42,7 +43,9 @@ def test_only_the_proxy_is_reachable_and_vllm_only_from_the_gateway() -> None:
     assert [name for name, service in SERVICES.items() if service.get("ports")] == ["nginx"]
     networks = yaml.safe_load((FOLDER / "compose.yaml").read_text())["networks"]
     assert networks["inside"]["internal"]
+    assert networks["front"]["internal"]
     assert SERVICES["vllm"]["networks"] == ["inside"]
+    assert {*SERVICES["gateway"]["networks"]} == {"inside", "front"}, "the gateway has a way out"
     assert {name for name, service in SERVICES.items() if "inside" in service["networks"]} == {"vllm", "gateway"}
 
 
@@ -58,3 +61,63 @@ def test_the_proxy_lets_through_what_the_gateway_answers() -> None:
     assert int(re.search(r"client_max_body_size (\d+)m", conf)[1]) * 2**20 > Limits().body_bytes
     assert float(re.search(r"proxy_read_timeout (\d+)s", conf)[1]) > Limits().seconds
     assert "proxy_buffering off" in conf
+    assert "proxy_request_buffering on" in conf
+
+
+def test_the_proxy_limits_clients() -> None:
+    conf = (FOLDER / "nginx.conf").read_text()
+    for needed in (
+        "limit_req zone",
+        "limit_conn address",
+        "limit_conn all",
+        "client_header_timeout",
+        "client_body_timeout",
+        "send_timeout",
+    ):
+        assert needed in conf
+    assert re.search(r"server_name \S+;", conf), "limit_conn counts nothing under an empty name"
+
+
+def test_it_is_published_to_this_machine_only() -> None:
+    (port,) = SERVICES["nginx"]["ports"]
+    assert port.startswith("${BIND:-127.0.0.1}:")
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_service_is_locked(name: str) -> None:
+    service = SERVICES[name]
+    assert service["cap_drop"] == ["ALL"]
+    assert "no-new-privileges:true" in service["security_opt"]
+    assert service["read_only"] is True
+    assert service["mem_limit"]
+    assert service["pids_limit"]
+    assert not {"privileged", "ipc", "pid", "network_mode", "cap_add"} & service.keys()
+    assert all("size=" in each for each in service["tmpfs"]), "a tmpfs without a size is memory without a limit"
+    assert name == "export" or service["healthcheck"]["test"]
+
+
+def test_what_clients_reach_has_no_token_and_writes_nowhere() -> None:
+    for name in ("gateway", "nginx"):
+        assert "HF_TOKEN" not in SERVICES[name].get("environment", {})
+        assert all(volume.endswith(":ro") for volume in SERVICES[name]["volumes"])
+    assert SERVICES["gateway"]["environment"]["HF_HUB_OFFLINE"] == "1"
+    assert "HF_TOKEN" in SERVICES["export"]["environment"]
+
+
+def test_images_have_versions() -> None:
+    images = [service["image"] for service in SERVICES.values() if "image" in service]
+    images += re.findall(r"^FROM (\S+)", (FOLDER / "Dockerfile").read_text(), re.MULTILINE)
+    assert len(images) == 3
+    assert all(re.search(r":v?\d+\.\d+\.\d+|@sha256:", image) for image in images)
+    assert re.search(r"^USER \d+", (FOLDER / "Dockerfile").read_text(), re.MULTILINE)
+
+
+def test_only_what_is_needed_goes_into_the_image() -> None:
+    lines = (FOLDER.parents[1] / ".dockerignore").read_text().split()
+    copied = re.findall(r"^COPY (.+) \S+$", (FOLDER / "Dockerfile").read_text(), re.MULTILINE)
+    assert "*" in lines
+    assert {name for group in copied for name in group.split()} == {line[1:] for line in lines if line.startswith("!")}
+
+
+def test_requests_have_time_to_end() -> None:
+    assert int(SERVICES["gateway"]["stop_grace_period"].removesuffix("s")) > SHUTDOWN
