@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .common import POCKET, err, method_of, out, sayer
+from .common import POCKET, Config, Fields, Imports, err, method_of, out, sayer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,10 +30,15 @@ def ask_command(
     file: Annotated[Path, typer.Argument(help="Any picture or video file.")],
     question: Annotated[str, typer.Argument(help="What to ask.")],
     model: Annotated[str, typer.Option(help="Hub id, folder, or pocket, the shipped model.")] = POCKET,
-    method: Annotated[str, typer.Option(help="As listed by 'foveate methods'; name:preset for a preset.")] = "prumerge+",
+    method: Annotated[
+        str | None, typer.Option(help="As listed by 'foveate methods'; name:preset for a preset. Default: prumerge+.")
+    ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Visual tokens to keep: a count (144) or a fraction (0.25). Default: the method's rule.")
     ] = None,
+    fields: Fields = None,
+    config: Config = None,
+    imports: Imports = None,
     frames: Annotated[
         int | None,
         typer.Option(min=1, help="Frames of a video to take: 8 by default. With it, moving GIF and WebP are read as videos, too."),
@@ -59,7 +64,7 @@ def ask_command(
     shown, notes = open_shown(file, frames)
     video = shown if isinstance(shown, Video) else None
     save = save and picture_file(save)
-    reducer = method_of(method, budget)
+    reducer = method_of(method, budget, fields, config)
     with err.status(escape(f"loading {model}")) as status:
         loaded = load(model, device=SPREAD)
         inputs, note = make_inputs(loaded.processor, loaded.model, shown, question)

@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import InputError
-from .common import err, parse_budget, sayer
+from .common import Config, Fields, Imports, asked_of, err, sayer
 
 EPILOG = (
     "Examples:  foveate batch questions.jsonl answers.jsonl  |  "
@@ -26,10 +26,15 @@ def batch_command(
     answers: Annotated[Path, typer.Argument(help="JSON lines of answers; an interrupted run goes on from there.")],
     engine: Annotated[str, typer.Option(help="transformers; vllm; or ray, which is vLLM on many machines.")] = "transformers",
     model: Annotated[str, typer.Option(help="Hub id or folder; the pocket model by default.")] = "pocket",
-    method: Annotated[str, typer.Option(help="As listed by 'foveate methods'; full keeps all tokens.")] = "prumerge+",
+    method: Annotated[
+        str | None, typer.Option(help="As listed by 'foveate methods'; full keeps all tokens. Default: prumerge+.")
+    ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Visual tokens to keep: a count (144) or a share (0.25). Default: the method's rule.")
     ] = None,
+    fields: Fields = None,
+    config: Config = None,
+    imports: Imports = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Rows answered at once. Default: 8, and 64 with vLLM, which makes its own batches.")
@@ -56,7 +61,8 @@ def batch_command(
     if not math.isfinite(temperature):
         raise InputError(f"--temperature {temperature} is no number")
     check_apart(questions, answers)
-    wanted = AnswerSettings(method, None if budget is None else parse_budget(budget), max_new_tokens, temperature, seed)
+    name, share, whole = asked_of(method, budget, fields, config)
+    wanted = AnswerSettings(name, share, max_new_tokens, temperature, seed, whole)
     answering.check(wanted)
     source = Source(questions)
     lines = source.lines()

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import InputError
-from .common import POCKET, err, method_of, out, sayer, wide
+from .common import DEFAULT, POCKET, Configs, Fields, Imports, err, methods_of, out, sayer, wide
 
 if TYPE_CHECKING:
     from ..loading import Loaded
@@ -56,6 +56,9 @@ def bench_command(
     budget: Annotated[
         str | None, typer.Option(help="Visual tokens to keep, of all methods: a count (144) or a fraction (0.25).")
     ] = None,
+    fields: Fields = None,
+    config: Configs = None,
+    imports: Imports = None,
     batch: Annotated[str, typer.Option(help="Batch sizes: 1,4. The prompt is repeated.")] = "1",
     image: Annotated[Path | None, typer.Option(help="Picture or video; a scene of the pocket model by default.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What to ask about it.")] = None,
@@ -70,11 +73,11 @@ def bench_command(
     ] = None,
 ) -> None:
     """Time, memory and the share of the possible speed-up, with and without methods, on this machine."""
-    names, sizes = _names(method), parse_sizes(batch)
+    sizes = parse_sizes(batch)
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     _check_file(json_file)
-    methods = {name: method_of(name, budget) for name in names}
+    methods = methods_of(method or ([] if config else [DEFAULT]), budget, fields, config)
     options = BenchOptions(model, methods, sizes, image, prompt, new_tokens, rounds, dtype, device, attn, seed)
     with err.status("starting") as status:
         document, measured = run_bench(options, lambda what: status.update(escape(what)))
@@ -83,14 +86,6 @@ def bench_command(
     show(document, measured, out)
     if json_file is not None:
         err.print(f"ledger: {json_file}", soft_wrap=True, markup=False)
-
-
-def _names(given: list[str] | None) -> list[str]:
-    names = given or ["prumerge+"]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise InputError(f"--method {twice} is given twice. Leave one out.")
-    return names
 
 
 def parse_sizes(text: str) -> list[int]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -12,6 +15,7 @@ if TYPE_CHECKING:
 
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 POCKET = "pocket"  # the model where none is named
+DEFAULT = "prumerge+"  # the method
 WIDTH = 150  # of tables that go to a file or a pipe
 
 
@@ -30,16 +34,134 @@ def parse_budget(text: str) -> int | float:
         raise InputError(f"budget {text!r} is not a number. Use a count such as 144 or a fraction such as 0.25.") from error
 
 
-def method_of(name: str, budget: str | None) -> Method:
+def _import(files: list[Path] | None) -> list[Path] | None:
+    """Run the files of ``--import`` before anything else looks at methods; processes that are started later run them, too."""
+    if files:
+        from ..methods.registry import IMPORTS, import_file
+
+        for file in files:
+            import_file(file)
+        earlier = filter(None, os.environ.get(IMPORTS, "").split(os.pathsep))
+        os.environ[IMPORTS] = os.pathsep.join(dict.fromkeys([*earlier, *(str(file.absolute()) for file in files)]))
+    return files
+
+
+Fields = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="A field of the method, such as k=16; may be given again."),
+]
+Config = Annotated[
+    Path | None, typer.Option(help="File of a method, written by Method.save or 'foveate search', instead of --method.")
+]
+Configs = Annotated[
+    list[Path] | None,
+    typer.Option("--config", help="File of a method, written by Method.save or 'foveate search'; may be given again."),
+]
+Imports = Annotated[
+    list[Path] | None,
+    typer.Option("--import", callback=_import, is_eager=True, help="Python file that defines a method; may be given again."),
+]
+
+
+def method_of(name: str | None, budget: str | None, fields: Sequence[str] | None = None, config: Path | None = None) -> Method:
     """A method as the command line names it.
+
+    Parameters
+    ----------
+    name : as listed, or a JSON file of a method; None = ``config``, or the default where there is none.
+    budget, fields, config : as the options say.
 
     Raises
     ------
-    InputError : there is no such method, or it cannot have the budget.
+    InputError : there is no such method or field, or a value is wrong.
     """
-    from ..methods.registry import get
+    from ..errors import InputError
+    from ..methods.base import Method
+    from ..methods.fields import read_field
+    from ..methods.registry import get, look_up
 
-    return get(name, **({} if budget is None else {"budget": parse_budget(budget)}))
+    if name is not None and config is not None:
+        raise InputError("--method and --config both name a method. Leave one out.")
+    file = config or (Path(name) if name is not None and name.endswith(".json") else None)
+    method = None if file is None else Method.load(file)
+    cls = look_up(name or DEFAULT)[0] if method is None else type(method)
+    found = {field: read_field(cls, field, text) for field, text in _pairs(fields or ()).items()}
+    if budget is not None:
+        if "budget" in found:
+            raise InputError("--budget and --set budget= are one field. Leave one out.")
+        found["budget"] = parse_budget(budget)
+    if method is None:
+        return get(name or DEFAULT, **found)
+    if "budget" in found:
+        method = method.with_budget(found.pop("budget"))
+    return method.with_fields(**found) if found else method
+
+
+def methods_of(
+    names: Sequence[str],
+    budget: str | None,
+    fields: Sequence[str] | None = None,
+    configs: Sequence[Path] | None = None,
+    otherwise: int | None = None,
+) -> dict[str, Method]:
+    """Several methods by their names, those in files by the names of these; ``otherwise`` is the budget of those without a rule.
+
+    Raises
+    ------
+    InputError : as of ``method_of``, or one is given twice.
+    """
+    from ..errors import InputError
+
+    asked = [(name, name, None) for name in names] + [(file.stem, None, file) for file in configs or ()]
+    found: dict[str, Method] = {}
+    for shown, name, file in asked:
+        if shown in found:
+            raise InputError(f"the method {shown} is given twice. Leave one out.")
+        try:
+            found[shown] = method_of(name, budget, fields, file)
+        except InputError:
+            if otherwise is None or budget is not None:
+                raise
+            found[shown] = method_of(name, str(otherwise), fields, file)
+    return found
+
+
+def asked_of(
+    name: str | None, budget: str | None, fields: Sequence[str] | None, config: Path | None
+) -> tuple[str, int | float | None, str]:
+    """A method for other processes: its name, a budget, and all of it where name and budget do not tell (``methods.saved.named``).
+
+    Raises
+    ------
+    InputError : as of ``method_of``.
+    """
+    if config is None and not fields and not (name or "").endswith(".json"):
+        return name or DEFAULT, None if budget is None else parse_budget(budget), ""
+    from ..methods.saved import dumped
+
+    method = method_of(name, budget, fields, config)
+    return method.name, None, dumped(method)
+
+
+def _pairs(fields: Sequence[str]) -> dict[str, str]:
+    """``name=value`` texts by name.
+
+    Raises
+    ------
+    InputError : one has no "=", or a name is given twice.
+    """
+    from ..errors import InputError
+
+    found: dict[str, str] = {}
+    for text in fields:
+        name, equals, value = text.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise InputError(f"--set {text!r}: expected NAME=VALUE, such as --set budget=0.25")
+        if name in found:
+            raise InputError(f"--set {name} is given twice. Leave one out.")
+        found[name] = value
+    return found
 
 
 def parts_of(text: str, option: str, example: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .common import POCKET, err, out, parts_of, sayer, wide
+from .common import POCKET, Imports, err, out, parts_of, sayer, wide
 
 if TYPE_CHECKING:
     from ..lab.runner import Tell
@@ -30,8 +30,9 @@ EPILOG = (
 
 def compare_command(
     methods: Annotated[
-        str | None, typer.Option(help="Names or name:preset, separated by commas. Default: all registered methods.")
+        str | None, typer.Option(help="Names, name:preset, or files of Method.save, separated by commas. Default: all.")
     ] = None,
+    imports: Imports = None,
     budgets: Annotated[
         str | None, typer.Option(help="Visual tokens of 576 to keep, separated by commas. Default: 16,36,64,144,288.")
     ] = None,

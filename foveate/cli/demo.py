@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .common import POCKET, err, out, sayer
+from .common import POCKET, Configs, Fields, Imports, err, methods_of, out, sayer
 
 if TYPE_CHECKING:
     from ..answering import Answer
@@ -56,11 +56,14 @@ def demo_command(
         list[str] | None,
         typer.Option(help="Show this method instead of prumerge+ and prumerge; may be given again. 144 tokens if it has no rule."),
     ] = None,
+    fields: Fields = None,
+    config: Configs = None,
+    imports: Imports = None,
     model: Annotated[str, typer.Option(help="Hub id, folder, or pocket, the shipped model.")] = POCKET,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
 ) -> None:
     """The pocket model answers about three scenes, with all visual tokens and with a fraction of them."""
-    methods = {name: with_a_budget(name) for name in method or SHOWN}
+    methods = methods_of(method or ([] if config else SHOWN), None, fields, config, otherwise=BUDGET)
     with err.status("starting") as status:
         scenes = run_demo(folder, seed, methods, lambda what: status.update(escape(what)), model)
     if as_json:
@@ -87,17 +90,6 @@ def _table(scene: Shown) -> Table:
         saved = "" if answer is full else f"{(full.flops - answer.flops) / full.flops:.0%}"
         table.add_row("all tokens" if name == "full" else name, said, tokens, f"{1000 * answer.prefill:.1f} ms", saved)
     return table
-
-
-def with_a_budget(name: str) -> Method:
-    """A method with its own rule, or with ``BUDGET`` tokens where it has none."""
-    from ..errors import InputError
-    from ..methods.registry import get
-
-    try:
-        return get(name)
-    except InputError:
-        return get(name, budget=BUDGET)
 
 
 def run_demo(

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import InputError, MissingExtraError
-from .common import err, method_of, out, parts_of, sayer, wide
+from .common import DEFAULT, Configs, Fields, Imports, err, methods_of, out, parts_of, sayer, wide
 
 EPILOG = (
     "Examples:  foveate eval --limit 100  |  foveate eval --model llava-hf/llava-1.5-7b-hf --tasks pope,mme --budget 144  |  "
@@ -26,10 +26,13 @@ HEADS = ("method", "visual tokens", "LLM prefill, GFLOPs", "s per question")
 def eval_command(
     tasks: Annotated[str, typer.Option(help="Tasks and groups of lmms-eval, and ours (--list), separated by commas.")] = "pocket",
     model: Annotated[str, typer.Option(help="Hub id or folder, of an adapter (PEFT) too; the pocket model by default.")] = "pocket",
-    methods: Annotated[str, typer.Option(help="Names or name:preset, separated by commas.")] = "prumerge+",
+    methods: Annotated[str | None, typer.Option(help="Names or name:preset, separated by commas. Default: prumerge+.")] = None,
     budget: Annotated[
         str | None, typer.Option(help="Visual tokens to keep: a count (144) or a share (0.25). Default: the methods' own rules.")
     ] = None,
+    fields: Fields = None,
+    config: Configs = None,
+    imports: Imports = None,
     baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="random, spatial and resize at equal cost.")] = True,
     data: Annotated[Path | None, typer.Option(help="Folder with released files of benchmarks, instead of the Hub.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 1,
@@ -47,7 +50,8 @@ def eval_command(
     if show_tasks:
         print(known_tasks())
         return
-    chosen = [method_of(name, budget) for name in parts_of(methods, "methods", "prumerge,prumerge+")]
+    given = () if methods is None and config else parts_of(methods or DEFAULT, "methods", "prumerge,prumerge+")
+    chosen = list(methods_of(given, budget, fields, config).values())
     names = parts_of(tasks, "tasks", "pope,mme")
     first = int(os.environ.get("RANK", "0")) == 0
     if save is not None:

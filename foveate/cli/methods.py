@@ -9,13 +9,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .common import err, out, sayer
+from .common import Imports, err, out, sayer
 
 EPILOG = "Example:  foveate methods"
 PLACES = {"inside the vision encoder": "encoder", "before the projector": "projector", "inside the decoder": "decoder"}
 
 
 def methods_command(
+    imports: Imports = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
 ) -> None:
     """The table of methods."""

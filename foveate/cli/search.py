@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .common import POCKET, err, out, sayer
+from .common import POCKET, Imports, err, out, sayer
 
 EPILOG = "Example:  foveate search plan.json  |  foveate search heads.json --method yopo --share 0.5"
 
@@ -17,6 +17,7 @@ EPILOG = "Example:  foveate search plan.json  |  foveate search heads.json --met
 def search_command(
     plan: Annotated[Path, typer.Argument(help="The JSON file to write: plan= of g-search, heads= of yopo.")],
     method: Annotated[str, typer.Option(help="g-search, p-sigmoid or yopo.")] = "g-search",
+    imports: Imports = None,
     model: Annotated[str, typer.Option(help="Hub id, folder, or pocket, the shipped model.")] = POCKET,
     data: Annotated[
         Path | None, typer.Option(help='JSON lines such as {"image": "a.jpg", "question": "...", "answer": "..."}.')

@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import InputError, MissingExtraError
-from .common import err, parse_budget
+from .common import Config, Fields, Imports, asked_of, err
 
 if TYPE_CHECKING:
     from ..serving.encoding import PictureEncoder
@@ -31,8 +31,13 @@ EPILOG = (
 
 def serve_command(
     model: Annotated[str, typer.Option(help="Hub id or folder; 'pocket' is the shipped model.")] = "pocket",
-    method: Annotated[str, typer.Option(help="For requests that name none; 'full' keeps all visual tokens.")] = "prumerge+",
+    method: Annotated[
+        str | None, typer.Option(help="For requests that name none; 'full' keeps all visual tokens. Default: prumerge+.")
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="Visual tokens to keep: a count or a fraction. Default: its rule.")] = None,
+    fields: Fields = None,
+    config: Config = None,
+    imports: Imports = None,
     vllm_url: Annotated[str | None, typer.Option(help="Of a running vLLM that serves the export of the model.")] = None,
     vllm_key: Annotated[str | None, typer.Option(help="API key of that vLLM.", envvar="FOVEATE_VLLM_KEY")] = None,
     launch: Annotated[bool, typer.Option("--launch", help="Export the model if need be, and start vLLM on this machine.")] = False,
@@ -85,6 +90,7 @@ def serve_command(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     for chatty in ("httpx", "httpcore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    chosen, share, whole = asked_of(method, budget, fields, config)
     limits = Limits(
         max_body_mb * 2**20,
         pictures=max_pictures,
@@ -104,8 +110,9 @@ def serve_command(
     settings = GatewaySettings(
         name=name or model,
         vllm_url=engine.url if engine else str(vllm_url),
-        method=method,
-        budget=None if budget is None else parse_budget(budget),
+        method=chosen,
+        budget=share,
+        config=whole,
         vllm_key=engine.key if engine else vllm_key,
         api_key=api_key,
         hosts={each.lower() for each in allow_host or ()},

@@ -25,14 +25,17 @@ TOTAL = 576  # visual tokens of a picture of the pocket model
 
 
 def check_methods(names: Sequence[str]) -> tuple[str, ...]:
-    """The names without repetition, each a registered method or ``name:preset``.
+    """The names without repetition, each a registered method, ``name:preset``, or the JSON file of a method.
 
     Raises
     ------
     InputError : one is not.
     """
     for name in names:
-        look_up(name)
+        if name.endswith(".json"):
+            Method.load(name)
+        else:
+            look_up(name)
     return tuple(dict.fromkeys(names))
 
 
@@ -43,13 +46,20 @@ def at_count(name: str, count: int, total: int = TOTAL, layers: int = 6) -> Meth
     ------
     InputError : the method cannot do that.
     """
-    return get(name, budget=count).per_image().at_budget(count, total, layers, at="last")
+    return _built(name, count).per_image().at_budget(count, total, layers, at="last")
+
+
+def _built(name: str, budget: int | None) -> Method:
+    if not name.endswith(".json"):
+        return get(name, **({} if budget is None else {"budget": budget}))
+    method = Method.load(name)
+    return method if budget is None else method.with_budget(budget)
 
 
 def at_own_rule(name: str) -> Method | None:
     """A method with its own adaptive rule; None where it has none."""
     try:
-        method = get(name)
+        method = _built(name, None)
     except InputError:
         return None
     return method.per_image() if method.budget is None else None

@@ -137,8 +137,12 @@ class Method(Saved):
 
         Raises
         ------
-        InputError : a value is out of range.
+        InputError : there is no such field, or a value is out of range.
         """
+        known = [field.name for field in dataclasses.fields(self)]
+        unknown = next((name for name in fields if name not in known), None)
+        if unknown is not None:
+            raise InputError(f"{self.name!r} has no field {unknown!r}; its fields: {', '.join(known)}")
         changed = copy.copy(self)
         for name, value in fields.items():
             setattr(changed, name, value)

@@ -124,7 +124,7 @@ def look_up(name: str) -> tuple[type[Method], str]:
 
 def _near(name: str, known: Sequence[str]) -> str:
     """A question, where a known name is like the one given."""
-    found = difflib.get_close_matches(name, known, 1)
+    found = difflib.get_close_matches(name, known, 1, 0.7)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 

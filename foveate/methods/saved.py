@@ -11,6 +11,7 @@ from ..errors import FoveateError, InputError, first_line
 from .registry import get, look_up
 
 if TYPE_CHECKING:
+    from ..tokens import Budget
     from .base import Method
 
 EXPECTED = 'expected {"method": "prumerge+", "fields": {"budget": 144}}, as Method.save writes it'
@@ -106,9 +107,28 @@ def restored(document: Any, place: Path | None = None) -> Method:
         return look_up(name)[0].joined([restored(part) for part in parts])
     if fields is None and place is not None and (own := look_up(name)[0].found_by_search):
         fields = {own: str(place)}
-    if not isinstance(fields or {}, dict):
+    if not isinstance({} if fields is None else fields, dict):
         raise InputError(f"{where}: 'fields' is no object; {EXPECTED}")
     return get(name, **(fields or {}))
+
+
+def named(name: str, budget: Budget = None, config: str = "") -> Method:
+    """The method that another process, a row or a request means.
+
+    Parameters
+    ----------
+    name : as listed by ``foveate.methods()``.
+    budget : None = the method's own, that of ``config`` included.
+    config : all of the method, as ``dumped`` wrote it; "" = the name tells it. Never from a request: it may name files.
+
+    Raises
+    ------
+    InputError : there is no such method, or it cannot have the budget.
+    """
+    if not config:
+        return get(name, **({} if budget is None else {"budget": budget}))
+    method = restored(json.loads(config))
+    return method if budget is None else method.with_budget(budget)
 
 
 def dumped(method: Method) -> str:

@@ -17,7 +17,7 @@ from ..engine.vision.front import prepare
 from ..errors import InputError
 from ..loading import Loaded, check_plain_positions
 from ..methods.base import Method
-from ..methods.registry import get
+from ..methods.saved import named
 from ..pictures import Pictures
 from .checks import check_embeds
 from .scaling import encodes_apart, scales_first
@@ -47,14 +47,18 @@ class EncodedPrompt:
 
 
 @functools.lru_cache(maxsize=256, typed=True)  # 1 is a count, 1.0 a share
-def method_of(name: str, budget: float | None = None) -> Method:
-    """A method that acts before the language model, by its name; "full" keeps all visual tokens.
+def method_of(name: str, budget: float | None = None, config: str = "") -> Method:
+    """A method that acts before the language model; "full" keeps all visual tokens.
+
+    Parameters
+    ----------
+    name, budget, config : as of ``saved.named``.
 
     Raises
     ------
     InputError : there is no such method, it needs a budget, or it acts inside the language model, which runs elsewhere.
     """
-    return servable(get(name, **({} if budget is None else {"budget": budget})))
+    return servable(named(name, budget, config))
 
 
 def servable(method: Method) -> Method:

@@ -17,7 +17,7 @@ from ...engine.session import Session
 from ...errors import InputError, first_line
 from ...loading import load
 from ...methods.base import Method
-from ...methods.registry import get
+from ...methods.saved import named
 from .base import Answered, BatchEngine, EngineError, Job
 from .offline import answered
 from .rows import AnswerSettings, Row, opened
@@ -61,8 +61,8 @@ def read(rows: Sequence[Row], reserved: Sequence[str]) -> list[tuple[Row, Prompt
 
 
 @functools.lru_cache(maxsize=64, typed=True)  # 1 is a count, 1.0 a share
-def _method(name: str, budget: int | float | None) -> Method:
-    return get(name, **({} if budget is None else {"budget": budget}))
+def _method(name: str, budget: int | float | None, config: str) -> Method:
+    return named(name, budget, config)
 
 
 def any_method(wanted: AnswerSettings) -> Method:
@@ -72,7 +72,7 @@ def any_method(wanted: AnswerSettings) -> Method:
     ------
     InputError : there is none, or it needs a budget.
     """
-    return _method(wanted.method, wanted.budget)
+    return _method(wanted.method, wanted.budget, wanted.config)
 
 
 def too_long(prompt: int, longest: float) -> InputError | None:

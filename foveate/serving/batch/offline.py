@@ -55,4 +55,5 @@ def settings(model: str, wanted: AnswerSettings, engine: BatchEngine) -> dict[st
     """
     from ... import __version__
 
-    return {"foveate": __version__, "engine": engine.answers, "model": model, "weights": fingerprint(model), **asdict(wanted)}
+    asked = {name: value for name, value in asdict(wanted).items() if name != "config" or value}
+    return {"foveate": __version__, "engine": engine.answers, "model": model, "weights": fingerprint(model), **asked}

@@ -168,7 +168,7 @@ def _asked(wanted: AnswerSettings, document: dict[str, Any], longest: Any) -> An
     if not isinstance(method or "", str) or not isinstance(budget, int | float | None) or isinstance(budget, bool):
         raise InputError("'method' is a name and 'budget' a number")
     if method is not None:
-        wanted = replace(wanted, method=method, budget=budget)
+        wanted = replace(wanted, method=method, budget=budget, config="")
     elif budget is not None:
         wanted = replace(wanted, budget=budget)
     if longest is None:

@@ -176,7 +176,7 @@ class Ray(BatchEngine, name="ray", rows=64, answers="vllm", options=("export", "
     """vLLM on many machines, and encoders beside it."""
 
     def check(self, wanted: AnswerSettings) -> None:
-        method_of(wanted.method, wanted.budget)
+        method_of(wanted.method, wanted.budget, wanted.config)
 
     def start(self, job: Job) -> Iterator[list[dict[str, Any]]]:
         given = {name: value for name, value in job.options.items() if value is not None}

@@ -30,6 +30,7 @@ class AnswerSettings:
     ----------
     method : as listed by ``foveate methods``; "full" keeps all visual tokens.
     budget : visual tokens per picture, a count or a share; None = the method's own rule.
+    config : all of the method, where it has other fields than its name says (``methods.saved.dumped``); no row may give it.
     max_new_tokens : of the answer.
     temperature : 0 takes the likeliest word each time.
     seed : of answers that are drawn; together with the id of the row, so that an answer does not depend on its batch.
@@ -40,6 +41,7 @@ class AnswerSettings:
     max_new_tokens: int = 64
     temperature: float = 0.0
     seed: int = 0
+    config: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Row:
     def batch(self) -> tuple[Any, ...]:
         """Rows of one batch have the same."""
         budget = self.wanted.budget
-        return self.wanted.method, type(budget), budget, bool(pictures_of(self.messages))
+        return self.wanted.method, self.wanted.config, type(budget), budget, bool(pictures_of(self.messages))
 
     @property
     def seed(self) -> int:

@@ -85,7 +85,7 @@ class RowEncoder:
     """
 
     def __init__(self, name: str, wanted: AnswerSettings) -> None:
-        method = method_of(wanted.method, wanted.budget)
+        method = method_of(wanted.method, wanted.budget, wanted.config)
         self.encoder = PictureEncoder(load_encoder(name))
         self.encoder.check(method)
         self.reserved = media_words(self.encoder.loaded.processor)
@@ -99,7 +99,7 @@ class RowEncoder:
 
     def _encode(self, pairs: list[tuple[Row, Prompt]]) -> list[Ready]:
         prompts, wanted = [prompt for _, prompt in pairs], pairs[0][0].wanted
-        method = method_of(wanted.method, wanted.budget)
+        method = method_of(wanted.method, wanted.budget, wanted.config)
         if prompts[0].images:
             encoded = self.encoder.encode([prompt.conversation for prompt in prompts], method)
         else:
@@ -207,7 +207,7 @@ class Vllm(BatchEngine, name="vllm", rows=64, options=("export",)):
     """vLLM on this machine, which makes batches of its own."""
 
     def check(self, wanted: AnswerSettings) -> None:
-        method_of(wanted.method, wanted.budget)
+        method_of(wanted.method, wanted.budget, wanted.config)
 
     def start(self, job: Job) -> Iterator[list[dict[str, Any]]]:
         folder = ready_export(job.model, job.export).absolute()

@@ -43,7 +43,7 @@ class GatewaySettings:
     Attributes
     ----------
     name : of the model, for clients.
-    method, budget : for requests that ask for none.
+    method, budget, config : for requests that ask for none (``methods.saved.named``).
     vllm_url, vllm_key : where vLLM is.
     api_key : that clients must give; None = none, and anybody may ask.
     hosts : from which pictures may be loaded.
@@ -55,6 +55,7 @@ class GatewaySettings:
     vllm_url: str
     method: str = "prumerge+"
     budget: float | None = None
+    config: str = ""
     vllm_key: str | None = None
     api_key: str | None = None
     hosts: Collection[str] = ()
@@ -102,11 +103,11 @@ class Gateway:
         check_key(settings.api_key, "--api-key (FOVEATE_API_KEY)")
         check_key(settings.vllm_key, "--vllm-key (FOVEATE_VLLM_KEY)")
         self.encoder = encoders[0]
-        self.encoder.check(method_of(settings.method, settings.budget))
+        self.encoder.check(method_of(settings.method, settings.budget, settings.config))
         around(self.encoder.loaded.processor)
         processor = self.encoder.loaded.processor
         reserved = tuple(dict.fromkeys((PLACEHOLDER, *media_words(processor))))
-        self.reader = RequestReader(settings.name, settings.method, settings.budget, self.limits, reserved)
+        self.reader = RequestReader(settings.name, settings.method, settings.budget, settings.config, self.limits, reserved)
         self.rendering = Rendering(processor, reserved)
         self.held, self.opened = Held(self.limits.held), Budget(self.limits.decoded)
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="pictures")
@@ -187,7 +188,7 @@ class Gateway:
         """
         asked = await self._in_thread(functools.partial(self._read, body))  # bodies are large
         body.clear()
-        self.check(asked.name, asked.budget)
+        self.check(asked.name, asked.budget, asked.config)
         pictures, tokens = await self._pictures(asked, share) if asked.urls else ([], None)
         body_of = {**asked.options, "messages": asked.filled([each.part for each in pictures]), "stream": asked.stream}
         if asked.stream:
@@ -242,9 +243,9 @@ class Gateway:
         places = ((each, f"picture {number + 1}") for number, each in enumerate(data))
         return [measured(each, where, self.limits, scaler, len(data) > 1) for each, where in places]
 
-    def _check(self, name: str, budget: float | None) -> None:
+    def _check(self, name: str, budget: float | None, config: str) -> None:
         try:
-            self.encoder.check(method_of(name, budget))
+            self.encoder.check(method_of(name, budget, config))
         except (InputError, UnsupportedModelError) as error:
             raise RequestError(str(error), param="foveate") from error
 

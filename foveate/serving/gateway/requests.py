@@ -41,7 +41,7 @@ class ChatRequest:
     messages : texts as lists of parts; a picture is ``{"type": "image", "number": its place in urls}``.
     urls : of the pictures, in their order.
     method : what reduces them.
-    name, budget : by which it was asked for.
+    name, budget, config : by which it was asked for.
     options : for the engine.
     stream : whether the answer is sent word by word.
     usage : whether a stream ends with the numbers of tokens.
@@ -52,6 +52,7 @@ class ChatRequest:
     method: Method
     name: str
     budget: float | None
+    config: str
     options: dict[str, Any]
     stream: bool
     usage: bool
@@ -74,13 +75,14 @@ class RequestReader:
     Parameters
     ----------
     model : the name under which the model is served.
-    method, budget : for requests that ask for none.
+    method, budget, config : for requests that ask for none; a request may give another budget or another name.
     reserved : words that stand for pictures in prompts, which no text may hold.
     """
 
     model: str
     method: str
     budget: float | None = None
+    config: str = ""
     limits: Limits = field(default_factory=Limits)
     reserved: tuple[str, ...] = (PLACEHOLDER,)
 
@@ -130,9 +132,9 @@ class RequestReader:
             raise RequestError("the body is no JSON object")
         return asked
 
-    def _method(self, asked: Any) -> tuple[Method, str, float | None]:
+    def _method(self, asked: Any) -> tuple[Method, str, float | None, str]:
         if asked is None:
-            return method_of(self.method, self.budget), self.method, self.budget
+            return method_of(self.method, self.budget, self.config), self.method, self.budget, self.config
         if not isinstance(asked, dict) or asked.keys() - {"method", "budget"}:
             raise RequestError('foveate must be an object such as {"method": "prumerge+", "budget": 144}', param="foveate")
         name, budget = asked.get("method"), asked.get("budget")
@@ -143,7 +145,8 @@ class RequestReader:
         if budget is not None and abs(budget) > LARGEST_BUDGET:
             raise RequestError(f"foveate.budget must be at most {LARGEST_BUDGET}", param="foveate")
         try:
-            return method_of(name or self.method, budget), name or self.method, budget
+            config = "" if name else self.config
+            return method_of(name or self.method, budget, config), name or self.method, budget, config
         except (InputError, UnsupportedModelError) as error:
             raise RequestError(str(error), param="foveate") from error
 

@@ -1,0 +1,132 @@
+"""Methods as JSON: saved, loaded, named for other processes, and read from texts of the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+import foveate
+from foveate.errors import FoveateError, InputError
+from foveate.methods.base import Method
+from foveate.methods.fields import read_field
+from foveate.methods.registry import get, presets, registered
+from foveate.methods.saved import dumped, named
+
+from .. import trained_methods
+
+
+def every_method():
+    for name, cls in registered().items():
+        for preset in ("", *presets(cls)):
+            full = f"{name}:{preset}" if preset else name
+            try:
+                yield full, get(full)
+            except InputError:
+                yield full, get(full, budget=0.5)
+
+
+def fields(method):
+    return {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+
+
+@pytest.mark.parametrize(("name", "method"), [pytest.param(*pair, id=pair[0]) for pair in every_method() if not pair[1].trained()])
+def test_every_method_and_preset_comes_back(tmp_path, name, method):
+    changed = method if method.budget is None else method.with_budget(0.25)
+    for one in (method, changed):
+        one.save(tmp_path / "method.json")
+        for found in (Method.load(tmp_path / "method.json"), named(one.name, None, dumped(one))):
+            assert type(found) is type(one)
+            assert fields(found) == fields(one)
+            assert found.settings() == one.settings()
+
+
+def test_compositions_come_back(tmp_path):
+    inner = foveate.Compose(foveate.PruMergePlus.released(), foveate.FastV(layer=3, budget=0.25))
+    both = foveate.Compose(inner, foveate.get("text-relevance", budget=9))
+    both.save(tmp_path / "both.json")
+    found = foveate.Method.load(tmp_path / "both.json")
+    assert found.settings() == both.settings()
+    assert [type(part) for part in found.methods] == [foveate.Compose, foveate.TextRelevanceCut]
+    assert named("compose", 40, dumped(both)).before_decoder().budget == 40
+
+
+def test_trained_methods_name_their_folder(tmp_path):
+    from .. import zoo
+
+    method = trained_methods.Learnt(budget=4).fresh(3)
+    with pytest.raises(InputError, match="save_pretrained first"):
+        method.save(tmp_path / "learnt.json")
+    method(zoo.load()).attach().detach()
+    method.save_pretrained(tmp_path / "weights")
+    stored = trained_methods.Learnt.from_pretrained(tmp_path / "weights")
+    stored.save(tmp_path / "learnt.json")
+    assert foveate.Method.load(tmp_path / "learnt.json").settings() == stored.settings()
+    assert json.loads((tmp_path / "learnt.json").read_text())["fields"]["weights"] == str(tmp_path / "weights")
+
+
+def test_what_a_search_found(tmp_path):
+    plan = {"method": "g-search", "rates": [1.0, 0.5, 0.25]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    assert foveate.Method.load(tmp_path / "plan.json").rates == (1.0, 0.5, 0.25)
+    (tmp_path / "heads.json").write_text(json.dumps({"method": "yopo", "heads": [[True, False]]}))
+    assert foveate.Method.load(tmp_path / "heads.json").heads == str(tmp_path / "heads.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ("[]", "expected"),
+        ('{"method": 3}', "expected"),
+        ('{"method": "prumerge", "fields": []}', "is no object"),
+        ('{"method": "prumerge", "methods": []}', "is not made of methods"),
+        ('{"method": "compose", "methods": {}}', "no list of methods"),
+        ('{"method": "compose", "methods": []}', "Compose takes methods"),
+        ('{"method": "compose", "methods": [3]}', "expected"),
+        ('{"method": "nothing"}', "unknown method 'nothing'"),
+        ('{"method": "prumerge", "fields": {"strenght": 1}}', "no field 'strenght'"),
+        ('{"method": "prumerge", "fields": {"k": "many"}}', "expected a whole number"),
+    ],
+)
+def test_files_that_describe_no_method(tmp_path, content, match):
+    (tmp_path / "method.json").write_text(content)
+    with pytest.raises(InputError, match=match):
+        Method.load(tmp_path / "method.json")
+
+
+def test_places(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        Method.load(tmp_path / "absent.json")
+    with pytest.raises(FoveateError, match="cannot be written"):
+        foveate.PruMerge().save(tmp_path / "absent" / "method.json")
+
+    class Nameless(foveate.ProjectorReducer):
+        pass
+
+    with pytest.raises(InputError, match="has no name"):
+        Nameless().save(tmp_path / "method.json")
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "text", "value"),
+    [
+        (foveate.PruMerge, "k", "16", 16),
+        (foveate.PruMerge, "budget", "0.25", 0.25),
+        (foveate.PruMerge, "budget", "none", None),
+        (foveate.PruMerge, "merge", "False", False),
+        (foveate.PruMerge, "positions", "original", "original"),
+        (foveate.PyramidDrop, "layers", "1,2, 3", [1, 2, 3]),
+        (foveate.GSearch, "rates", "[1, 0.5]", [1, 0.5]),
+        (foveate.GSearch, "plan", "a,b.json", "a,b.json"),
+        (foveate.GSearch, "plan", "none", None),
+        (foveate.YOPO, "heads", "12", "12"),
+        (foveate.PruMerge, "k", "many", "many"),
+    ],
+)
+def test_fields_as_texts(method, field, text, value):
+    found = read_field(method, field, text)
+    assert found == value
+    assert type(found) is type(value)
