@@ -18,11 +18,11 @@ from ..cuts import Cut, PromptTokens
 from ..errors import InputError
 from ..tokens import Budget, EncoderLayer, Reduction, VisualTokens, resolve_budget, sums_of_links
 from .base import DecoderReducer, FrontReducer, Method, ProjectorReducer
-from .tools.merging import links_of
+from .tools.merging import best_partners, links_of
 from .tools.plans import outputs_of
 from .tools.schedule import steps
 from .tools.scoring import page_rank
-from .tools.selection import best_of_images, rows_at_once
+from .tools.selection import best_of_images
 
 PAPER = "https://arxiv.org/abs/2412.03248"
 
@@ -62,10 +62,8 @@ class AIMMerge(ProjectorReducer, name="aim-merge", paper=PAPER, adaptive=False):
     def _step(self, metric: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Of one round, the place [B, T - count] that each output sits at, and the output [B, T] that each token goes to."""
         unit = F.normalize(metric, dim=-1)
-        partners = unit[:, 1::2].transpose(1, 2)
-        best = [(some @ partners).max(-1) for some in unit[:, 0::2].split(rows_at_once(metric.shape[1] // 2), 1)]
-        ranked = torch.cat([pairs.values for pairs in best], 1).argsort(dim=-1, descending=True, stable=True)
-        partner = torch.cat([pairs.indices for pairs in best], 1)
+        alike, partner = best_partners(unit[:, 0::2], unit[:, 1::2])
+        ranked = alike.argsort(dim=-1, descending=True, stable=True)
         merging, staying = 2 * ranked[:, :count], 2 * ranked[:, count:]
         length = metric.shape[1]
         odd = torch.arange(1, length, 2, device=metric.device).expand(len(metric), -1)

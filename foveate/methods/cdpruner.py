@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..errors import FoveateError
 from ..tokens import Question, Reduction, VisualTokens, resolve_budget
 from .base import ProjectorReducer
-from .tools.selection import cosines, rows_of
+from .tools.selection import cosine_rows
 
 
 @dataclass(kw_only=True)
@@ -47,7 +48,7 @@ class CDPruner(ProjectorReducer, name="cdpruner", paper="https://arxiv.org/abs/2
             raise FoveateError(f"{self.name}: the question or the projected features are missing. This is a fault of the engine.")
         count = resolve_budget(self.budget, tokens.number) or tokens.number
         scores = self._relevance(tokens.question)
-        chosen = determinant_first(cosines(tokens.projected), scores.square(), count)
+        chosen = determinant_first(cosine_rows(tokens.projected), scores.square(), count)
         return Reduction(chosen.sort(-1).values, scores=scores)
 
     @torch.no_grad()
@@ -64,7 +65,7 @@ class CDPruner(ProjectorReducer, name="cdpruner", paper="https://arxiv.org/abs/2
 
 
 @torch.no_grad()
-def determinant_first(similar: Tensor, weight: Tensor, count: int, least: float = 1e-6) -> Tensor:
+def determinant_first(rows: Callable[[Tensor], Tensor], weight: Tensor, count: int, least: float = 1e-6) -> Tensor:
     """Greedy MAP of a determinantal point process (Chen et al. 2018), with the kernel sqrt(w_i w_j) s_ij.
 
     Each token chosen multiplies the determinant of the kernel of those chosen most: its weight times what of it they do not span.
@@ -73,7 +74,7 @@ def determinant_first(similar: Tensor, weight: Tensor, count: int, least: float 
 
     Parameters
     ----------
-    similar : [B, N, N], 1 on the diagonal.
+    rows : gives those at [B, 1] of the similarities, [B, 1, N], 1 on the diagonal.
     weight : [B, N], not negative.
     count : how many to choose.
 
@@ -82,14 +83,14 @@ def determinant_first(similar: Tensor, weight: Tensor, count: int, least: float 
     [B, count] in the order they were chosen.
     """
     left, taken = torch.ones_like(weight), torch.zeros_like(weight, dtype=torch.bool)
-    factor, order = similar.new_empty(len(similar), count, similar.shape[-1]), []
+    factor, order = weight.new_empty(len(weight), count, weight.shape[1]), []
     for step in range(count):
         best = (weight * left).masked_fill(taken, -1).argmax(-1, keepdim=True)
         taken = taken.scatter(1, best, True)
         order.append(best)
         before = factor[:, :step]
         at = before.gather(2, best[:, None].expand(-1, step, -1))
-        row = rows_of(similar, best)[:, 0] - (at.transpose(1, 2) @ before)[:, 0]
+        row = rows(best)[:, 0] - (at.transpose(1, 2) @ before)[:, 0]
         pivot = left.gather(1, best)
         factor[:, step] = row * pivot.clamp(min=least).rsqrt()
         left = left - factor[:, step].square()

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 
 from ..tokens import BlockTokens, Regroup, resolve_budget
 from .base import EncoderReducer
+from .tools.merging import best_partners
 from .tools.plans import even_plan, outputs_of, paired_plan
 from .tools.scoring import cls_attention, received_attention
+from .tools.selection import ranks
 
 
 @dataclass(kw_only=True)
@@ -57,18 +59,17 @@ class CrossGET(EncoderReducer, name="crossget", paper="https://arxiv.org/abs/230
     def shrink(self, tokens: BlockTokens) -> Regroup:
         tap, number = tokens.tap, tokens.valid.shape[1]
         unit = F.normalize(tap.patch_keys.float().unflatten(-1, (tap.heads, -1)).mean(2), dim=-1)
-        itself = torch.eye(number, dtype=torch.bool, device=unit.device)
-        similar = (unit @ unit.transpose(1, 2)).masked_fill(itself, float("-inf"))
-        ranked = similar.amax(-1).argsort(dim=-1, descending=True, stable=True)
-        place = torch.empty_like(ranked).scatter(1, ranked, torch.arange(number, device=unit.device).expand_as(ranked))
-        ahead = similar.masked_fill(place[:, :, None] >= place[:, None], float("-inf")).amax(-1)
+        every = torch.arange(number, device=unit.device)
+        alike, _ = best_partners(unit, unit, lambda part: every[part, None] != every)
+        place = ranks(alike)
+        ahead, _ = best_partners(unit, unit, lambda part: place[:, part, None] < place[:, None])
         importance = received_attention(tap, cls_looks=True)
         importance = importance if tap.query is None else importance + cls_attention(tap)
         merged = (importance - ahead).argsort(dim=-1, stable=True)[:, : number - tokens.goal]
         stays = torch.ones_like(tokens.valid).scatter(1, merged, False)
         index = (~stays).long().argsort(dim=-1, stable=True)[:, : tokens.goal]
-        rows = similar.gather(1, merged[..., None].expand(-1, -1, number))
-        into = rows.masked_fill(~stays[:, None], float("-inf")).argmax(-1)
+        looking = unit.gather(1, merged[..., None].expand(-1, -1, unit.shape[-1]))
+        _, into = best_partners(looking, unit, lambda part: stays[:, None])
         pair = torch.stack([importance.gather(1, merged), importance.gather(1, into)], -1).softmax(-1)
         share = torch.ones_like(importance).scatter(1, merged, 2 * pair[..., 0]).scatter_add(1, into, 2 * pair[..., 1] - 1)
         owner = outputs_of(index, number, 0)

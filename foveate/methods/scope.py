@@ -10,7 +10,7 @@ from torch import Tensor
 from ..tokens import EncoderLayer, Reduction, VisualTokens, resolve_budget
 from .base import ProjectorReducer
 from .tools.scoring import cls_attention
-from .tools.selection import cosines, rows_of
+from .tools.selection import cosines, rows_at_once, rows_of, unpacked
 
 
 @dataclass(kw_only=True)
@@ -63,8 +63,9 @@ def coverage_first(similar: Tensor, weight: Tensor, count: int, few: bool) -> Te
     [B, count] in the order they were chosen.
     """
     number, weight = similar.shape[-1], weight.double()
-    covered, taken = torch.zeros_like(similar[..., 0]), torch.zeros_like(weight, dtype=torch.bool)
-    gain, order = similar.clamp(min=0).sum(-1, dtype=torch.float64), []
+    covered, taken = torch.zeros_like(weight, dtype=torch.float32), torch.zeros_like(weight, dtype=torch.bool)
+    parts = similar.split(rows_at_once(number), 1)
+    gain, order = torch.cat([unpacked(part).clamp(min=0).sum(-1, dtype=torch.float64) for part in parts], 1), []
     for _ in range(count):
         best = (gain * weight).masked_fill(taken, -1).argmax(-1, keepdim=True)
         taken = taken.scatter(1, best, True)
@@ -73,8 +74,8 @@ def coverage_first(similar: Tensor, weight: Tensor, count: int, few: bool) -> Te
         grew = better > covered
         width = int(grew.sum(1).max()) if few else number
         some = grew.long().argsort(dim=1, descending=True, stable=True)[:, :width]
-        rows = rows_of(similar, some)
-        low, high = covered.gather(1, some)[..., None], better.gather(1, some)[..., None]
-        gain = gain - (rows.minimum(high) - low).clamp(min=0).sum(1, dtype=torch.float64)
+        for part in some.split(max(1, 2**24 // number), 1):
+            low, high = covered.gather(1, part)[..., None], better.gather(1, part)[..., None]
+            gain = gain - (rows_of(similar, part).minimum(high) - low).clamp(min=0).sum(1, dtype=torch.float64)
         covered = better
     return torch.cat(order, 1)

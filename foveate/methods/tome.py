@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ..tokens import BlockTokens, Regroup, resolve_budget
 from .base import EncoderReducer
+from .tools.merging import best_partners
 from .tools.plans import even_plan, outputs_of, paired_plan
 
 
@@ -63,16 +64,16 @@ class ToMe(EncoderReducer, name="tome", paper="https://arxiv.org/abs/2210.09461"
         looking, into = (torch.arange(begin, number, 2, device=metric.device) for begin in (first, other))
         # bipartite matching: every second patch looks for its best partner among the others
         unit = F.normalize(metric, dim=-1)
-        best = (unit[:, first::2] @ unit[:, other::2].transpose(1, 2)).max(-1)
+        alike, partner = best_partners(unit[:, first::2], unit[:, other::2])
         # the most similar pairs merge, as many as the goal asks for; the rest of the lookers stay as they are
-        ranked = best.values.argsort(dim=-1, descending=True, stable=True)
+        ranked = alike.argsort(dim=-1, descending=True, stable=True)
         pairs = number - tokens.goal
         staying = ranked[:, pairs:].sort(dim=-1).values
         # outputs: lookers that stay, in their order, then all partners; a merged looker goes to the output of its partner
         index = torch.cat([looking[staying], into.expand(len(metric), -1)], 1)
         owner = outputs_of(index, number, 0)
         merged = ranked[:, :pairs]
-        target = tokens.goal - len(into) + best.indices.gather(1, merged)
+        target = tokens.goal - len(into) + partner.gather(1, merged)
         owner = owner.scatter(1, looking[merged], target)
         # a mean over patches of the picture: what was merged before counts as often as it stands for
         total = torch.zeros(len(metric), tokens.goal, device=metric.device).scatter_add(1, owner, tokens.sizes)

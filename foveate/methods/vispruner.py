@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..tokens import EncoderLayer, Reduction, VisualTokens, resolve_budget
 from .base import ProjectorReducer
 from .tools.scoring import cls_attention
-from .tools.selection import cosines, rows_of
+from .tools.selection import cosines, rows_at_once, rows_of
 
 
 @dataclass(kw_only=True)
@@ -75,9 +75,11 @@ def without_duplicates(similar: Tensor, tokens: Tensor, count: int, remove: int)
     """
     while tokens.shape[1] > count:
         even, odd = tokens[:, 0::2], tokens[:, 1::2]
-        pairs = rows_of(similar, even)
-        pairs = pairs.gather(2, odd[:, None].expand(-1, even.shape[1], -1))
-        alike = pairs.amax(-1).argsort(dim=-1, stable=True).flip(1)
+        most = [
+            rows_of(similar, some).gather(2, odd[:, None].expand(-1, some.shape[1], -1)).amax(-1)
+            for some in even.split(rows_at_once(similar.shape[2]), 1)
+        ]
+        alike = torch.cat(most, 1).argsort(dim=-1, stable=True).flip(1)
         goes = min(remove, tokens.shape[1] - count)
         tokens = torch.cat([even.gather(1, alike[:, goes:]), odd], 1)
     return tokens

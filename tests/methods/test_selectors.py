@@ -16,7 +16,7 @@ from foveate.methods.cdpruner import CDPruner, determinant_first
 from foveate.methods.dart import DART
 from foveate.methods.divprune import DivPrune
 from foveate.methods.scope import Scope, coverage_first
-from foveate.methods.tools.selection import cosines, farthest_first
+from foveate.methods.tools.selection import cosine_rows, cosines, farthest_first
 from foveate.methods.visionzip import VisionZip
 from foveate.methods.vispruner import VisPruner
 from foveate.methods.vtc_cls import FasterVLM
@@ -212,7 +212,7 @@ def test_each_choice_of_cdpruner_has_the_largest_determinant(number, width, coun
     generator, count = torch.Generator().manual_seed(seed), min(count, number)
     points = vectors(kind, 1, number, width, generator=generator)
     weight = torch.rand(1, number, generator=generator) ** 3
-    order = determinant_first(cosines(points), weight.square(), count)[0].tolist()
+    order = determinant_first(cosine_rows(points), weight.square(), count)[0].tolist()
     assert len(set(order)) == count
     for step in range(count):
         found = reference.determinants(points[0], weight[0].tolist(), order[:step])
@@ -229,7 +229,7 @@ def test_cdpruner_beyond_the_rank_takes_the_earlier_token():
 def test_what_cdpruner_takes_beyond_the_rank_is_not_noise(seed):
     generator = torch.Generator().manual_seed(seed)
     points = torch.randn(1, 12, 3, generator=generator)
-    order = determinant_first(cosines(points), torch.rand(1, 12, generator=generator), 12)[0].tolist()
+    order = determinant_first(cosine_rows(points), torch.rand(1, 12, generator=generator), 12)[0].tolist()
     assert order[3:] == sorted(order[3:])
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...errors import FoveateError, UnsupportedModelError
 from ...methods.base import EncoderReducer
-from ...tokens import BlockTokens, EncoderTap, Reduction, Regroup
+from ...tokens import BlockTokens, EncoderTap, Reduction, Regroup, sums_of_links
 from ..decoder.attention import BIASED, attend_as_before, attend_with_sdpa, implementation_of
 from ..model.anatomy import Anatomy, Block
 
@@ -156,7 +156,7 @@ class Shrinking:
 
     def _merged(self, patches: Tensor, merge: Regroup) -> Tensor:
         """[B, n, C] -> [B, M, C], and the book of which patch is where."""
-        (batch, number, channels), outputs = patches.shape, merge.index.shape[1]
+        (number, channels), outputs = patches.shape[1:], merge.index.shape[1]
         if not 1 <= outputs <= number:
             raise FoveateError(f"{self.method.name} made {outputs} patches of {number}. This is a fault of the method.")
         index, place = merge.index.clamp(0, number - 1), torch.arange(outputs, device=patches.device)
@@ -167,10 +167,8 @@ class Shrinking:
         if merge.share is None:
             short = patches.gather(1, index[..., None].expand(-1, -1, channels))
         else:
-            into = torch.where(mine < 0, outputs, mine) + torch.arange(batch, device=mine.device)[:, None] * (outputs + 1)
-            weighted = (patches * merge.share.to(patches)[..., None]).flatten(0, 1)
-            sums = patches.new_zeros(batch * (outputs + 1), channels).index_add(0, into.flatten(), weighted)
-            short = sums.view(batch, outputs + 1, channels)[:, :outputs]
+            into, sources = torch.where(mine < 0, outputs, mine).sort(dim=1, stable=True)
+            short = sums_of_links(patches, sources, into, merge.share.gather(1, sources), outputs)
         self.owner = torch.where(self.owner < 0, -1, mine.gather(1, self.owner.clamp(min=0)))
         self.cell, valid = self.cell.gather(1, index), self.valid.gather(1, index)
         self._ragged = self._ragged or merge.valid is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +21,19 @@ def similarity(keys: Tensor, index: Tensor, kind: Similarity) -> Tensor:
         return products
     scale = keys.norm(dim=-1).clamp(min=1e-12).reciprocal()  # scaling the products is cheaper than scaling the keys
     return products * scale[:, None] * scale.gather(1, index)[..., None]
+
+
+def best_partners(lookers: Tensor, others: Tensor, allowed: Callable[[slice], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """The largest product of each looker [B, R, C] with the others [B, S, C], and with which one: [B, R] both.
+
+    Some lookers at a time; ``allowed`` tells with which others those in a slice may pair, [B, some, S] bool.
+    """
+    others, best, step = others.transpose(1, 2), [], rows_at_once(others.shape[1])
+    for first in range(0, lookers.shape[1], step):
+        part = slice(first, first + step)
+        products = lookers[:, part] @ others
+        best.append((products if allowed is None else products.masked_fill(~allowed(part), float("-inf"))).max(-1))
+    return torch.cat([found.values for found in best], 1), torch.cat([found.indices for found in best], 1)
 
 
 @torch.no_grad()
@@ -101,6 +115,14 @@ def with_rest(links: Links, index: Tensor, scores: Tensor, kept: Tensor, normali
     return both, cell, ~kept.all(-1, keepdim=True)
 
 
+def distances(features: Tensor) -> Tensor:
+    """[B, S, S] Euclidean distances of [B, S, D] in float32: products in float64, which leave no trace of the shape of a batch."""
+    features = features.double()
+    products = features @ features.transpose(1, 2)
+    squares = products.diagonal(dim1=1, dim2=2)
+    return (squares[:, None] + squares[..., None] - 2 * products).clamp(min=0).sqrt().float()
+
+
 def cluster_weights(features: Tensor, pool: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Density-peak clustering of some tokens of each image (Du et al. 2016), with as many neighbours as clusters.
 
@@ -121,7 +143,7 @@ def cluster_weights(features: Tensor, pool: Tensor, clusters: Tensor) -> tuple[T
     pool = pool.gather(2, order[:, None].expand(-1, pool.shape[1], -1))
     inside = pool.any(1)
     together = (pool.transpose(1, 2).float() @ pool.float()) > 0
-    apart = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist") * features.shape[-1] ** -0.5
+    apart = distances(features) * features.shape[-1] ** -0.5
     apart = apart.masked_fill(~together, float("inf"))
     wanted = (pool * clusters[..., None]).sum(1).clamp(min=1)  # of the image that a token belongs to
     near = apart.sort(dim=-1).values.square()

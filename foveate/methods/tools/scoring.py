@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -40,25 +41,39 @@ def cls_attention_by_head(tap: EncoderTap, heads: Heads = "per_head_mean") -> Te
     if tap.query is None:
         raise FoveateError("the encoder has no [CLS] token. This is a fault of the method.")
     # sums of products, and no matrix product: as fast for one row, and the same to the last bit in every batch
-    products = tap.keys.float() * tap.query[:, None].float()
-    products = products.unflatten(-1, (tap.heads if heads == "per_head_mean" else 1, -1)).sum(-1)
+    split, query = (tap.heads if heads == "per_head_mean" else 1, -1), tap.query[:, None].float()
+    some = tap.keys.split(_at_once(tap.keys, 2**18, tap.keys[:, :1].numel()), 1)
+    products = torch.cat([(keys.float() * query).unflatten(-1, split).sum(-1) for keys in some], 1)
     return _softmax(products.transpose(1, 2)[:, :, None], tap)[:, :, 0, 1:]
 
 
+def _at_once(values: Tensor, limit: int, each: int) -> int:
+    """How many pieces of ``each`` numbers to work on at a time: on CPUs as many as a cache holds, elsewhere all."""
+    return max(1, limit // each) if values.device.type == "cpu" else max(1, values.numel())
+
+
 @torch.no_grad()
-def received_attention(tap: EncoderTap, heads: Heads = "per_head_mean", *, cls_looks: bool = False, block: int = 64) -> Tensor:
+def received_attention(tap: EncoderTap, heads: Heads = "per_head_mean", *, cls_looks: bool = False, block: int = 512) -> Tensor:
     """[B, N] float32 attention that each patch receives, averaged over heads and over the patches that look, with ``cls_looks``
     [CLS] among them. Computed for ``block`` queries at a time: O(N) memory.
     """
     if tap.queries is None:
         raise FoveateError("the queries of the encoder layer were not recorded. This is a fault of the engine.")
     first = 0 if cls_looks else tap.lead
-    queries, keys = _by_head(tap.queries[:, first:], tap, heads), _by_head(tap.keys, tap, heads).transpose(2, 3).contiguous()
-    real = torch.ones_like(queries[:, :1, :, 0]) if tap.bias is None else torch.isfinite(tap.bias[:, None, first:]).float()
-    total = torch.zeros_like(keys[:, :, 0])
-    for rows, looks in zip(queries.split(block, 2), real.split(block, 2), strict=True):
-        total += (looks[:, :, None] @ _softmax(rows @ keys, tap))[:, :, 0]
-    return total.mean(1)[:, tap.lead :] / real.sum(2)
+    queries, keys = _by_head(tap.queries[:, first:], tap, heads), _by_head(tap.keys, tap, heads)
+    real = torch.ones_like(queries[..., 0]) if tap.bias is None else torch.isfinite(tap.bias[:, None, first:]).float()
+    bias = torch.zeros_like(tap.keys[..., 0], dtype=torch.float32) if tap.bias is None else tap.bias.float()
+    batch, number = queries.shape[:2]
+    pairs = [each.expand(batch, number, -1).flatten(0, 1) for each in (real[:, :1], bias[:, None])]
+    queries, keys, total = (queries * queries.shape[-1] ** -0.5).flatten(0, 1), keys.flatten(0, 1), []
+    rows = max(1, min(block, 2**19 // keys.shape[1]))
+    at_once = _at_once(keys, 2**19, rows * keys.shape[1])
+    for q, k, looks, add in zip(*(each.split(at_once) for each in (queries, keys, *pairs)), strict=True):
+        found = torch.zeros_like(k[:, None, :, 0])
+        for some, look in zip(q.split(rows, 1), looks.split(rows, 1), strict=True):
+            found += look[:, None] @ torch.baddbmm(add[:, None], some, k.transpose(1, 2)).softmax(-1)
+        total.append(found[:, 0])
+    return torch.cat(total).unflatten(0, (batch, number)).mean(1)[:, tap.lead :] / real[:, 0].sum(1, keepdim=True)
 
 
 def _by_head(channels: Tensor, tap: EncoderTap, heads: Heads) -> Tensor:
@@ -87,22 +102,26 @@ def prompt_attention(tokens: PromptTokens, rows: Tensor) -> Tensor:
     tap = tokens.tap
     if tap is None:
         raise FoveateError("a method that reads nothing has no attention. This is a fault of the method.")
-    batch, heads, _, width = tap.query.shape
-    query = tap.query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, width))
-    return _weights(tap, query.view(batch, tap.keys.shape[1], -1, rows.shape[1], width), tap.keys, rows).flatten(1, 2)
+    query = tap.query.gather(2, rows[:, None, :, None].expand(-1, tap.query.shape[1], -1, tap.query.shape[3]))
+    return _weights(tap, query, tap.keys, tap.visible(rows))[..., -tap.query.shape[2] :]
 
 
-def _weights(tap: DecoderTap, query: Tensor, keys: Tensor, rows: Tensor, temperature: float = 1.0) -> Tensor:
-    """[B, G, P, R, S] attention to the tokens of the call of queries [B, G, P, R, d] at ``rows``, P of them for each key head.
-
-    ``keys`` [B, G, K, d] may be some heads of the tap only.
-    """
-    logits = query.float() @ keys[:, :, None].float().transpose(3, 4) * tap.scale
+def _weights(tap: DecoderTap, query: Tensor, keys: Tensor, visible: Tensor, temperature: float = 1.0) -> Tensor:
+    """[B, H, R, K] attention of queries [B, H, R, d] to keys [B, G, K, d], of which they see ``visible`` [B, R, K]."""
+    (batch, heads, rows, width), (groups, length) = query.shape, keys.shape[1:3]
+    query = (query * tap.scale if query.dtype == torch.float32 else query.float() * tap.scale).reshape(batch * groups, -1, width)
+    keys = keys.flatten(0, 1)
+    if keys.dtype == torch.float32:
+        logits = query @ keys.transpose(1, 2)
+    else:  # the wide copy of some keys at a time stays in a cache
+        at_once = _at_once(keys, 2**18, keys[0].numel())
+        pairs = zip(query.split(at_once), keys.split(at_once), strict=True)
+        logits = torch.cat([some @ others.float().transpose(1, 2) for some, others in pairs])
+    logits = logits.view(batch, heads, rows, length)
     if tap.softcap is not None:
         logits = tap.softcap * (logits / tap.softcap).tanh()
-    hidden = ~tap.visible(rows)[:, None, None]
-    weights = (logits / temperature).masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1)
-    return weights[..., -tap.query.shape[2] :]
+    logits = logits if temperature == 1.0 else logits / temperature
+    return logits.masked_fill_(~visible[:, None], torch.finfo(torch.float32).min).softmax(-1)
 
 
 def cls_likeness(tap: EncoderTap, kind: Literal["cosine", "dot"]) -> Tensor:
@@ -150,24 +169,35 @@ def question_attention(tokens: PromptTokens) -> Tensor:
     return (attention * after).sum(1) / after.sum(1).clamp(min=1)
 
 
-def page_rank(tokens: PromptTokens, temperature: float, steps: int) -> Tensor:
+def page_rank(tokens: PromptTokens, temperature: float, steps: int, block: int = 128) -> Tensor:
     """[B, S] root mean square over heads of where a walk along attention ends that starts everywhere alike.
 
-    Heads are taken in groups, so that no more than 64 million weights exist at a time, or those of one key head.
+    Some heads of a prompt at a time, as many as a cache holds, or one. ``block`` rows at a time see what is before them, so that
+    half of the matrix is never computed nor held.
     """
     tap = tokens.tap
     if tap is None:
         raise FoveateError("a method that reads nothing has no attention. This is a fault of the method.")
-    length, total = tap.query.shape[2], torch.zeros_like(tokens.hidden[..., 0], dtype=torch.float32)
-    share = tap.query.shape[1] // tap.keys.shape[1]
-    at_once = max(1, 2**26 // (len(tokens.valid) * share * length * tap.keys.shape[2]))
-    begin = tokens.valid.float() / tokens.valid.sum(1, keepdim=True)
-    query, rows = tap.query.unflatten(1, (-1, share)), torch.arange(length, device=begin.device).expand_as(tokens.valid)
-    for first in range(0, tap.keys.shape[1], at_once):
-        some = slice(first, first + at_once)
-        walk = _weights(tap, query[:, some], tap.keys[:, some], rows, temperature).flatten(1, 2)
-        mass = begin[:, None, None].expand(-1, walk.shape[1], -1, -1)
+    (batch, heads, length, _), keys = tap.query.shape, tap.keys
+    before, device = keys.shape[2] - length, keys.device
+    rows = torch.arange(length, device=device).expand(batch, -1).split(block, 1)
+    # causality alone hides all that is behind the last row of a block
+    reach = [keys.shape[2] if tap.seen is not None else before + min(length, end) for end in range(block, length + block, block)]
+    visible = [tap.visible(some)[..., :end] for some, end in zip(rows, reach, strict=True)]
+    begin, query, found = tokens.valid.float() / tokens.valid.sum(1, keepdim=True), tap.query.flatten(0, 1), []
+    at_once = max(1, (2**21 if device.type == "cpu" else 2**26) // (length * keys.shape[2]))
+    at_once = math.gcd(heads, 2 ** int(math.log2(at_once)))  # heads of one row, so that no group depends on the batch
+    for some in torch.arange(batch * heads, device=device).split(at_once):
+        row, of = some // heads, some % heads // (heads // keys.shape[1])
+        mine, theirs = query[some][:, None], keys[row, of].float()[:, None]
+        walk = [
+            _weights(tap, look, theirs[:, :, : sight.shape[2]], sight[row], temperature)[:, 0, :, before:]
+            for look, sight in zip(mine.split(block, 2), visible, strict=True)
+        ]
+        mass = begin[row][:, None]
         for _ in range(steps):
-            mass = mass @ walk
-        total = total + mass[:, :, 0].square().sum(1)
-    return (total / tap.query.shape[1]).sqrt()
+            parts, mass = mass.split(block, 2), torch.zeros_like(mass)
+            for part, weights in zip(parts, walk, strict=True):
+                mass[..., : weights.shape[2]] += part @ weights
+        found.append(mass[:, 0].square())
+    return torch.cat(found).view(batch, heads, length).mean(1).sqrt()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -175,28 +175,54 @@ def rows_at_once(number: int) -> int:
     return max(128, 2**20 // number)
 
 
+LARGE = 10_000  # tokens from which on a matrix of all their similarities is kept in 16 bits, or not at all
+STEPS = 2**15 - 1
+
+
 @torch.no_grad()
 def cosines(features: Tensor, block: int = 384) -> Tensor:
     """[B, N, N] float32 cosine similarity of the tokens of each image; a token of zeros is like no other.
 
-    Only the upper half is computed, ``block`` rows at a time. [B, N, C] -> [B, N, N].
+    Only the upper half is computed, ``block`` rows at a time. From ``LARGE`` tokens on they are 16-bit numbers, in ``STEPS`` from 0
+    to 1, so that they take half a gigabyte and not one; ``rows_of`` and ``unpacked`` read both. [B, N, C] -> [B, N, N].
     """
     number = features.shape[1]
     vectors = features.float()
-    similar = vectors.new_empty(len(vectors), number, number)
+    small = number < LARGE
+    similar = vectors.new_empty(len(vectors), number, number, dtype=torch.float32 if small else torch.int16)
+    scale = torch.ones_like(vectors[..., 0]) if small else STEPS**0.5 / vectors.norm(dim=-1).clamp(min=1e-12)
     for first in range(0, number, block):
         rows = vectors[:, first : first + block] @ vectors[:, first:].transpose(1, 2)
+        if not small:
+            rows = rows.mul_(scale[:, first : first + block, None]).mul_(scale[:, None, first:]).round_().clamp_(-STEPS, STEPS)
         similar[:, first : first + block, first:] = rows
         similar[:, first:, first : first + block] = rows.transpose(1, 2)
+    if not small:
+        return similar
     scale = similar.diagonal(dim1=1, dim2=2).clamp(min=1e-24).rsqrt()
     return similar.mul_(scale[:, None]).mul_(scale[..., None])
+
+
+def unpacked(similar: Tensor) -> Tensor:
+    """float32 values of ``cosines``, or of some of them."""
+    return similar.float() / STEPS if similar.dtype == torch.int16 else similar
 
 
 def rows_of(matrices: Tensor, index: Tensor) -> Tensor:
     """[B, R, N] the rows at ``index`` [B, R] of matrices [B, M, N]: ``gather``, at the speed of a copy."""
     batch, rows, width = matrices.shape
     flat = index + rows * torch.arange(batch, device=index.device)[:, None]
-    return matrices.flatten(0, 1).index_select(0, flat.flatten()).view(*index.shape, width)
+    return unpacked(matrices.flatten(0, 1).index_select(0, flat.flatten()).view(*index.shape, width))
+
+
+@torch.no_grad()
+def cosine_rows(features: Tensor) -> Callable[[Tensor], Tensor]:
+    """What gives rows of the cosines of [B, N, C]: [B, 1] -> [B, 1, N], in full precision. Of many tokens each is computed anew."""
+    if features.shape[1] < LARGE:
+        return functools.partial(rows_of, cosines(features))
+    unit = features.float()
+    unit = unit / unit.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return lambda index: unit.gather(1, index[..., None].expand(-1, -1, unit.shape[-1])) @ unit.transpose(1, 2)
 
 
 @torch.no_grad()
@@ -214,8 +240,8 @@ def farthest_first(similar: Tensor, count: int) -> tuple[Tensor, Tensor]:
     -------
     [B, count] in the order they were chosen, and [B, N] how similar each token is to its most similar other one.
     """
-    similar.diagonal(dim1=1, dim2=2).fill_(-1.0)
-    alone = nearest = similar.amax(-1)
+    similar.diagonal(dim1=1, dim2=2).fill_(-STEPS if similar.dtype == torch.int16 else -1.0)
+    alone = nearest = unpacked(similar.amax(-1))
     taken, order = torch.zeros_like(nearest, dtype=torch.bool), []
     for step in range(count):
         best = nearest.masked_fill(taken, float("inf")).argmin(-1, keepdim=True)
