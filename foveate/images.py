@@ -8,7 +8,7 @@ import math
 import re
 import stat
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,6 +23,8 @@ from .errors import FoveateError, InputError, cut, first_line
 SMALLEST = 4  # pixels along a side; below this, image processors mistake rows for channels
 SCALED = 25_000_000  # pixels that a processor may make of a small picture
 GROWTH = 4  # how many times its own pixels it may make of a large one
+STRIP = 2**22  # pixels that are worked on at once
+ORIENTATION, TURNED = 274, range(2, 9)  # the tag of EXIF, and its values for pictures that are not upright
 PHOTOMETRIC = 262  # the tag of a TIFF that says, among others, whether 0 is white
 # what pictures are saved as, where it is there; among Pillow's others are some that run programs, such as Ghostscript for EPS
 FORMATS = frozenset("PNG JPEG WEBP GIF BMP DIB TIFF PPM TGA ICO PCX SGI JPEG2000 AVIF HEIF".split())
@@ -52,7 +54,8 @@ def open_picture(path: str | Path) -> Picture:
     path, notes = Path(path), []
     with reading(path):
         check_regular(path)
-        with Image.open(path, formats=formats()) as opened:
+        # as an open file: by its name Pillow may map it into memory, and garbles grey TIFFs that are to be turned
+        with path.open("rb") as file, Image.open(file, formats=formats()) as opened:
             frames = getattr(opened, "n_frames", 1)
             if frames > 1 and opened.format != "MPO":  # the further frames of a phone's picture are previews
                 notes.append(f"{path.name} has {frames} frames; the first one is used")
@@ -212,36 +215,49 @@ def _setting(scaler: Any, name: str, side: str) -> int:
     return int((sizes.get(side) if isinstance(sizes, Mapping) else getattr(sizes, side, None)) or 0)
 
 
-def _range(image: Image.Image, kind: str | None, pixels: np.ndarray) -> tuple[float, float]:
+def as_rgb(opened: Image.Image) -> Image.Image:
+    """The frame at which an opened picture stands, as 8-bit RGB, upright and on white.
+
+    What takes more memory than the picture itself is done in strips.
+    """
+    opened.load()
+    image = ImageOps.exif_transpose(opened) if opened.getexif().get(ORIENTATION) in TURNED else opened
+    deep, clear = image.mode.startswith("I") or image.mode == "F", image.info.get("transparency")
+    if not deep and clear is None and image.mode not in ("RGBA", "LA", "PA", "La", "RGBa"):
+        return image.convert("RGB")
+    made, height = Image.new("RGB", image.size), max(1, STRIP // image.width)
+    places = [(0, top, image.width, min(top + height, image.height)) for top in range(0, image.height, height)]
+    low, high = _range(image, opened.format, places) if deep else (0.0, 0.0)
+    white_is_zero = getattr(opened, "tag_v2", {}).get(PHOTOMETRIC) == 0
+    for place in places:
+        strip = image.crop(place)
+        if deep:
+            pixels = _pixels(strip)
+            scaled = (pixels - low) / max(high - low, 1e-12) * 255
+            grey = (255 - scaled if white_is_zero else scaled).round().clip(0, 255)  # Pillow turns only 8 bits the right way
+            made.paste(Image.fromarray(np.where(pixels == clear, 255, grey).astype(np.uint8)), place)
+        else:
+            if isinstance(clear, tuple) and max(clear) > 255:  # of a picture of 16 bits, of which Pillow keeps the upper 8
+                strip.info["transparency"] = tuple(value >> 8 for value in clear)
+            white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+            made.paste(Image.alpha_composite(white, strip.convert("RGBA")).convert("RGB"), place)
+    return made
+
+
+def _pixels(strip: Image.Image) -> np.ndarray:
+    return np.nan_to_num(np.asarray(strip, np.float32), posinf=0, neginf=0)
+
+
+def _range(image: Image.Image, kind: str | None, places: Sequence[tuple[int, int, int, int]]) -> tuple[float, float]:
     """Which values of a grey picture of more than 8 bits are black and white.
 
     16 bits use their whole range. So do 32-bit integers that fit into 8 or 16 bits, as tables and masks are saved; others, and
     floating-point numbers, are stretched to what the picture holds.
     """
-    low, high = float(pixels.min(initial=0)), float(pixels.max(initial=0))
     if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):
         return 0.0, 65535.0
+    ends = [(float(pixels.min()), float(pixels.max())) for pixels in (_pixels(image.crop(place)) for place in places)]
+    low, high = min(0.0, *(low for low, _ in ends)), max(0.0, *(high for _, high in ends))
     if image.mode == "I" and low >= 0 and high <= 65535:
         return 0.0, 255.0 if high <= 255 else 65535.0
     return low, high
-
-
-def as_rgb(opened: Image.Image) -> Image.Image:
-    """The frame at which an opened picture stands, as 8-bit RGB, upright and on white."""
-    opened.load()
-    white_is_zero = getattr(opened, "tag_v2", {}).get(PHOTOMETRIC) == 0
-    image = ImageOps.exif_transpose(opened)
-    clear = image.info.get("transparency")
-    if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
-        low, high = _range(image, opened.format, pixels)
-        scaled = (pixels - low) / max(high - low, 1e-12) * 255
-        grey = (255 - scaled if white_is_zero else scaled).round().clip(0, 255)  # Pillow turns only 8 bits the right way
-        return Image.fromarray(np.where(pixels == clear, 255, grey).astype(np.uint8)).convert("RGB")
-    if isinstance(clear, tuple) and max(clear) > 255:  # of a picture of 16 bits, of which Pillow keeps the upper 8
-        image.info["transparency"] = tuple(value >> 8 for value in clear)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or clear is not None:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")

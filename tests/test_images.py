@@ -6,6 +6,8 @@ import contextlib
 import os
 import socket
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zlib
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ import transformers
 from PIL import EpsImagePlugin, Image
 
 import foveate
+from foveate import images as images_module
 from foveate.chat import make_inputs
 from foveate.errors import first_line, shown
 from foveate.images import SCALED, check_scaled, formats, largest, open_picture, picture_in
@@ -463,3 +466,66 @@ def test_grey_with_transparency(tmp_path):
     grey.save(tmp_path / "grey.png")
     found = np.asarray(open_picture(tmp_path / "grey.png").image)
     assert [found[row, 0].tolist() for row in (0, 4, 7)] == [[100] * 3, [177] * 3, [255] * 3]
+
+
+# -- memory
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_tiff_of_any_orientation(tmp_path, mode, orientation, compression):
+    """Every value in its place: the picture is that of the same values without the tag, turned."""
+    values = np.random.default_rng(0).integers(0, 256, (17, 13), np.uint8)
+    wide = {"I;16": values.astype(np.uint16) * 257, "I": values.astype(np.int32), "F": values.astype(np.float32)}
+    image = Image.fromarray(wide[mode]) if mode in wide else Image.fromarray(values).convert(mode)
+    image.save(tmp_path / "plain.tif", compression=compression)
+    image.save(tmp_path / "turned.tif", compression=compression, tiffinfo={274: orientation})
+    turns = (None, *(Image.Transpose(number) for number in (0, 3, 1, 5, 4, 6, 2)))  # by the tag: its definition is tested above
+    plain = open_picture(tmp_path / "plain.tif").image
+    turn = turns[orientation - 1]
+    np.testing.assert_array_equal(open_picture(tmp_path / "turned.tif").image, plain if turn is None else plain.transpose(turn))
+
+
+@pytest.mark.parametrize("strip", [1, 50, 2**22])
+@pytest.mark.parametrize("name", ["la.png", "p.png", "rgba.webp", "i16.png", "i32.tif", "float.tif", "turned.png", "turned.tif"])
+def test_pictures_in_strips(tmp_path, monkeypatch, name, strip):
+    """The same, in however many pieces a picture is made ready."""
+    random = np.random.default_rng(0)
+    grey = random.integers(0, 256, (17, 13), np.uint8)
+    noise = Image.fromarray(random.integers(0, 256, (17, 13, 4), np.uint8))
+    exif = Image.Exif()
+    exif[274] = 6
+    images = {
+        "la.png": noise.convert("LA"),
+        "p.png": noise.convert("RGB").quantize(16),
+        "rgba.webp": noise,
+        "i16.png": Image.fromarray(grey.astype(np.uint16) * 257),
+        "i32.tif": Image.fromarray(grey.astype(np.int32) * 1000 - 500),
+        "float.tif": Image.fromarray(grey.astype(np.float32) / 7),
+        "turned.png": noise,
+        "turned.tif": Image.fromarray(grey.astype(np.uint16) * 257),
+    }
+    options = {"p.png": {"transparency": 3}, "rgba.webp": {"lossless": True}}.get(name, {})
+    images[name].save(tmp_path / name, **options, **({"exif": exif} if "turned" in name else {}))
+    whole = np.asarray(open_picture(tmp_path / name).image)
+    monkeypatch.setattr(images_module, "STRIP", strip)
+    found = np.asarray(open_picture(tmp_path / name).image)
+    assert found.shape == ((13, 17, 3) if "turned" in name else (17, 13, 3))
+    np.testing.assert_array_equal(found, whole)
+    assert len(np.unique(found)) > 10
+
+
+def test_the_memory_of_large_pictures(tmp_path):
+    """Small files of many pixels: next to the picture and its RGB copy, there is little."""
+    code = (
+        "import resource, sys\nfrom foveate.images import open_picture\nopen_picture(sys.argv[1])\nopen_picture(sys.argv[2])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nopen_picture(sys.argv[3])\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    for mode, most in (("LA", 500), ("I;16", 400), ("RGBA", 500)):
+        for side, name in ((5, "small.png"), (6000, "large.png")):
+            Image.new(mode, (side, side)).save(tmp_path / name)
+        places = [str(tmp_path / name) for name in ("small.png", "small.png", "large.png")]
+        done = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True, check=True)
+        assert int(done.stdout) < most, mode
