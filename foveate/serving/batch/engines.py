@@ -22,6 +22,7 @@ from .base import Answered, BatchEngine, EngineError, Job
 from .offline import answered
 from .rows import AnswerSettings, Row, opened
 
+PIXELS = 100_000_000  # of the pictures that are open at once
 # the likeliest word each time, whatever the generation config of a model says
 PLAIN = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "temperature": None, "top_p": None, "top_k": None}
 
@@ -55,9 +56,28 @@ def _done(items: list[T], stage: Callable[[list[T]], Sequence[U | Exception]]) -
     return [outcome for item in items for outcome in _done([item], stage)]  # behind the block, which holds memory of what failed
 
 
-def read(rows: Sequence[Row], reserved: Sequence[str]) -> list[tuple[Row, Prompt] | Exception]:
-    """Rows with their pictures; of a row that cannot be read, what was raised."""
-    return [_done([row], lambda one: [(one[0], opened(one[0], reserved))])[0] for row in rows]
+def with_pictures(
+    rows: Sequence[Row], reserved: Sequence[str], stage: Callable[[list[tuple[Row, Prompt]]], Sequence[U | Exception]]
+) -> list[U | Exception]:
+    """Read rows with their pictures, and send them through a stage; those of a row that cannot be read, as it was raised.
+
+    Pictures are large once they are opened: no further row is read before those go that have ``PIXELS`` together.
+
+    Raises
+    ------
+    EngineError : the stage raised it.
+    """
+    found: list[U | Exception] = []
+    waiting: list[tuple[Row, Prompt] | Exception] = []
+    pixels = 0
+    for row in rows:
+        waiting += _done([row], lambda one: [(one[0], opened(one[0], reserved))])
+        if not isinstance(waiting[-1], Exception):
+            pixels += sum(image.width * image.height for image in waiting[-1][1].images)
+        if pixels >= PIXELS:
+            found += through(waiting, stage)
+            waiting, pixels = [], 0
+    return found + through(waiting, stage)
 
 
 @functools.lru_cache(maxsize=64, typed=True)  # 1 is a count, 1.0 a share
@@ -129,7 +149,7 @@ class TransformersEngine:
 
     def answer(self, rows: Sequence[Row]) -> list[Answered | Exception]:
         """Answer rows of one ``Row.batch``; of a row that cannot be answered, what was raised."""
-        return through(read(rows, self.reserved), self._generate)
+        return with_pictures(rows, self.reserved, self._generate)
 
     def _generate(self, pairs: list[tuple[Row, Prompt]]) -> list[Answered | Exception]:
         rows, prompts = [row for row, _ in pairs], [prompt for _, prompt in pairs]

@@ -19,7 +19,7 @@ from ...loading import load_encoder
 from ..encoding import EncodedPrompt, PictureEncoder, method_of
 from ..export import described, ready_export
 from .base import Answered, BatchEngine, EngineError, Job
-from .engines import read, through, too_long
+from .engines import through, too_long, with_pictures
 from .offline import answered
 from .rows import AnswerSettings, Row
 
@@ -94,7 +94,7 @@ class RowEncoder:
         """Prompts of rows of one ``Row.batch``; of a row that cannot be one, what was raised."""
         found: list[Ready | Exception] = []
         for first in range(0, len(rows), ENCODED):
-            found += through(read(rows[first : first + ENCODED], self.reserved), self._encode)
+            found += with_pictures(rows[first : first + ENCODED], self.reserved, self._encode)
         return found
 
     def _encode(self, pairs: list[tuple[Row, Prompt]]) -> list[Ready]:

@@ -21,6 +21,7 @@ from foveate.serving.batch import rows as rows_module
 from foveate.serving.batch.base import EngineError
 from foveate.serving.batch.results import Output
 from foveate.serving.batch.rows import AnswerSettings, Source
+from foveate.serving.batch.vllm_engine import VllmEngine
 from tests.cli.test_main import invoke
 
 from .asked import BAD, GOOD, QUESTIONS, alone, answers, broken, mixed, white_is_nan, written
@@ -260,6 +261,33 @@ def test_no_row_generates_beyond_what_the_model_takes(engine, pictures, tmp_path
     rows = [{**row, "max_new_tokens": 10**30} for row in mixed(pictures, 2)]
     assert all("answer" in row for row in alone(engine, Source(written(tmp_path, rows))).values())
     assert asked == [4096] * 2
+
+
+@pytest.mark.parametrize("most", [1, 2 * 192 * 192])
+@pytest.mark.parametrize("made", ["transformers", "vllm"])
+def test_few_pictures_are_open_at_once(engine, exported, vllm, pictures, tmp_path, monkeypatch, most, made):
+    """Large photos of many rows would need gigabytes; answers do not depend on it."""
+    one = engine if made == "transformers" else VllmEngine("pocket", AnswerSettings(), exported)
+    source = Source(written(tmp_path, [*mixed(pictures, 9), {"id": "bad", "image": "none.png", "question": "q"}]))
+    wanted, held, there, stage = alone(engine, source), [], engines.opened, engines.through
+    count = [0]
+
+    def opening(row, reserved):
+        found = there(row, reserved)
+        count[0] += len(found.images)
+        held.append(count[0])
+        return found
+
+    def passing(items, work):
+        count[0] = 0
+        return stage(items, work)
+
+    monkeypatch.setattr(engines, "PIXELS", most)
+    monkeypatch.setattr(engines, "opened", opening)
+    monkeypatch.setattr(engines, "through", passing)
+    found = {row["id"]: row for batch in offline.answered(source, source.lines(), AnswerSettings(), one, 10) for row in batch}
+    assert found == wanted
+    assert max(held) <= (2 if most == 1 else 3)
 
 
 def test_a_word_for_pictures_in_two_parts(engine, tmp_path):
