@@ -80,13 +80,13 @@ def _message(message: Any, where: str, found: Conversation) -> dict[str, Any]:
 
 
 def known(sent: dict[str, Any], fields: frozenset[str], where: str) -> dict[str, Any]:
-    """The fields that say something.
+    """The fields that say something; unknown ones that are null, or an empty list, do not.
 
     Raises
     ------
     RequestError : one of them is none of ``fields``.
     """
-    said = {name: value for name, value in sent.items() if value is not None and value != []}
+    said = {name: value for name, value in sent.items() if value is not None and (value != [] or name in fields)}
     odd = sorted(said.keys() - fields)
     if odd:
         raise RequestError(f"{where} has an unknown field {shown(odd[0])}. Known: {', '.join(sorted(fields))}.", param=where)

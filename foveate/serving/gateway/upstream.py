@@ -120,7 +120,7 @@ class Upstream:
     async def _send(self, verb: str, path: str, body: dict[str, Any] | None) -> Any:
         import httpx
 
-        content = None if body is None else await asyncio.to_thread(lambda: json.dumps(body).encode())  # it is large
+        content = None if body is None else await asyncio.to_thread(_written, body)  # it is large
         headers = self.headers if body is None else {**self.headers, "Content-Type": "application/json"}
         request = self.client.build_request(verb, self.url + path, content=content, headers=headers)
         try:
@@ -146,6 +146,10 @@ class Upstream:
         raise failure(
             told, response.status_code if body is not None else 502
         )  # what it has against its own list is no client's fault
+
+
+def _written(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
 async def _whole(response: Any) -> bytes:

@@ -129,6 +129,11 @@ def test_unknown_fields_of_messages_are_refused(shared: tuple[str, FakeEngine], 
     assert len(engine.seen) == before
 
 
+def test_empty_contents_are_taken(shared: tuple[str, FakeEngine]) -> None:
+    for role in ("user", "assistant", "tool"):
+        assert post(shared[0], {"messages": [MESSAGE, {"role": role, "content": []}]}).status_code == 200
+
+
 def test_details_that_change_nothing_are_taken(shared: tuple[str, FakeEngine]) -> None:
     for detail in (None, "auto", "high"):
         part = {"type": "image_url", "image_url": {"url": data_url(picture(1)), "detail": detail}, "cache_control": {"type": "a"}}
@@ -261,6 +266,6 @@ def test_many_messages_are_refused_before_they_are_read(monkeypatch: pytest.Monk
 def test_settings_are_forgotten(encoder: PictureEncoder) -> None:
     gateway = create_app(GatewaySettings("pocket", "http://127.0.0.1:1"), [encoder]).state.gateway
     for budget in range(1, CHECKED + 50):
-        gateway.check("prumerge+", budget / 1000)
+        gateway.check("prumerge+", budget / 1000, "")
     assert gateway.check.cache_info().currsize == CHECKED
     assert not [name for name, value in vars(gateway).items() if isinstance(value, dict) and len(value) > CHECKED]
