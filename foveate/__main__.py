@@ -1,5 +1,5 @@
 """``python -m foveate`` is the command line."""
 
-from .cli.main import run
+from .cli import run
 
 run()

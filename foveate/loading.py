@@ -175,7 +175,22 @@ def base_of(folder: Path) -> str:
 
 def _place(device: str | torch.device | None) -> torch.device:
     device = None if device == SPREAD else device
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of a name.
+
+    Raises
+    ------
+    InputError : there is no such device, or PyTorch cannot use it here.
+    """
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {str(device)!r} cannot be used here ({first_line(error)}). Use cpu, cuda or cuda:1.") from error
+    return place
 
 
 def _spread(device: str | torch.device | None) -> dict[str, Any]:

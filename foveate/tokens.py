@@ -19,7 +19,7 @@ EncoderLayer: TypeAlias = int | Literal["last", "aligned"]
 
 def check_budget(budget: Budget) -> None:
     """Raise ``InputError`` unless ``budget`` is None, an int >= 1 or a float in (0, 1]."""
-    how = "Use an int >= 1 (visual tokens kept per image), a float in (0, 1] (fraction kept), or none for the method's own rule."
+    how = "Use an int >= 1 (visual tokens kept per image), a float in (0, 1] (fraction kept), or None for the method's own rule."
     if budget is None:
         return
     if isinstance(budget, bool) or not isinstance(budget, Real):

@@ -51,7 +51,7 @@ def ask_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
 ) -> None:
     """Ask a question about a picture or a video, with fewer visual tokens."""
-    from ..errors import InputError
+    from ..errors import FoveateError, InputError
 
     if not question.strip():
         raise InputError("the question is empty")
@@ -72,8 +72,11 @@ def ask_command(
         notes += [*([note] if note else []), *_unknown(loaded, shown.frames[0] if isinstance(shown, Video) else shown, question)]
         status.update("answering")
         answers = ask_all(loaded.model, loaded.processor, inputs, reducer, new_tokens=max_new_tokens, compare=compare)
-        if save:
-            notes += save_kept(shown, loaded.processor, inputs, answers, save, question)
+        unsaved = None
+        try:
+            notes += save_kept(shown, loaded.processor, inputs, answers, save, question) if save else []
+        except FoveateError as error:  # what was answered is told all the same
+            unsaved, save = error, None
         notes += limits(loaded.model, answers)
     chosen = answers[reducer.name]
     counts = frame_counts(video, chosen.report) if video and chosen.report else []
@@ -88,7 +91,15 @@ def ask_command(
             "notes": notes,
         }
         print(json.dumps(document))
-        return
+    else:
+        _show(notes, answers, chosen, counts, compare)
+        if save:
+            sayer(err)(f"picture: {save}")
+    if unsaved:
+        raise unsaved
+
+
+def _show(notes: list[str], answers: dict[str, Answer], chosen: Answer, counts: list[dict[str, Any]], compare: bool) -> None:
     tell, say = sayer(err), sayer(out)
     for line in notes:
         tell(f"note: {line}", "yellow")
@@ -101,8 +112,6 @@ def ask_command(
         each = ", ".join(f"{frame['seconds']:.2f} s {frame['after']} of {frame['before']}" for frame in counts)
         total = f"{sum(chosen.report.before)} -> {sum(chosen.report.after)}"
         tell(f"visual tokens of the video {total}; frame by frame: {each}", "dim")
-    if save:
-        tell(f"picture: {save}")
 
 
 def _document(chosen: Answer, answers: dict[str, Answer]) -> dict[str, Any]:

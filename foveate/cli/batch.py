@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import InputError
-from .common import Config, Fields, Imports, asked_of, err, sayer
+from .common import Config, Fields, Imports, asked_of, err, resumable, sayer
 
 EPILOG = (
     "Examples:  foveate batch questions.jsonl answers.jsonl  |  "
@@ -72,6 +72,7 @@ def batch_command(
         if again:
             sayer(err)(f"{len(again)} rows have changed since they were answered, and are asked again")
             output.drop(again)
+        resumable(answers)
         waiting = [line for line in lines if line.id not in output.answered and line.id not in output.failed]
         if waiting:
             others = {"encoders": encoders, "engines": engines, "address": address}

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import InputError
+from ..places import ready_file, write_text
 from .common import DEFAULT, POCKET, Configs, Fields, Imports, err, methods_of, out, sayer, wide
 
 if TYPE_CHECKING:
@@ -76,15 +77,15 @@ def bench_command(
     sizes = parse_sizes(batch)
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    _check_file(json_file)
+    if json_file is not None:
+        ready_file(json_file)
     methods = methods_of(method or ([] if config else [DEFAULT]), budget, fields, config)
     options = BenchOptions(model, methods, sizes, image, prompt, new_tokens, rounds, dtype, device, attn, seed)
     with err.status("starting") as status:
         document, measured = run_bench(options, lambda what: status.update(escape(what)))
-    if json_file is not None:
-        json_file.write_text(json.dumps(document, indent=1) + "\n")
     show(document, measured, out)
     if json_file is not None:
+        write_text(json_file, json.dumps(document, indent=1) + "\n")
         err.print(f"ledger: {json_file}", soft_wrap=True, markup=False)
 
 
@@ -101,14 +102,6 @@ def parse_sizes(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _check_file(path: Path | None) -> None:
-    """Refuse what the ledger cannot be written to before anything is measured."""
-    if path is None:
-        return
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InputError(f"--json {path}: give the name of a file in a folder that exists")
-
-
 def load_asked(options: BenchOptions) -> Loaded:
     """The model as asked for.
 
@@ -116,18 +109,11 @@ def load_asked(options: BenchOptions) -> Loaded:
     ------
     InputError : it cannot be loaded, or there is no such device, data type or attention here.
     """
-    import torch
-
-    from ..loading import load
+    from ..loading import load, usable_device
 
     device = options.device
-    if device is not None:
-        try:
-            kind = torch.device(device).type
-        except RuntimeError as error:
-            raise InputError(f"--device {device!r} is no device. Use cpu, cuda or cuda:1.") from error
-        if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-            raise InputError(f"--device {device!r}: time is taken on cpu, and on cuda where PyTorch finds a GPU")
+    if device is not None and usable_device(device).type not in ("cpu", "cuda"):
+        raise InputError(f"--device {device!r}: time is taken on cpu and on cuda")
     return load(options.model, dtype=options.dtype, device=device, attention=options.attn)
 
 

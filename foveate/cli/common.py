@@ -19,8 +19,8 @@ DEFAULT = "prumerge+"  # the method
 WIDTH = 150  # of tables that go to a file or a pipe
 
 
-def parse_budget(text: str) -> int | float:
-    """A whole number is a count, anything with a point a fraction.
+def parse_budget(text: str) -> int | float | None:
+    """A whole number is a count, anything with a point a fraction, none the method's own rule.
 
     Raises
     ------
@@ -28,10 +28,12 @@ def parse_budget(text: str) -> int | float:
     """
     from ..errors import InputError
 
+    if text.lower() == "none":
+        return None
     try:
         return int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError as error:
-        raise InputError(f"budget {text!r} is not a number. Use a count such as 144 or a fraction such as 0.25.") from error
+        raise InputError(f"budget {text!r} is not a number. Use a count such as 144, a fraction such as 0.25, or none.") from error
 
 
 def _import(files: list[Path] | None) -> list[Path] | None:
@@ -162,6 +164,19 @@ def _pairs(fields: Sequence[str]) -> dict[str, str]:
             raise InputError(f"--set {name} is given twice. Leave one out.")
         found[name] = value
     return found
+
+
+_resumed: list[str] = []
+
+
+def resumable(place: Path) -> None:
+    """Say that what is done so far is in a file, from which the same command goes on."""
+    _resumed[:] = [f"; what is done is in {place}, and the same command goes on from there"]
+
+
+def resumes() -> str:
+    """What to say of that when the command is interrupted."""
+    return "".join(_resumed)
 
 
 def parts_of(text: str, option: str, example: str) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .common import POCKET, Imports, err, out, parts_of, sayer, wide
+from .common import POCKET, Imports, err, out, parts_of, resumable, sayer, wide
 
 if TYPE_CHECKING:
     from ..lab.runner import Tell
@@ -50,12 +49,14 @@ def compare_command(
 ) -> None:
     """Registered methods at several budgets on the pocket test set, beside baselines at equal cost."""
     options = checked(CompareOptions(methods, budgets, own, scenes, each, seed, model, store, save, table))
+    resumable(options.store)
     report = run_compare(options, err)
     if as_json:
         print(json.dumps(report))
     else:
         show(report, out)
     if save:
+        write_files(report, save)
         sayer(err)(f"written to {save}")
 
 
@@ -130,7 +131,8 @@ def checked(options: CompareOptions) -> CompareOptions:
     """
     from ..errors import InputError
     from ..lab.paper_tables import BUILD
-    from ..viz.overlay import make_folder, picture_file
+    from ..places import ready_file, ready_folder
+    from ..viz.overlay import picture_file
 
     if options.table is not None:
         if options.table not in BUILD:
@@ -138,15 +140,9 @@ def checked(options: CompareOptions) -> CompareOptions:
         if options.methods is not None or options.budgets is not None:
             raise InputError("--table brings its own methods and budgets. Leave out --methods and --budgets.")
     _ = options.names, options.counts
-    if options.store.is_dir():
-        raise InputError(f"{options.store} is a folder; give --store the name of a file")
+    ready_file(options.store)
     if options.save is not None:
-        make_folder(options.save)
-        try:
-            with tempfile.TemporaryFile(dir=options.save):
-                pass
-        except OSError as error:
-            raise InputError(f"{options.save} cannot be written: {error.strerror}. Give another folder with --save.") from error
+        ready_folder(options.save)
         if options.table is None:
             picture_file(options.save / "comparison.png")
     return options
@@ -162,11 +158,10 @@ def progress(console: Console) -> Iterator[Tell]:
 
 
 def run_compare(options: CompareOptions, console: Console) -> dict[str, Any]:
-    """Run what the store does not hold, write the files, and return the report."""
+    """Run what the store does not hold, and return the report."""
     from ..lab.compare import compare
     from ..lab.paper_tables import paper_table
     from ..lab.runner import Runner
-    from ..lab.tables import files
 
     with console.status(escape(f"loading {options.model}")):
         runner = Runner(options.scenes, options.each, options.seed, options.store, model=options.model)
@@ -175,15 +170,25 @@ def run_compare(options: CompareOptions, console: Console) -> dict[str, Any]:
             report = compare(runner, options.names, options.counts, own=options.own, tell=tell)
         else:
             report = paper_table(options.table, runner, tell)
-    report = {"command": options.command, **report}
-    if options.save is not None:
-        for name, text in files(report).items():
-            (options.save / name).write_text(text)
-        if options.table is None:
-            from ..viz.curves import save_comparison
+    return {"command": options.command, **report}
 
-            save_comparison(report, options.save / "comparison.png")
-    return report
+
+def write_files(report: dict[str, Any], folder: Path) -> None:
+    """Write a report as Markdown, JSON and CSV, and a comparison as a picture, too.
+
+    Raises
+    ------
+    FoveateError : a file cannot be written.
+    """
+    from ..lab.tables import files
+    from ..places import write_text
+
+    for name, text in files(report).items():
+        write_text(folder / name, text)
+    if "table" not in report:
+        from ..viz.curves import save_comparison
+
+        save_comparison(report, folder / "comparison.png")
 
 
 def show(report: dict[str, Any], console: Console) -> None:

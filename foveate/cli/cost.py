@@ -80,15 +80,14 @@ def cost_command(
     costs = {}
     for name, numbers in runs.items():
         costs[name] = cost(shape, **{**options, "batch": batch, "pictures": pictures, "patches": patches, **numbers})
+    if as_json:
+        print(json.dumps({"runs": {name: each.to_dict() for name, each in costs.items()}, "picture": str(save) if save else None}))
+    else:
+        show(costs, wide(out, WIDTH), operators)
     if save:
         from ..viz.roofline_chart import save_roofline
 
         save_roofline(costs, save)
-    if as_json:
-        print(json.dumps({"runs": {name: each.to_dict() for name, each in costs.items()}, "picture": str(save) if save else None}))
-        return
-    show(costs, wide(out, WIDTH), operators)
-    if save:
         err.print(f"picture: {save}", soft_wrap=True, markup=False)
 
 

@@ -12,6 +12,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..errors import FoveateError, MissingExtraError
+from ..places import ready_folder, writing
 from .common import POCKET, Configs, Fields, Imports, err, methods_of, out, sayer
 
 if TYPE_CHECKING:
@@ -31,8 +33,8 @@ class Shown:
     question: str
     expected: str
     answers: dict[str, Answer]
-    scene: Path
-    picture: Path
+    scene: Path | None
+    picture: Path | None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -44,8 +46,8 @@ class Shown:
             "layers": {name: answer.layers for name, answer in self.answers.items()},
             "prefill_seconds": {name: answer.prefill for name, answer in self.answers.items()},
             "prefill_flops": {name: answer.flops for name, answer in self.answers.items()},
-            "scene": str(self.scene),
-            "picture": str(self.picture),
+            "scene": self.scene and str(self.scene),
+            "picture": self.picture and str(self.picture),
         }
 
 
@@ -65,16 +67,24 @@ def demo_command(
     """The pocket model answers about three scenes, with all visual tokens and with a fraction of them."""
     methods = methods_of(method or ([] if config else SHOWN), None, fields, config, otherwise=BUDGET)
     with err.status("starting") as status:
-        scenes = run_demo(folder, seed, methods, lambda what: status.update(escape(what)), model)
+        scenes, problem = run_demo(folder, seed, methods, lambda what: status.update(escape(what)), model)
     if as_json:
         print(json.dumps({"scenes": [scene.to_dict() for scene in scenes]}))
-        return
-    say = sayer(out)
+    else:
+        _show(scenes)
+    if isinstance(problem, MissingExtraError):
+        sayer(err)(f"note: there are no pictures of what is kept. {problem}", "yellow")
+    elif problem:  # what was answered has been told
+        raise problem
+
+
+def _show(scenes: list[Shown]) -> None:
+    say, first = sayer(out), scenes[0]
     for scene in scenes:
         out.print(_table(scene))
-        say(f"what they keep: {scene.picture}\n")
-    asked = scenes[0]
-    say(f"Ask about one yourself:  foveate ask {asked.scene} '{asked.question}' --compare")
+        say(f"what they keep: {scene.picture}\n" if scene.picture else "")
+    if first.scene:
+        say(f"Ask about one yourself:  foveate ask {first.scene} '{first.question}' --compare")
 
 
 def _table(scene: Shown) -> Table:
@@ -94,9 +104,9 @@ def _table(scene: Shown) -> Table:
 
 def run_demo(
     folder: Path, seed: int, methods: dict[str, Method], progress: Callable[[str], None], model: str = POCKET
-) -> list[Shown]:
+) -> tuple[list[Shown], FoveateError | None]:
     """Draw three scenes from plain to crowded, answer one question about each with all tokens and with each method, and save a
-    picture of each.
+    picture of each. Beside them, why pictures are missing.
     """
     from PIL import Image
 
@@ -108,7 +118,12 @@ def run_demo(
     from ..viz.frames import first_as_seen
     from ..viz.overlay import picture_file, save_figure
 
-    kept_files = [picture_file(folder / f"kept-{level + 1}-{name}.png") for level, name in enumerate(LEVELS)]
+    ready_folder(folder)
+    problem: FoveateError | None = None
+    try:
+        picture_file(folder / "kept.png")
+    except MissingExtraError as error:
+        problem = error
     progress(f"loading {model}")
     loaded = load(model, device=SPREAD)
     ways: dict[str, Method | None] = {"full": None, **methods}
@@ -124,11 +139,19 @@ def run_demo(
         for key, method in ways.items():
             answers[key] = ask(loaded.model, loaded.processor, inputs, method, new_tokens=8, repeats=3)
         file = folder / f"scene-{level + 1}-{name}.png"
-        picture.save(file)
+        scene_file: Path | None = file
+        kept: Path | None = None
         reports = {key: answer.report.images[0] for key, answer in answers.items() if answer.report}
         said = ", ".join(f"{key}: {answer.text}" for key, answer in answers.items())
         title = f"{question.text}   {question.answer}   ({said})"
         layers = {key: answer.layers for key, answer in answers.items()}
-        save_figure(first_as_seen(inputs, loaded.processor, picture), reports, kept_files[level], title, layers)
-        shown.append(Shown(name, question.text, question.answer, answers, file, kept_files[level]))
-    return shown
+        try:
+            with writing(file):
+                picture.save(file)
+            if not isinstance(problem, MissingExtraError):
+                kept = folder / f"kept-{level + 1}-{name}.png"
+                save_figure(first_as_seen(inputs, loaded.processor, picture), reports, kept, title, layers)
+        except FoveateError as error:
+            problem, scene_file, kept = error, None, None
+        shown.append(Shown(name, question.text, question.answer, answers, scene_file, kept))
+    return shown, problem

@@ -13,8 +13,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import InputError, MissingExtraError
-from .common import DEFAULT, Configs, Fields, Imports, err, methods_of, out, parts_of, sayer, wide
+from ..errors import MissingExtraError
+from ..places import ready_folder, write_text
+from .common import DEFAULT, Configs, Fields, Imports, err, methods_of, out, parts_of, resumable, sayer, wide
 
 EPILOG = (
     "Examples:  foveate eval --limit 100  |  foveate eval --model llava-hf/llava-1.5-7b-hf --tasks pope,mme --budget 144  |  "
@@ -55,7 +56,7 @@ def eval_command(
     names = parts_of(tasks, "tasks", "pope,mme")
     first = int(os.environ.get("RANK", "0")) == 0
     if save is not None:
-        _folder(save)
+        ready_folder(save)
     _quiet()
     from ..evaluation.running import TaskRun, evaluate, load_tasks
     from ..loading import load, own_device, part, quiet_loading
@@ -66,27 +67,22 @@ def eval_command(
 
     with quiet_loading(bars=False):
         loaded = load(model, dtype=dtype, device=own_device(device), attention=attention)
+    if cache is not None:
+        resumable(cache)
     run = TaskRun(loaded, batch_size, limit, frames, cache, save)
     report = evaluate(run, load_tasks(names, data), chosen, baselines=baselines, tell=tell)
     part()
     if not first:
         return
     report = {"command": shlex.join(["foveate", *sys.argv[1:]]), **report}
-    if save is not None:
-        (save / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")
-        (save / "evaluation.md").write_text(markdown(report))
-        sayer(err)(f"written to {save}")
     if as_json:
         print(json.dumps(report))
     else:
         show(report)
-
-
-def _folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}. Give another folder with --save.") from error
+    if save is not None:
+        write_text(save / "evaluation.json", json.dumps(report, indent=1) + "\n")
+        write_text(save / "evaluation.md", markdown(report))
+        sayer(err)(f"written to {save}")
 
 
 def _quiet() -> None:

@@ -10,7 +10,7 @@ from typer import Abort
 
 from . import ask, batch, bench, compare, cost, demo, export, methods, models, search, serve
 from . import eval as evaluation
-from .common import err, out
+from .common import err, out, resumes
 
 app = typer.Typer(
     name="foveate",
@@ -21,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
+INTERRUPTED = 130
 _state = {"debug": False}
 
 
@@ -61,9 +62,9 @@ def run() -> None:
 
     code = 1
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
     except (KeyboardInterrupt, Abort):
-        sys.exit(130)
+        code = INTERRUPTED
     except Exception as error:
         if _state["debug"]:
             raise
@@ -71,11 +72,18 @@ def run() -> None:
             message, code = str(error), 2
         elif hasattr(error, "format_message"):  # of the command line itself; typer brings its own click or uses the installed one
             message, code = error.format_message(), getattr(error, "exit_code", 2)
-            message = message if "Usage:" in message else f"{message} (foveate --help shows how)"
+            context = getattr(error, "ctx", None)
+            asked = "foveate" if context is None else context.command_path
+            message = message if "Usage:" in message or not message else f"{message} ({asked} --help shows how)"
+        elif isinstance(error, OSError):
+            message, code = f"{error.filename or 'a file'}: {error.strerror or error}. Make room, or choose another place.", 2
         else:
             where = "foveate --debug with the same command shows where"
             message = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')} ({where})"
-        err.print(message if "Usage:" in message else f"error: {message}", style="red", markup=False, soft_wrap=True)
+        if message:  # without a command, the help has been shown
+            err.print(message if "Usage:" in message else f"error: {message}", style="red", markup=False, soft_wrap=True)
+    if code == INTERRUPTED:  # typer makes it of Ctrl-C, too
+        err.print(f"interrupted{resumes()}", style="yellow", markup=False, soft_wrap=True)
     sys.exit(code)
 
 

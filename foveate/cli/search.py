@@ -31,16 +31,14 @@ def search_command(
     """Search keep rates per decoder layer, or a head mask, on a calibration set."""
     from ..errors import InputError
     from ..loading import SPREAD, load
+    from ..places import ready_file, write_text
     from ..tuning.calibration import Calibration, read_examples
     from ..tuning.search import search_of
-    from ..viz.overlay import make_folder
 
     search = search_of(method)
     if share <= 0:
         raise InputError(f"share={share}; expected a share of the heads above 0")
-    if plan.is_dir():
-        raise InputError(f"{plan} is a folder; give the name of a file")
-    make_folder(plan.parent)
+    ready_file(plan)
     if data is None and not model.startswith(POCKET):
         raise InputError("a model of your own is searched on data of your own: give --data, a JSON-lines file of examples")
     mine = None if data is None else read_examples(data)
@@ -51,6 +49,6 @@ def search_command(
         status.update("searching")
         options = {name: given[name] for name in search.options}
         document, found = search.run(calibration, options, lambda line: err.print(line, style="dim", markup=False))
-    plan.write_text(json.dumps({"method": method, **document}, indent=1) + "\n")
     sayer(out)(found)
+    write_text(plan, json.dumps({"method": method, **document}, indent=1) + "\n")
     sayer(err)(f"plan: {plan}")

@@ -23,6 +23,7 @@ from rich.table import Table
 from ..loading import POCKET
 from ..methods.prumerge import PruMerge
 from ..methods.registry import get
+from ..places import write_text
 from ..pocket.scenes import LEVELS, Scene
 from .exam import Evaluator
 from .runner import Outcome, Runner
@@ -185,7 +186,7 @@ def evaluate(
     if json_file and str(json_file) == "-":
         print(json.dumps(report))
     elif json_file:
-        json_file.write_text(json.dumps(report, indent=1))
+        write_text(json_file, json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ class Method(Saved):
         if self.budget is not None:
             self.budget = int(self.budget) if isinstance(self.budget, Integral) else float(self.budget)
         if self.budget is None and self.needs_budget():
-            raise InputError(f"{self.name!r} has no rule of its own for how many tokens to keep. Give budget=, an int or a float.")
+            raise InputError(f"{self.name!r} has no rule of its own for how many tokens to keep. Give a budget, an int or a float.")
         check_fields(self)
 
     def needs_budget(self) -> bool:

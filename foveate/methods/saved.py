@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import FoveateError, InputError, first_line
+from ..errors import InputError, first_line
+from ..places import write_text
 from .registry import get, look_up
 
 if TYPE_CHECKING:
@@ -49,11 +50,7 @@ class Saved:
         """
         from .. import __version__
 
-        text = json.dumps({**self.described(), "foveate": __version__}, indent=1)
-        try:
-            Path(path).expanduser().write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise FoveateError(f"{path} cannot be written: {error.strerror}. Choose another place for the method.") from error
+        write_text(path, json.dumps({**self.described(), "foveate": __version__}, indent=1) + "\n")
 
     @staticmethod
     def load(path: str | Path) -> Method:

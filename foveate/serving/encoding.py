@@ -15,7 +15,7 @@ from ..chat import Prompt, collate
 from ..engine.model.anatomy import anatomy
 from ..engine.vision.front import prepare
 from ..errors import InputError
-from ..loading import Loaded, check_plain_positions
+from ..loading import Loaded, check_plain_positions, usable_device
 from ..methods.base import Method
 from ..methods.saved import named
 from ..pictures import Pictures
@@ -114,8 +114,8 @@ class PictureEncoder:
 
     def copied(self, device: str) -> PictureEncoder:
         """Another one, with weights of its own."""
-        loaded = self.loaded
-        return PictureEncoder(replace(loaded, model=copy.deepcopy(loaded.model).to(device)))
+        loaded, place = self.loaded, usable_device(device)
+        return PictureEncoder(replace(loaded, model=copy.deepcopy(loaded.model).to(place)))
 
     def encode(self, conversations: Sequence[list[dict[str, Any]]], method: Method) -> list[EncodedPrompt]:
         """Encode the pictures of conversations, as one batch.

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..engine.model.anatomy import Anatomy, anatomy
 from ..errors import FoveateError, InputError, first_line
 from ..jsonl import parsed
-from ..loading import check_plain_positions, load, merged, quiet_loading
+from ..loading import Loaded, check_plain_positions, load, merged, quiet_loading
+from ..places import ready_folder, writing
 from .files import fingerprint
 from .template import PLACEHOLDER, chat_template, collapsed, placeholder
 
@@ -78,10 +79,9 @@ def export(name: str, out: Path, *, dtype: str | None = None) -> Exported:
     UnsupportedModelError : its language model needs more than embeddings.
     ExportError : what was written does not do what the model does; nothing is left in ``out`` then.
     """
-    from .. import __version__
-
     out = Path(out).expanduser()
     check_folder(out)
+    ready_folder(out.parent)
     with quiet_loading(bars=False):
         loaded = merged(load(name, dtype=dtype, device="cpu"))
     model, parts = loaded.model, anatomy(loaded.model)
@@ -90,7 +90,14 @@ def export(name: str, out: Path, *, dtype: str | None = None) -> Exported:
         raise InputError(f"the weights of {name!r} are quantised. Export the unquantised model, and let vLLM quantise it.")
     text = language_model(parts)
     difference = compared(model, text)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        return _written(loaded, parts, text, difference, name, out)
+
+
+def _written(loaded: Loaded, parts: Anatomy, text: Any, difference: float, name: str, out: Path) -> Exported:
+    """The folder, which is there in whole or not at all."""
+    from .. import __version__
+
     made = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         with quiet_loading(bars=False):

@@ -24,6 +24,7 @@ from ..methods.g_search import GSearch
 from ..methods.p_sigmoid import PSigmoid
 from ..methods.registry import look_up, registered
 from ..methods.tools.scoring import prompt_attention
+from ..places import write_text
 from .calibration import Calibration
 
 Evaluate = Callable[[Method], float]
@@ -59,7 +60,7 @@ class Plan:
         return {**asdict(self), "mean": self.mean}
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 def g_search(

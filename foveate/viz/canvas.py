@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError
+from ..places import writing
 
 
 def new_figure(**options: Any) -> Any:
@@ -19,3 +21,14 @@ def new_figure(**options: Any) -> Any:
     except ImportError as error:
         raise MissingExtraError("matplotlib", "viz") from error
     return Figure(**options)
+
+
+def write_figure(figure: Any, path: str | Path, dpi: int) -> None:
+    """Write a figure to its file.
+
+    Raises
+    ------
+    FoveateError : it cannot be written, for example because the disk is full.
+    """
+    with writing(path):
+        figure.savefig(path, dpi=dpi)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .canvas import new_figure
+from .canvas import new_figure, write_figure
 
 STYLES = {
     "prumerge": ("#c0392b", "o", "-"),
@@ -55,7 +55,7 @@ def save_accuracy_curves(report: dict[str, Any], path: str | Path) -> None:
     axes.set_title(f"pocket model, {report['scenes']} unseen scenes, {report['questions']} questions")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, ncols=2)
-    figure.savefig(path, dpi=150)
+    write_figure(figure, path, 150)
 
 
 def save_comparison(report: dict[str, Any], path: str | Path) -> None:
@@ -89,7 +89,7 @@ def save_comparison(report: dict[str, Any], path: str | Path) -> None:
         line[0].set_ylabel("answers right, %")
     figure.supxlabel("visual tokens per image, mean over decoder layers (stars: the method's own rule)", fontsize=10)
     figure.suptitle(f"pocket model, {report['questions']} questions about {report['scenes']} unseen scenes", fontsize=12)
-    figure.savefig(path, dpi=140)
+    write_figure(figure, path, 140)
 
 
 def _panel(axes: Any, report: dict[str, Any], names: Sequence[str]) -> None:
@@ -145,7 +145,7 @@ def save_training_curve(log: Sequence[dict[str, Any]], path: str | Path, side: i
     axes.set_ylim(0, 101)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, ncols=2)
-    figure.savefig(path, dpi=120)
+    write_figure(figure, path, 120)
 
 
 def _figure(size: tuple[float, float], rows: int = 0, columns: int = 0) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..report import ImageReport
-from .canvas import new_figure
+from .canvas import new_figure, write_figure
 from .overlay import LEGEND, as_seen, overlay, panels_of
 
 COLUMNS = 8  # frames side by side, at most
@@ -106,7 +106,7 @@ def save_strip(
             middle = (left + FRAME / 2) / width
             figure.text(middle, 1 - (bottom + GAP / 2) / height, below, fontsize=8, ha="center", va="top", parse_math=False)
         top += high
-    figure.savefig(path, dpi=150)
+    write_figure(figure, path, 150)
 
 
 def strips(

@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError, MissingExtraError
+from ..places import ready_file
 from ..report import ImageReport
-from .canvas import new_figure
+from .canvas import new_figure, write_figure
 
 DIMMED = 0.28  # brightness of dropped patches
 LEGEND = "coloured edge: kept; tint: merged into\nthe kept token of that colour; dark: dropped"
@@ -68,35 +69,21 @@ def picture_file(path: str | Path) -> Path:
 
     Raises
     ------
-    InputError : the folder cannot be made, or the ending is of no kind of picture.
+    InputError : the place cannot be written, or the ending is of no kind of picture.
     MissingExtraError : matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError as error:
         raise MissingExtraError("matplotlib", "viz") from error
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         raise InputError(f"{path} is a folder; give the name of a picture")
     path = path if path.suffix else path.with_suffix(".png")
     kinds = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:
         raise InputError(f"a picture cannot be saved as {path.suffix!r}; use one of {', '.join(sorted(kinds))}")
-    make_folder(path.parent)
-    return path
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it.
-
-    Raises
-    ------
-    InputError : it cannot be made or written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
+    return ready_file(path)
 
 
 def panels_of(name: str, report: ImageReport) -> dict[str, ImageReport]:
@@ -157,7 +144,7 @@ def save_figure(
         _draw_layers(axes[-1], layers)
     if title:
         figure.suptitle(title, parse_math=False)
-    figure.savefig(path, dpi=110)
+    write_figure(figure, path, 110)
 
 
 def _draw_layers(axis: Any, layers: Mapping[str, Sequence[int]]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..analysis.roofline import PHASES, Cost, CostLine
 from ..errors import InputError
-from .canvas import new_figure
+from .canvas import new_figure, write_figure
 
 COLORS = ("#1f5fbf", "#c0392b", "#27ae60", "#8e44ad", "#e67e22", "#16a2b8")
 LOWER = 0.6  # of the speed, per run, so that points of several runs can be told apart
@@ -59,7 +59,7 @@ def save_roofline(costs: Mapping[str, Cost], path: str | Path) -> None:
     figure.suptitle(
         f"{first.model} on {first.hardware.name}, batch {first.work.run.batch}, {first.work.text} text tokens", fontsize=12
     )
-    figure.savefig(path, dpi=140)
+    write_figure(figure, path, 140)
 
 
 def _roof(axes: Any, costs: Mapping[str, Cost]) -> None:

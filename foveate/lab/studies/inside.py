@@ -23,6 +23,7 @@ from ...loading import POCKET
 from ...methods.base import Method
 from ...methods.compose import Compose
 from ...methods.registry import get
+from ...places import write_text
 from ...pocket.questions import READING
 from ..runner import Outcome, Runner, nearby
 from ..testset import SEED
@@ -125,7 +126,7 @@ def main(
     Console(width=160).print(show(rows))
     if json_file is not None:
         document = {"scenes": scenes, "questions": len(runner.data.asked), "rows": rows}
-        json_file.write_text(json.dumps(document, indent=1) + "\n")
+        write_text(json_file, json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from ...methods.base import Method
 from ...methods.registry import get
+from ...places import write_text
 from ...pocket.questions import READING
 from ..compare import COUNTS
 from ..runner import Outcome, Runner
@@ -103,7 +104,7 @@ def main(
                 table.add_row(str(line["budget"]), label, *differences)
     console.print(table)
     if json_file is not None:
-        json_file.write_text(json.dumps({**study.runner.setting, "merging": rows, "beside": beside}, indent=1) + "\n")
+        write_text(json_file, json.dumps({**study.runner.setting, "merging": rows, "beside": beside}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""Places on disk: tried before long work, written as a whole or not at all, and refused in words."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .errors import FoveateError, InputError
+
+
+def ready_folder(path: str | Path) -> Path:
+    """A folder that files can be written to; it is made if it is new, with those above it.
+
+    Raises
+    ------
+    InputError : it cannot be made, or not written to.
+    """
+    place = Path(path).expanduser()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(f"the folder {place} cannot be written ({error.strerror}). Choose another place.") from error
+    return place
+
+
+def ready_file(path: str | Path) -> Path:
+    """A file that can be written; its folder is made if it is new.
+
+    Raises
+    ------
+    InputError : it is a folder, its folder cannot be written, or the file there cannot be replaced.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        raise InputError(f"{place} is a folder; give the name of a file")
+    ready_folder(place.parent)
+    if place.exists() and not os.access(place, os.W_OK):
+        raise InputError(f"{place} cannot be written (Permission denied). Choose another place.")
+    return place
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn what the disk says while a place is written into our own error.
+
+    Raises
+    ------
+    FoveateError : it cannot be written, for example because the disk is full.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise FoveateError(f"{path} cannot be written ({why}). Make room, or choose another place.") from error
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file as a whole: where that fails, what was there before stays. Links and special files stay what they are.
+
+    Raises
+    ------
+    FoveateError : it cannot be written.
+    """
+    place = Path(path).expanduser()
+    with writing(path):
+        if place.exists() and not place.is_file():
+            place.write_text(text, encoding="utf-8")
+            return
+        place = place.resolve()
+        handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name[:80]}-")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, place.stat().st_mode & 0o777 if place.exists() else 0o666 & ~_umask())
+            os.replace(temporary, place)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,220 @@
+"""Places that cannot be written, a full disk, no matplotlib, Ctrl-C: what was worked out is told, and errors are ours."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+from PIL import Image
+
+import foveate
+import foveate.serving.export
+from foveate import places
+from foveate.pocket.scenes import draw_scene
+
+from .test_main import invoke, run
+
+FULL = Path("/dev/full")  # opens like a file, and every write says that the disk is full
+pytestmark = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+
+
+@pytest.fixture
+def scene(tmp_path) -> str:
+    Image.fromarray(draw_scene(Random(4), split="test", level=1).image).save(tmp_path / "scene.png")
+    return str(tmp_path / "scene.png")
+
+
+@pytest.fixture
+def no_place(tmp_path) -> Path:
+    """A folder that nobody can make, whoever runs this: its parent is a file."""
+    (tmp_path / "file").write_text("")
+    return tmp_path / "file" / "folder"
+
+
+def commands(scene: str, place: Path) -> dict[str, list[str]]:
+    """Every command that writes, with the place."""
+    return {
+        "ask": ["ask", scene, "what color is the star ?", "--save", f"{place}/kept.png"],
+        "demo": ["demo", "--folder", str(place)],
+        "bench": ["bench", "--rounds", "1", "--new-tokens", "2", "--json", f"{place}/bench.json"],
+        "search": ["search", f"{place}/plan.json", "--examples", "2"],
+        "compare --save": ["compare", "--scenes", "2", "--save", str(place), "--store", f"{scene}.store"],
+        "compare --store": ["compare", "--scenes", "2", "--store", f"{place}/store.jsonl"],
+        "cost": ["cost", "--save", f"{place}/roofline.png"],
+        "export": ["export", "pocket", f"{place}/text"],
+        "eval": ["eval", "--save", str(place)],
+        "batch": ["batch", f"{scene}.jsonl", f"{place}/out.jsonl"],
+    }
+
+
+@pytest.mark.parametrize("name", commands("", Path()))
+def test_places_are_tried_before_anything_is_worked_out(name, scene, no_place, capsys, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    Path(f"{scene}.jsonl").write_text(json.dumps({"image": scene, "question": "what ?"}))
+    for module in ("foveate.loading", "foveate.serving.export"):
+        monkeypatch.setattr(f"{module}.load", never)
+    code, out, err = invoke(capsys, monkeypatch, *commands(scene, no_place)[name])
+    assert (code, out) == (2, ""), err
+    assert err.startswith("error: ")
+    assert str(no_place) in err
+    assert "Traceback" not in err
+
+
+def test_the_list_of_commands_is_whole():
+    """Every command that takes a place to write is tried above."""
+    from typer.main import get_command
+
+    from foveate.cli.main import app
+
+    told = {"save", "json_file", "folder", "plan", "store", "answers"}
+    writing = set()
+    for name, command in get_command(app).commands.items():
+        if told & {option.name for option in command.params}:
+            writing.add(name)
+    assert writing == {name.split()[0] for name in commands("", Path())}
+
+
+def full(monkeypatch, written: str) -> None:
+    """Files of this ending end up on a full disk."""
+    from matplotlib.figure import Figure
+
+    make, draw = places.write_text, Figure.savefig
+    for module in ("foveate.cli.bench", "foveate.cli.eval", "foveate.places"):
+        if module in sys.modules:
+            monkeypatch.setattr(
+                f"{module}.write_text", lambda path, text: make(FULL if str(path).endswith(written) else path, text), raising=False
+            )
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda self, path, **more: draw(self, FULL, **more, format="png") if str(path).endswith(written) else None,
+    )
+
+
+def test_full_disks(scene, tmp_path, capsys, monkeypatch):
+
+    full(monkeypatch, ".png")
+    code, out, err = invoke(capsys, monkeypatch, "ask", scene, "what color is the star ?", "--save", str(tmp_path / "kept.png"))
+    assert code == 2
+    assert out.strip(), "the answer is told"
+    assert "kept.png cannot be written (No space left on device)" in err
+    code, out, err = invoke(capsys, monkeypatch, "ask", scene, "what ?", "--json", "--save", str(tmp_path / "kept.png"))
+    assert code == 2
+    assert json.loads(out)["picture"] is None
+    code, out, err = invoke(capsys, monkeypatch, "demo", "--folder", str(tmp_path / "demo"))
+    assert code == 2
+    assert out.count("expected:") == 3
+    assert "No space left" in err
+    code, out, err = invoke(capsys, monkeypatch, "cost", "--save", str(tmp_path / "roofline.png"))
+    assert code == 2
+    assert "prefill" in out
+    full(monkeypatch, ".json")
+    code, out, err = invoke(
+        capsys, monkeypatch, "bench", "--rounds", "1", "--new-tokens", "2", "--json", str(tmp_path / "bench.json")
+    )
+    assert code == 2
+    assert "KV cache" in out
+    assert "No space left" in err
+
+
+def test_what_a_comparison_found_is_told(tmp_path, capsys, monkeypatch):
+    full(monkeypatch, ".md")
+    asked = ["compare", "--scenes", "2", "--methods", "prumerge+", "--budgets", "64", "--no-own", "--store", str(tmp_path / "s")]
+    code, out, err = invoke(capsys, monkeypatch, *asked, "--save", str(tmp_path))
+    assert code == 2
+    assert "prumerge+" in out
+    assert "No space left" in err
+
+
+def test_a_demo_without_matplotlib(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    code, out, err = invoke(capsys, monkeypatch, "demo", "--folder", str(tmp_path))
+    assert code == 0, err
+    assert out.count("expected:") == 3
+    assert "foveate[viz]" in err
+    assert (tmp_path / "scene-1-plain.png").exists()
+
+
+def test_files_are_written_as_a_whole(tmp_path):
+    file, link = tmp_path / "a.json", tmp_path / "link.json"
+    file.write_text("old")
+    file.chmod(0o600)
+    link.symlink_to(file)
+    places.write_text(link, "new")
+    assert file.read_text() == "new"
+    assert link.is_symlink()
+    assert file.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(foveate.FoveateError, match="No space left"):
+        places.write_text(FULL, "new")
+    with pytest.raises(foveate.InputError, match="is a folder"):
+        places.ready_file(tmp_path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.json", "link.json"]
+
+
+def test_an_export_on_a_full_disk(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+    from transformers import PreTrainedModel
+
+    def no_room(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", no_room)
+    with pytest.raises(foveate.FoveateError, match=r"cannot be written .*No space left"):
+        foveate.serving.export.export("pocket", tmp_path / "text")
+    assert not list(tmp_path.iterdir())
+
+
+# -- how commands end
+
+
+def test_without_a_command_there_is_help():
+    done = run()
+    assert "Usage" in done.stdout + done.stderr
+    assert "error" not in done.stderr
+
+
+def test_errors_of_the_command_line_name_the_command():
+    done = run("ask", "a.png", "what ?", "--bugdet", "3")
+    assert done.returncode == 2
+    assert "ask --help shows how" in done.stderr
+
+
+def test_interrupted_while_it_starts(tmp_path):
+    for after in (0.05, 0.4, 1.0):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "foveate", "demo", "--folder", str(tmp_path)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(after)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode in (130, -signal.SIGINT)
+        assert "foveate/cli" not in err, err  # before our first line Python itself says what it likes
+
+
+def test_an_interrupted_comparison_says_how_it_goes_on(tmp_path, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("foveate.lab.compare.compare", stop)
+    code, _, err = invoke(capsys, monkeypatch, "compare", "--scenes", "2", "--store", str(tmp_path / "store.jsonl"))
+    assert code == 130
+    assert "the same command goes on from there" in err
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:7", "nonsense:0"])
+def test_devices_that_are_not_there(device):
+    from foveate.loading import load
+
+    with pytest.raises(foveate.InputError, match="cannot be used here"):
+        load(device=device)
