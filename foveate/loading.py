@@ -189,7 +189,9 @@ def usable_device(device: str | torch.device) -> torch.device:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {str(device)!r} cannot be used here ({first_line(error)}). Use cpu, cuda or cuda:1.") from error
+        raise InputError(
+            f"device {str(device)!r} cannot be used here. Use cpu or, where PyTorch finds a GPU, cuda or cuda:1."
+        ) from error
     return place
 
 

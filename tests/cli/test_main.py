@@ -227,7 +227,7 @@ def test_saving(capsys, monkeypatch, scene, tmp_path):
     for path, message in (
         ("kept.xyz", "cannot be saved as '.xyz'"),
         (str(tmp_path), "is a folder"),
-        ("/proc/no/k.png", "cannot make"),
+        ("/proc/no/k.png", "cannot be written"),
     ):
         code, out, err = invoke(capsys, monkeypatch, "ask", str(scene), "what is it ?", "--save", path)
         assert (code, out) == (2, "")

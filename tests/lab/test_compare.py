@@ -489,9 +489,9 @@ def test_bad_options(tmp_path, changes, message):
 
 def test_bad_paths(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(foveate.InputError, match="cannot make the folder"):
+    with pytest.raises(foveate.InputError, match="cannot be written"):
         checked(_options(tmp_path, save=tmp_path / "file" / "results"))
-    with pytest.raises(foveate.InputError, match="cannot make the folder"):
+    with pytest.raises(foveate.InputError, match="cannot be written"):
         checked(_options(tmp_path, save=tmp_path / "file"))
     with pytest.raises(foveate.InputError, match="is a folder"):
         checked(_options(tmp_path, store=tmp_path))
