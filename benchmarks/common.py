@@ -30,6 +30,13 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
+def spent(call: Callable[[], Any]) -> float:
+    """Seconds of the CPU that one call takes, whatever else the machine does."""
+    begin = time.process_time()
+    call()
+    return time.process_time() - begin
+
+
 def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Times of each call, taken in turns so that a noisy machine is noisy for all; one round of warm-up is not counted."""
     for call in calls.values():

@@ -74,7 +74,7 @@ def coverage_first(similar: Tensor, weight: Tensor, count: int, few: bool) -> Te
         grew = better > covered
         width = int(grew.sum(1).max()) if few else number
         some = grew.long().argsort(dim=1, descending=True, stable=True)[:, :width]
-        for part in some.split(max(1, 2**24 // number), 1):
+        for part in some.split(rows_at_once(number), 1):
             low, high = covered.gather(1, part)[..., None], better.gather(1, part)[..., None]
             gain = gain - (rows_of(similar, part).minimum(high) - low).clamp(min=0).sum(1, dtype=torch.float64)
         covered = better

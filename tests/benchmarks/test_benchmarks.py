@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import foveate
@@ -29,10 +30,34 @@ def test_selection(tmp_path):
 def test_selectors(tmp_path):
     """Every method that chooses is in the table; YOPO and a smaller picture choose nothing."""
     file, small = tmp_path / "selectors.json", ("--width", "64", "--decoder-width", "128", "--encoder-layers", "1", "--rounds", "1")
-    run("benchmarks.selectors", *small, "--numbers", "576", "--batches", "2", "--json", str(file))
+    run("benchmarks.selectors", *small, "--numbers", "576", "--batches", "2", "--large", "", "--json", str(file))
     rows = {row["method"]: row for row in json.loads(file.read_text())["rows"]}
     assert set(rows) - {"encoder"} == {info.name for info in foveate.methods()} - {"yopo", "resize"}
     assert all(row["time"]["median_ms"] > 0 for row in rows.values())
+
+
+def test_selectors_of_large_photos(tmp_path):
+    """Each method in a process of its own: seconds, memory, and shares of all layers of the encoder."""
+    file, small = tmp_path / "large.json", ("--width", "64", "--decoder-width", "128", "--encoder-layers", "4", "--numbers", "")
+    run("benchmarks.selectors", *small, "--large", "1024,4096", "--methods", "prumerge+,evit,yopo", "--json", str(file))
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["tokens"], row["method"]) for row in rows] == [
+        (n, m) for n in (1024, 4096) for m in ("encoder", "evit", "prumerge+")
+    ]
+    for number in (1024, 4096):
+        whole, *others = (row for row in rows if row["tokens"] == number)
+        assert whole["share_of_encoder"] == 1
+        assert all(row["share_of_encoder"] == pytest.approx(row["seconds"] / whole["seconds"]) for row in others)
+    assert all(0 <= row["peak_bytes"] < 2**29 for row in rows)
+    assert max(row["peak_bytes"] for row in rows) > 0
+
+
+def test_peak_memory_is_that_of_the_call():
+    from benchmarks.large import measured
+
+    found = measured(lambda: torch.ones(2**24).sum().item())
+    assert 0.9 * 2**26 < found["peak_bytes"] < 2**27
+    assert found["seconds"] > 0
 
 
 def test_encoder(tmp_path):

@@ -119,8 +119,8 @@ def distances(features: Tensor) -> Tensor:
     """[B, S, S] Euclidean distances of [B, S, D] in float32: products in float64, which leave no trace of the shape of a batch."""
     features = features.double()
     products = features @ features.transpose(1, 2)
-    squares = products.diagonal(dim1=1, dim2=2)
-    return (squares[:, None] + squares[..., None] - 2 * products).clamp(min=0).sqrt().float()
+    squares = products.diagonal(dim1=1, dim2=2).clone()
+    return products.mul_(-2).add_(squares[:, None]).add_(squares[..., None]).clamp_(min=0).sqrt_().float()
 
 
 def cluster_weights(features: Tensor, pool: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor, Tensor]:

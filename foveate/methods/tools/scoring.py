@@ -154,7 +154,7 @@ def question_rows(tokens: PromptTokens) -> tuple[Tensor, Tensor]:
 def mean_attention(tokens: PromptTokens, rows: Tensor) -> Tensor:
     """[B, R, S] ``prompt_attention`` averaged over heads, some rows at a time so that the weights of single heads stay small."""
     batch, heads = len(tokens.valid), tokens.tap.query.shape[1] if tokens.tap is not None else 1
-    at_once = max(1, 2**25 // (batch * heads * max(1, tokens.valid.shape[1])))
+    at_once = max(8, 2**24 // (batch * heads * max(1, tokens.valid.shape[1])))
     return torch.cat([prompt_attention(tokens, part).mean(1) for part in rows.split(at_once, dim=1)], 1)
 
 
