@@ -5,7 +5,7 @@
 # make test-vllm     the tests with a real vLLM, built for CPUs, in an environment of its own
 # make lint    ruff and mypy
 # make bench   the benchmarks of the README, with ledgers in benchmarks/results
-# make wheel   build the wheel
+# make wheel   build the wheel and the source package
 #
 # TORCH=...    what pip installs as torch, for example TORCH="torch --index-url https://download.pytorch.org/whl/cu130"
 # PYTHON=...   the Python that makes .venv (3.10 or newer)
@@ -77,7 +77,7 @@ bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.decoder --visual 256 --json benchmarks/results/decoder-256.json
 
 wheel: $(VENV)/dev
-	$(BIN)/python -m build --wheel --outdir dist
+	$(BIN)/python -m build --outdir dist
 
 clean:
 	rm -rf $(VENV) dist foveate-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -230,7 +230,7 @@ def encoded_alone(call: Call, method: Method) -> Encoded:
 def _encoded(pictures: PromptPictures, prompt: dict[str, Tensor], report: Report) -> Encoded:
     if pictures.deepstack:
         levels = len(pictures.deepstack[0])
-        report.warnings.append(
+        report.warn(
             f"this decoder adds features of the vision encoder after its first {levels} layers: use deepstack beside embeds"
         )
     return Encoded(pictures.embeds, pictures.deepstack, pictures.reduction, prompt, report)
@@ -240,5 +240,5 @@ def _report(parts: Anatomy, method: Method) -> Report:
     warnings = [warning for part in method.trained() for warning in part.warnings]
     report = Report(method.settings(), parts.decoder_layers, Clock(parts.device), warnings=warnings, notes=method.notes())
     if method.inside_decoder():
-        report.warnings.append(f"{method.name} also acts inside the decoder; encode does not run it")
+        report.warn(f"{method.name} also acts inside the decoder; encode does not run it")
     return report

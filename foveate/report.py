@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import html
 import itertools
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +17,14 @@ import torch
 from torch import Tensor
 
 from .tokens import Reduction
+
+SHOWN_ITEMS = 20  # pictures in the table of a notebook
+log = logging.getLogger("foveate")
+
+
+@functools.lru_cache(maxsize=256)
+def _log_once(warning: str) -> None:
+    log.warning("%s", warning)
 
 
 class Clock:
@@ -144,7 +155,7 @@ class ImageReport:
     made: bool = False
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What a call did. ``str(report)`` is a summary, ``to_dict()`` is JSON-able.
 
@@ -167,6 +178,16 @@ class Report:
     placeholders: Tensor | None = None  # [B, S] image of its row that each column of the prompt belongs to, -1 = none
     encoder_counts: list[Tensor] = field(default_factory=list)  # per encoder layer [grids]
     copies: int = 1  # rows of the decoder for each row of the prompt (beams)
+
+    def __post_init__(self) -> None:
+        for warning in self.warnings:
+            _log_once(warning)
+
+    def warn(self, text: str) -> None:
+        """Add a warning, which is also logged the first time that any report has it."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            _log_once(text)
 
     def begin(self, placeholders: Tensor, copies: int) -> None:
         """A decoder with cuts starts to read the prompt."""
@@ -302,6 +323,25 @@ class Report:
 
     def to_json(self, **options: Any) -> str:
         return json.dumps(self.to_dict(), **options)
+
+    def __repr__(self) -> str:
+        counts = f"{sum(self.before)} -> {sum(self.after)} visual tokens" if self.before else "no image"
+        told = f", {len(self.warnings)} warnings" if self.warnings else ""
+        return f"<Report of {self.method['name']}: {counts}{told}>"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: what each picture had and kept, and what decoder layers ran."""
+        rows = [
+            f"<tr><td>{number}</td><td>{item.modality}</td><td>{item.row}</td><td>{item.before}</td><td>{len(item.kept)}</td></tr>"
+            for number, item in enumerate(self.items[:SHOWN_ITEMS])
+        ]
+        if len(self.items) > SHOWN_ITEMS:
+            rows.append(f"<tr><td colspan=5>and {len(self.items) - SHOWN_ITEMS} more</td></tr>")
+        head = "<tr><th></th><th>kind</th><th>row of the batch</th><th>visual tokens</th><th>kept</th></tr>"
+        first, *others = (html.escape(line) for line in str(self).splitlines())
+        told = "".join(f"<p>{line}</p>" for line in others)
+        table = f"<table>{head}{''.join(rows)}</table>" if rows else ""
+        return f"<p>{first}</p>{table}{told}"
 
     def __str__(self) -> str:
         name = self.method["name"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import foveate
+import foveate.report
 
 from . import zoo
 
@@ -95,3 +96,20 @@ def test_reports_hold_no_graph():
         assert not tensor.requires_grad
     assert isinstance(json.dumps(session.report.to_dict()), str)
     assert torch.is_tensor(reduction.weights)
+
+
+def test_reports_are_short_in_a_console_and_tables_in_a_notebook(caplog):
+    foveate.report._log_once.cache_clear()
+    model, inputs = zoo.load(), zoo.batch("right")
+    with caplog.at_level("WARNING", "foveate"), foveate.PruMergePlus(budget=20)(model) as session:
+        for _ in range(2):
+            model.generate(**inputs, max_new_tokens=1)
+    found = session.report
+    assert repr(found) == "<Report of prumerge+: 256 -> 80 visual tokens, 1 warnings>"
+    assert [record.message for record in caplog.records] == found.warnings, "once, however often it is met"
+    shown = found._repr_html_()
+    assert shown.count("<tr>") == 1 + len(found.items)
+    assert "padded on the right" in shown
+    named = foveate.Report({"name": "<b>"}, 4, found.clock)
+    assert "<b>" not in named._repr_html_()
+    assert repr(named) == "<Report of <b>: no image>"

@@ -14,6 +14,7 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("foveate").addHandler(logging.NullHandler())  # commands print the warnings of reports themselves
 
 
 def run() -> None:

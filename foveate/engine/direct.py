@@ -140,7 +140,7 @@ class Direct:
         if short.layout is None:
             return Shortened({**short.arguments(), "input_ids": ids}, None, report, reading)
         if labels is not None and bool((parts.visual(ids) & (labels != IGNORED).to(ids.device)).any()):
-            report.warnings.append(PLACEHOLDERS)
+            report.warn(PLACEHOLDERS)
         if isinstance(arguments.get("logits_to_keep"), Tensor):
             raise InputError("logits_to_keep as a tensor counts columns of the full prompt. Give an int, or leave it out.")
         if given is not None and mask is None and bool((given.diff(dim=-1) <= 0).any()):

@@ -225,7 +225,7 @@ class Session:
         """``generate`` on a prompt that lost tokens: lengths, callbacks, positions and cache speak of the full one."""
         call, ids = short.call, short.ids
         if bool((call.mask[:, -1] == 0).any()):
-            report.warnings.append("prompts were padded on the right; they were generated from as if padded on the left")
+            report.warn("prompts were padded on the right; they were generated from as if padded on the left")
         arguments = short.arguments()
         layout = replace(layout, ahead=short.positions.ahead)
         missing = None

@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from ..precision import has_bfloat16
 from .batches import Mix, PocketBatches
 from .build import build_model, build_processor
 from .objectives import PocketTrainee
@@ -81,7 +82,7 @@ def train(
 ) -> None:
     """Train the pocket model, or continue an interrupted run in the same folder."""
     accelerator = Accelerator(
-        mixed_precision="bf16",
+        mixed_precision="bf16" if has_bfloat16("cuda" if torch.cuda.is_available() else "cpu") else "no",
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
     )

@@ -28,6 +28,7 @@ from ..pocket.batches import IGNORE, normalise
 from ..pocket.questions import PocketQuestion, ask
 from ..pocket.scenes import GRID, draw_scene
 from ..pocket.vocabulary import BOS, EOS, IMAGE, PAD, TOKEN_ID, encode
+from ..precision import has_bfloat16
 
 LAYERS = r".*language_model\.layers\.\d+\..*_proj"
 RANK = 32
@@ -125,7 +126,7 @@ def trainer(model: Any, folder: Path, steps: int, seed: int) -> Trainer:
         learning_rate=RATE,
         lr_scheduler_type="cosine",
         warmup_steps=min(40, steps // 5),
-        bf16=True,
+        bf16=has_bfloat16("cuda" if torch.cuda.is_available() else "cpu"),
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
         train_sampling_strategy="sequential",  # every conversation is drawn at random already

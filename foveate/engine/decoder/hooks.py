@@ -265,7 +265,7 @@ class DecoderCuts:
         """Flash attention counts a sliding window in tokens that are left, SDPA and eager attention in tokens of the prompt."""
         windows = [window for window in self.kind.windows[self.first :] if window is not None]
         if "flash" in self.kind.implementation and any(length > window for window in windows):
-            report.warnings.append(
+            report.warn(
                 "flash attention counts sliding windows in kept tokens: layers after a cut see farther than under SDPA"
             )
 
