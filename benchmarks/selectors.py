@@ -6,8 +6,8 @@ A second table is about large photos, one at a time: time and peak memory (``ben
 
 Everything a method reads has the shape it has in LLaVA-1.5-7B, filled with random numbers: features and keys of 1024 channels in
 bfloat16, projected features and hidden states of 4096. Methods inside the encoder and inside the decoder are asked once for each
-layer they act at, and their times added. 2880 tokens are five tiles of 576, so five pictures stand beside them. Medians of
-CPU time with one thread; the encoder is timed in front of the methods, whose inputs are too large to be held at once and take turns.
+layer they act at, and their times added. 2880 tokens are five tiles of 576, so five pictures stand beside them. Medians of CPU
+time with one thread; the encoder is timed in front of the methods, whose inputs are too large to be held at once and take turns.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def main(
             part = f" ({row['share_of_encoder']:.1%})" if row and "share_of_encoder" in row else ""
             cells.append("-" if row is None else f"{row['time']['median_ms']:.1f}{part}")
         table.add_row(name, *cells)
-    Console().print(table)
+    if columns:
+        Console().print(table)
     if photos:
         rows += large.table(
             [int(number) for number in photos.split(",")], share, width, decoder_width, encoder_layers, methods, longest

@@ -79,7 +79,8 @@ class AIMMerge(ProjectorReducer, name="aim-merge", paper=PAPER, adaptive=False):
 class AIMPrune(DecoderReducer, name="aim-prune", paper=PAPER):
     """Before each of a run of decoder layers, visual tokens with the lowest PageRank over the layer's attention leave, at last all.
 
-    The schedule says how many; a budget is only heeded if it covers all tokens.
+    The schedule says how many; a budget is only heeded if it covers all tokens. In the released code tokens that were masked in an
+    earlier layer go on voting for others; here they are gone, so that what stays differs from the second cut on.
 
     Parameters
     ----------

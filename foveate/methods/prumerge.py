@@ -82,7 +82,10 @@ class PruMerge(ProjectorReducer, name="prumerge", paper="https://arxiv.org/abs/2
 
     @classmethod
     def released(cls, **fields: Any) -> Self:
-        """As the released code does (commit 097c041), without its crashes on tiny grids and images without outliers."""
+        """As the released code does (commit 097c041), without its crashes on tiny grids and images without outliers.
+
+        For an image without outliers that code emits nothing but the token of the rest; here one token is kept beside it.
+        """
         code = dict(attn_mode="fused", neighbour_pool="all", normalise_weights=False, append_rest=True)
         return cls(**{**code, **dict(order="attention", iqr_scope="batch", min_tokens=1), **fields})
 

@@ -44,7 +44,10 @@ class PruMergePlus(PruMerge, name="prumerge+", paper="https://arxiv.org/abs/2403
 
     @classmethod
     def released(cls, **fields: Any) -> Self:
-        """As the released code does, for any batch size (it fails beyond one image)."""
+        """As the released code does, for any batch size (it fails beyond one image).
+
+        That code writes 575, the last of 576 cells, into its uniform pattern; here it is the last cell of any grid.
+        """
         return super().released(**{**dict(spatial="stride", max_uniform=1.0), **fields})
 
     def __post_init__(self) -> None:

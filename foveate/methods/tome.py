@@ -20,7 +20,8 @@ class ToMe(EncoderReducer, name="tome", paper="https://arxiv.org/abs/2210.09461"
     Patches at even places of the sequence (with [CLS] in front) look for the most similar one at an odd place, by the cosine of
     their keys, averaged over heads; the best pairs merge. Attention then counts a token as often as it has patches
     (proportional attention). The decoder gets raster order, by the odd token of each merged one; the official order mixes
-    both halves in every block (``order="encoder"``).
+    both halves in every block (``order="encoder"``). Without [CLS] that code leaves unmerged tokens in the order of their
+    similarity; here they keep their own.
 
     Parameters
     ----------

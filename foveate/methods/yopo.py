@@ -3,6 +3,8 @@
 The computation of visual tokens is pruned, not their number: each sees its neighbours only, some heads and half of the neurons do
 without them, and from a layer on they are gone. The released code simulates all of this by masks with eager attention; here the
 layer cut and the neurons are really saved, and heads are pruned by zero values, which any attention implementation understands.
+From the layer cut on, attention weights are a softmax over the text alone; the code sets those of visual tokens to zero after the
+softmax over all, so that the weights of the text sum to less than one there.
 """
 
 from __future__ import annotations
