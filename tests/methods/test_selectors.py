@@ -16,7 +16,7 @@ from foveate.methods.cdpruner import CDPruner, determinant_first
 from foveate.methods.dart import DART
 from foveate.methods.divprune import DivPrune
 from foveate.methods.scope import Scope, coverage_first
-from foveate.methods.tools.selection import cosine_rows, cosines, farthest_first
+from foveate.methods.tools.selection import STEPS, cosine_rows, cosines, farthest_first, rows_of, unpacked
 from foveate.methods.visionzip import VisionZip
 from foveate.methods.vispruner import VisPruner
 from foveate.methods.vtc_cls import FasterVLM
@@ -155,6 +155,20 @@ def test_cosines(block):
 
 
 # DivPrune
+
+
+def test_the_similarities_of_many_tokens_take_16_bits_and_choose_the_same(monkeypatch):
+    visual, index = tokens(images=2), torch.tensor([[3], [40]])
+    exact, weight = cosines(visual.features), torch.rand(2, 42, generator=torch.Generator().manual_seed(0))
+    chosen = [farthest_first(exact.clone(), 20)[0], coverage_first(exact, weight, 20, few=True)]
+    monkeypatch.setattr("foveate.methods.tools.selection.LARGE", 42)
+    packed = cosines(visual.features, 16)
+    assert packed.dtype == torch.int16
+    torch.testing.assert_close(unpacked(packed), exact, atol=0.51 / STEPS, rtol=0)
+    torch.testing.assert_close(rows_of(packed, index), rows_of(exact, index), atol=0.51 / STEPS, rtol=0)
+    torch.testing.assert_close(cosine_rows(visual.features)(index), rows_of(exact, index), atol=1e-6, rtol=0)
+    assert torch.equal(coverage_first(packed, weight, 20, few=True), chosen[1])
+    assert torch.equal(farthest_first(packed, 20)[0], chosen[0])
 
 
 @pytest.mark.parametrize("kind", ["random", "signs", "few", "constant"])
