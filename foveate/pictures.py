@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from .engine.call import Call, read, shorten
 from .engine.model.anatomy import Anatomy, anatomy, innermost
+from .engine.model.inputs import check_tensors
 from .engine.model.seams import (
     PER_TOKEN_INPUTS,
     PRE_ENCODED,
@@ -91,6 +92,9 @@ class Pictures:
     def __init__(self, model: Any, **inputs: Any) -> None:
         parts = anatomy(model)
         check_pre_encoded_input(parts.model)
+        strange = [name for name in inputs if name not in _inputs_of(parts.model)]
+        if strange:
+            raise InputError(f"{strange[0]!r} is no input of this model. Fields of a method are given to reduce(...).")
         self._start(parts, named_arguments(parts.model.forward, (), inputs))
 
     @classmethod
@@ -104,6 +108,7 @@ class Pictures:
         if not brings_pictures(arguments):
             raise InputError("there are no pictures: pass what the processor returned for text and images, pixel_values among them")
         self._parts, self._ids = parts, arguments.get("input_ids")
+        check_tensors(self._ids, arguments)
         ids = torch.empty((0, 0), dtype=torch.long) if self._ids is None else self._ids
         self._call = read(parts, arguments, ids, arguments.get("attention_mask"))
         self._encodings = self._call.encodings or Encodings(self._call.pixels, tap)
@@ -187,7 +192,7 @@ def encode(model: Any, method: str | Method, **inputs: Any) -> Encoded:
         field of the method.
     """
     inner = innermost(model)
-    known = {*inspect.signature(type(inner).forward).parameters, *PER_TOKEN_INPUTS}
+    known = _inputs_of(inner)
     method = built(method, {name: value for name, value in inputs.items() if name not in known})
     parts = anatomy(inner)
     prepare(parts, method)
@@ -196,7 +201,13 @@ def encode(model: Any, method: str | Method, **inputs: Any) -> Encoded:
     ids = arguments.get("input_ids")
     if ids is None or not brings_pictures(arguments):
         raise InputError("encode needs input_ids and pixel_values: pass what the processor returned for text and images")
+    check_tensors(ids, arguments)
     return encoded_call(read(parts, arguments, ids, arguments.get("attention_mask")), method)
+
+
+def _inputs_of(model: Any) -> set[str]:
+    """Names of what a model can be given."""
+    return {*inspect.signature(type(model).forward).parameters, *PER_TOKEN_INPUTS}
 
 
 def encoded_call(call: Call, method: Method) -> Encoded:

@@ -119,6 +119,8 @@ def test_without_a_prompt(model):
 def test_what_is_refused(model):
     with pytest.raises(foveate.InputError, match="there are no pictures"):
         foveate.Pictures(model, input_ids=torch.tensor([[1, 20]]))
+    with pytest.raises(foveate.InputError, match=r"'budget' is no input of this model.*reduce"):
+        foveate.Pictures(model, **zoo.batch(), budget=9)
     pictures = foveate.Pictures(model, **zoo.batch())
     with pytest.raises(foveate.InputError, match="unknown method 'magic'"):
         pictures.reduce("magic")

@@ -18,7 +18,7 @@ from ..methods.base import Method
 from ..report import Report
 from ..tokens import Reduction
 from .model.anatomy import Anatomy
-from .model.inputs import check_sizes
+from .model.inputs import check_sizes, check_tensors
 from .model.seams import PACKED_INPUTS, PER_TOKEN_INPUTS, PRE_ENCODED, cache_in, encodings_in, modalities, of_modality
 from .prompt.layout import Layout, cached_layout, filler, short_rows
 from .prompt.positions import Positions
@@ -75,6 +75,7 @@ def read(parts: Anatomy, arguments: dict[str, Any], ids: Tensor, mask: Tensor | 
     InputError : they come without their sizes, which the prompt depends on.
     """
     mask = torch.ones_like(ids) if mask is None else mask
+    mask = mask.expand(len(ids), -1) if mask.ndim == 2 and len(mask) == 1 else mask  # one row for all
     encodings = encodings_in(arguments)
     if encodings is not None:
         return Call(parts, arguments, ids, mask, encodings.inputs, encodings)
@@ -230,6 +231,7 @@ def shorten(call: Call, method: Method, report: Report, *, pad_left: bool) -> Sh
 def continued(parts: Anatomy, method: Method, arguments: dict[str, Any]) -> dict[str, Any]:
     """New text tokens on a shortened cache, called by hand: the mask may still count the full prompt."""
     ids, mask, cache = arguments.get("input_ids"), arguments.get("attention_mask"), cache_in(arguments)
+    check_tensors(ids, arguments)
     if ids is None:
         raise InputError("a conversation on a shortened cache goes on with input_ids; inputs_embeds cannot be followed there.")
     cached = cached_layout(cache, len(ids), method.settings(), ids.device)

@@ -17,6 +17,7 @@ from ..tokens import resolve_budget
 from .call import TAUGHT, continued, read, shorten, taught
 from .install import installed_on
 from .model.anatomy import Anatomy
+from .model.inputs import check_tensors
 from .model.marks import forget_if_empty, layout_of, mark
 from .model.seams import brings_pictures, cache_in, find_cache, modalities, named_arguments, with_hidden_states
 from .prompt.layout import Layout, layout_past
@@ -121,6 +122,7 @@ class Direct:
         session = self.session
         session.refuse_encoded(arguments)
         ids, mask, labels = (arguments.get(name) for name in ("input_ids", "attention_mask", "labels"))
+        check_tensors(ids, arguments)
         if ids is None:
             raise InputError("pixel_values without input_ids: there is no prompt that the pictures belong to.")
         if labels is not None and labels.shape != ids.shape:

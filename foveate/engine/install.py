@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from ..errors import UnsupportedModelError
 from .generation import merged_with_callbacks
@@ -34,9 +36,26 @@ class Installation:
         forward = WRAPPED_FORWARD if WRAPPED_FORWARD in model.__dict__ else "forward"
         self._forward = forward
         for name in ("generate", forward, MERGE_CALLBACKS, REPLICATE):
-            self.previous[name] = model.__dict__.get(name)
-            self.ours[name] = model.__dict__[name] = _redirected(model, name)
+            self.previous[name] = model.__dict__.pop(name, None)
         model.__dict__[_ATTRIBUTE] = self
+        self._redirect()  # after the line above: what is pickled is read in this order
+
+    def _redirect(self) -> None:
+        for name in self.previous:
+            self.ours[name] = self.model.__dict__[name] = _redirected(self.model, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickle finds methods by their names, and the names mean the class's own in a model that is not read yet."""
+        return {name: value for name, value in vars(self).items() if name != "ours"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, ours={})
+        self._redirect()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
 
     def remove(self) -> None:
         del self.model.__dict__[_ATTRIBUTE]

@@ -21,7 +21,7 @@ from .direct import Direct
 from .generation import FullPrompt, GenerateSettings, on_full_prompt
 from .install import Installation, installed_on
 from .model.anatomy import Anatomy, anatomy, innermost
-from .model.inputs import without_empty
+from .model.inputs import check_tensors, without_empty
 from .model.marks import cuts_of, forget_if_empty, layout_of, mark, restore
 from .model.seams import (
     PRE_ENCODED,
@@ -211,6 +211,7 @@ class Session:
         if ids is None or not (brings_pictures(arguments) or layout_of(cache) is not None):
             self._refuse_missing_pictures(ids, cache)
             return self._run(original, ids, arguments, report)
+        check_tensors(ids, arguments)
         settings = GenerateSettings(self.model, arguments)
         self.cuts.refuse_pieces(settings["prefill_chunk_size"])
         mask = arguments.get("attention_mask")
@@ -282,7 +283,7 @@ class Session:
         return self.cuts.expecting(prompt, report)
 
     def _refuse_missing_pictures(self, ids: Tensor | None, cache: Any) -> None:
-        placeholders = 0 if ids is None else int(self.parts().visual(ids).sum())
+        placeholders = 0 if not isinstance(ids, Tensor) else int(self.parts().visual(ids).sum())
         if placeholders and (cache is None or cache.get_seq_length() == 0):
             raise InputError(
                 f"the prompts have {placeholders} image placeholders and no picture is given. Pass the pixel_values that the "

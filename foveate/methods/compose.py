@@ -27,7 +27,9 @@ class Compose(Method, name="compose", listed=False):
 
     methods: tuple[Method, ...] = ()
 
-    def __init__(self, *methods: Method) -> None:
+    def __init__(self, *methods: Method, **fields: Any) -> None:
+        if fields:
+            raise InputError(f"a composition has no field {next(iter(fields))!r} of its own. Give it to one of its methods.")
         wrong = [method for method in methods if not isinstance(method, Method)]
         if not methods or wrong:
             raise InputError(f"Compose takes methods, such as foveate.PruMergePlus(), and got {wrong or 'none'}")

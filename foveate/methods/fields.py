@@ -64,7 +64,8 @@ def check_fields(method: Method) -> None:
     """Raise ``InputError`` where a field does not hold what its type hint says; sequences become tuples."""
     hints = get_type_hints(type(method))
     for field in dataclasses.fields(method):
-        value = getattr(method, field.name)
+        value = plain(getattr(method, field.name))
+        setattr(method, field.name, value)
         hint = _unwrapped(hints[field.name], value)
         if get_origin(hint) is tuple and get_args(hint)[-1:] == (...,):
             check_tuple(method, field.name, value, get_args(hint)[0])
@@ -106,4 +107,11 @@ def check_tuple(method: Method, field: str, value: Any, element: Any) -> None:
     kind, allowed = _KINDS.get(element, ("", (object,)))
     if not isinstance(value, list | tuple) or any(not isinstance(each, allowed) or isinstance(each, bool) for each in value):
         raise InputError(f"{method.name}: {field}={value!r}; expected several of {kind or element}, such as (2, 8)")
-    setattr(method, field, tuple(value))
+    setattr(method, field, tuple(plain(each) for each in value))
+
+
+def plain(value: Any) -> Any:
+    """A number of NumPy's as Python's own, which can be written as JSON; anything else as it is."""
+    if isinstance(value, int | float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 EXPECTED = 'expected {"method": "prumerge+", "fields": {"budget": 144}}, as Method.save writes it'
 
+KNOWN = {"method", "fields", "methods", "foveate"}
+
 
 class Saved:
     """What every method can do on disk."""
@@ -99,11 +101,16 @@ def restored(document: Any, place: Path | None = None) -> Method:
         raise InputError(f"{where}: {EXPECTED}")
     name, fields, parts = document["method"], document.get("fields"), document.get("methods")
     if parts is not None:
+        if strange := sorted(set(document) - KNOWN | ({"fields"} if fields else set())):
+            raise InputError(f"{where}: a composition has no {strange[0]!r} of its own. Give it to one of its methods.")
         if not isinstance(parts, list):
             raise InputError(f"{where}: 'methods' is no list of methods")
         return look_up(name)[0].joined([restored(part) for part in parts])
-    if fields is None and place is not None and (own := look_up(name)[0].found_by_search):
-        fields = {own: str(place)}
+    cls = look_up(name)[0]
+    if fields is None and place is not None and cls.found_by_search:
+        fields = {cls.found_by_search: str(place)}
+    elif (strange := sorted(set(document) - KNOWN)) and (fields is None or not cls.searched):  # a search tells more than the fields
+        raise InputError(f"{where}: nothing is called {strange[0]!r} here; {EXPECTED}")
     if not isinstance({} if fields is None else fields, dict):
         raise InputError(f"{where}: 'fields' is no object; {EXPECTED}")
     return get(name, **(fields or {}))

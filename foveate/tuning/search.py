@@ -42,6 +42,7 @@ class Plan:
     full, accuracy : on the calibration set, with all tokens and with the plan.
     evaluations : how often the set was evaluated.
     settings : of the search.
+    fields : of the method, where they are what was found; with them the file is one of ``Method.load``.
     """
 
     method: str
@@ -50,6 +51,7 @@ class Plan:
     accuracy: float
     evaluations: int
     settings: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] | None = None
 
     @property
     def mean(self) -> float:
@@ -57,7 +59,8 @@ class Plan:
         return sum(self.rates) / len(self.rates)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "mean": self.mean}
+        found = {**asdict(self), "mean": self.mean}
+        return {name: value for name, value in found.items() if name != "fields" or value is not None}
 
     def save(self, path: str | Path) -> None:
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
@@ -130,8 +133,8 @@ def p_sigmoid_search(
         found.append((accuracy, steep / layers, low, method.keep_rates(layers, None)))
         progress(f"steepness {steep / layers:.2f}, low {low:.2f}: {accuracy:.1%} of {full:.1%}")
     accuracy, steepness, low, rates = max(found, key=lambda entry: entry[0])
-    settings = {"budget": budget, "first": first, "steepness": steepness, "low": low}
-    return Plan("p-sigmoid", rates, full, accuracy, count, settings)
+    fields = {"budget": budget, "first": first, "steepness": steepness, "low": low}
+    return Plan("p-sigmoid", rates, full, accuracy, count, dict(fields), fields)
 
 
 # -- head masks

@@ -121,6 +121,40 @@ def test_masks_that_do_not_fit(model):
             model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"], attention_mask=torch.ones(4, 1, 3, 3))
 
 
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        (lambda inputs: {name: value.tolist() for name, value in inputs.items()}, "return_tensors='pt'"),
+        (lambda inputs: {"input_ids": inputs["input_ids"].tolist()}, "input_ids is of type list"),
+        (lambda inputs: {"input_ids": inputs["input_ids"].float()}, "expected whole numbers of shape"),
+        (lambda inputs: {"input_ids": inputs["input_ids"][0]}, r"input_ids\[None\]"),
+        (lambda inputs: {"attention_mask": inputs["attention_mask"].tolist()}, "attention_mask is of type list"),
+        (lambda inputs: {"attention_mask": inputs["attention_mask"][0]}, "attention_mask has shape"),
+        (lambda inputs: {"attention_mask": inputs["attention_mask"][:2]}, "one row for each prompt"),
+        (lambda inputs: {"pixel_values": list(inputs["pixel_values"])}, "pixel_values is of type list"),
+        (lambda inputs: {"pixel_values": inputs["pixel_values"].numpy()}, "pixel_values is of type ndarray"),
+        (lambda inputs: {"pixel_values": inputs["pixel_values"][0]}, r"pixel_values\[None\]"),
+    ],
+)
+def test_what_is_no_batch_of_tensors(model, changed, match):
+    inputs = zoo.batch()
+    wrong = {**inputs, **changed(inputs)}
+    refused(model, foveate.InputError, match, **wrong)
+    with pytest.raises(foveate.InputError, match=match):
+        foveate.encode(model, "prumerge", **wrong)
+    with pytest.raises(foveate.InputError, match=match):
+        foveate.Pictures(model, **wrong).reduce("prumerge")
+
+
+def test_one_row_of_the_mask_for_all(model):
+    inputs = zoo.batch(rows=(0,))
+    every = {**inputs, "input_ids": inputs["input_ids"].repeat(2, 1), "pixel_values": inputs["pixel_values"].repeat(2, 1, 1, 1)}
+    with torch.no_grad(), foveate.PruMergePlus()(model):
+        wanted = model.generate(**{**every, "attention_mask": torch.ones_like(every["input_ids"])}, max_new_tokens=3)
+        assert torch.equal(model.generate(**every, max_new_tokens=3), wanted)
+        assert torch.equal(model(**every).logits[:1], model(**zoo.batch(rows=(0,))).logits)
+
+
 def test_position_ids_where_the_prompt_is_renumbered(model):
     inputs = zoo.batch(rows=(0,))
     places = torch.arange(inputs["input_ids"].shape[1])[None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 from transformers import DynamicCache, Trainer, TrainingArguments, pipeline
 
 import foveate
+from foveate.engine.install import installed_on
 
 from .. import reference, zoo
 
@@ -311,6 +313,24 @@ def test_copies_and_saving_of_an_attached_model(tmp_path):
     with foveate.PruMergePlus()(loaded) as again:
         assert torch.equal(out, loaded.generate(**inputs, max_new_tokens=3, do_sample=False))
         assert again.report.after == counts
+
+
+@pytest.mark.parametrize("method", [foveate.PruMergePlus(), foveate.Compose(foveate.PruMerge(), foveate.FastV(budget=0.5))])
+def test_a_pickle_of_an_attached_model(method):
+    """Processes that are started get models so."""
+    model, inputs = zoo.load(), zoo.batch()
+    with method(model) as session:
+        twin = pickle.loads(pickle.dumps(model))  # noqa: S301
+        again = pickle.loads(pickle.dumps(session))  # noqa: S301
+        out, full = model.generate(**inputs, max_new_tokens=3, do_sample=False), session.report.after
+    plain = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    for copied in (twin, again.model):
+        assert torch.equal(out, copied.generate(**inputs, max_new_tokens=3, do_sample=False))
+        assert installed_on(copied).sessions[-1].report.after == full
+        assert torch.equal(copied(**inputs).logits[:, -1].argmax(-1), out[:, inputs["input_ids"].shape[1]])
+        foveate.detach(copied)
+        assert "generate" not in copied.__dict__
+        assert torch.equal(plain, copied.generate(**inputs, max_new_tokens=3, do_sample=False))
 
 
 def test_pipeline():

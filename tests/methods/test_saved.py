@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 import foveate
@@ -50,6 +51,9 @@ def test_compositions_come_back(tmp_path):
     assert found.settings() == both.settings()
     assert [type(part) for part in found.methods] == [foveate.Compose, foveate.TextRelevanceCut]
     assert named("compose", 40, dumped(both)).before_decoder().budget == 40
+    for wrong in (lambda: foveate.Compose(foveate.PruMerge(), budget=9), lambda: get("compose", budget=9)):
+        with pytest.raises(InputError, match="composition has no field 'budget'"):
+            wrong()
 
 
 def test_trained_methods_name_their_folder(tmp_path):
@@ -86,6 +90,10 @@ def test_what_a_search_found(tmp_path):
         ('{"method": "compose", "methods": {}}', "no list of methods"),
         ('{"method": "compose", "methods": []}', "Compose takes methods"),
         ('{"method": "compose", "methods": [3]}', "expected"),
+        ('{"method": "prumerge", "budget": 144}', "nothing is called 'budget' here; expected"),
+        ('{"method": "p-sigmoid", "rates": [1.0, 0.5]}', "nothing is called 'rates'"),
+        ('{"method": "compose", "methods": [{"method": "fastv"}], "budget": 9}', "composition has no 'budget'"),
+        ('{"method": "compose", "methods": [{"method": "fastv"}], "fields": {"budget": 9}}', "composition has no 'fields'"),
         ('{"method": "nothing"}', "unknown method 'nothing'"),
         ('{"method": "prumerge", "fields": {"strenght": 1}}', "no field 'strenght'"),
         ('{"method": "prumerge", "fields": {"k": "many"}}', "expected a whole number"),
@@ -95,6 +103,14 @@ def test_files_that_describe_no_method(tmp_path, content, match):
     (tmp_path / "method.json").write_text(content)
     with pytest.raises(InputError, match=match):
         Method.load(tmp_path / "method.json")
+
+
+def test_numbers_of_numpy_are_written(tmp_path):
+    method = foveate.PruMerge(k=np.int64(7), iqr_factor=np.float32(2), score_layer=np.int64(-2))
+    method.save(tmp_path / "method.json")
+    assert foveate.Method.load(tmp_path / "method.json") == foveate.PruMerge(k=7, iqr_factor=2.0, score_layer=-2)
+    method = foveate.get("g-search", rates=(np.float64(1.0), np.float32(0.5)))
+    assert json.loads(json.dumps(method.settings()))["rates"] == [1.0, 0.5]
 
 
 def test_places(tmp_path):

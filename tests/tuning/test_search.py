@@ -11,6 +11,7 @@ from PIL import Image
 import foveate
 from foveate.lab.exam import said
 from foveate.methods.g_search import read_plan
+from foveate.methods.p_sigmoid import PSigmoid
 from foveate.methods.yopo import read_heads
 from foveate.tuning.search import _HeadRatios, g_search, head_mask, p_sigmoid_search
 
@@ -56,6 +57,9 @@ def test_p_sigmoid_search_takes_the_best(tmp_path):
     assert plan.accuracy == pytest.approx(evaluate(foveate.get("g-search", rates=plan.rates)))
     plan.save(tmp_path / "plan.json")
     assert read_plan(tmp_path / "plan.json") == plan.rates
+    found = foveate.Method.load(tmp_path / "plan.json")  # as --config does
+    assert isinstance(found, PSigmoid)
+    assert found.keep_rates(8, None) == plan.rates
     with pytest.raises(foveate.InputError, match="run all tokens"):
         p_sigmoid_search(evaluate, 8, 0.2)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...errors import InputError
 
 RAW_INPUTS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
+TENSORS = ("input_ids", "attention_mask", "position_ids", "labels", *RAW_INPUTS)  # of them nothing else is taken
 BESIDE = ("image_grid_thw", "video_grid_thw", "image_sizes", "batch_num_images", "pixel_attention_mask", "second_per_grid_ts")
 # how visual tokens are arranged in the prompt, and where a model reads the sizes of pictures that this depends on
 SIZES = {"thw": "{modality}_grid_thw", "packed": "image_sizes", "sizes": "image_sizes"}
@@ -26,6 +27,32 @@ def without_empty(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments without inputs of no picture; the same dictionary where there are none."""
     empty = {name for name in (*RAW_INPUTS, *BESIDE) if arguments.get(name) is not None and is_none(arguments[name])}
     return {name: value for name, value in arguments.items() if name not in empty} if empty else arguments
+
+
+def check_tensors(ids: Any, arguments: dict[str, Any]) -> None:
+    """Refuse a prompt with pictures that is no batch of tensors.
+
+    Raises
+    ------
+    InputError : it is something else, such as the lists of a processor that was not asked for tensors.
+    """
+    for name, value in {**arguments, "input_ids": ids}.items():
+        if name in TENSORS and value is not None and not isinstance(value, Tensor):
+            raise InputError(
+                f"{name} is of type {type(value).__name__}; expected a tensor. Call the processor with return_tensors='pt'."
+            )
+    if ids is None:
+        return
+    if ids.ndim != 2 or ids.is_floating_point():
+        raise InputError(
+            f"input_ids are {ids.dtype} of shape {tuple(ids.shape)}; expected whole numbers of shape [batch, tokens]. "
+            "A single prompt is input_ids[None]."
+        )
+    mask = arguments.get("attention_mask")
+    if mask is not None and (mask.ndim < 2 or len(mask) not in (1, len(ids))):
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)} and input_ids {tuple(ids.shape)}; give one row for each prompt."
+        )
 
 
 def check_sizes(arrangement: str | None, modality: str, arguments: dict[str, Any]) -> None:

@@ -106,13 +106,17 @@ def encode_and_reduce(parts: Anatomy, method: FrontReducer, kwargs: dict[str, An
     UnsupportedModelError : the model is not built so that the method could act.
     """
     parts.check_modality()
-    size = kwargs[PIXELS[parts.modality]].shape[-2:]
+    name = PIXELS[parts.modality]
+    shape = kwargs[name].shape
     flat = parts.arrangement in ("thw", "sizes")  # pixels are no pictures there, or only with their padding
+    if not flat and len(shape) < 4:
+        raise InputError(f"{name} has shape {tuple(shape)}; expected a batch. A single picture is {name}[None].")
+    size = shape[-2:]
     patches, whole = (0, 0) if flat else parts.grid(*size), method.keeps_all
     if not flat and not all(patches):
         raise InputError(f"pictures of {size[0]} x {size[1]} pixels are smaller than one patch of the vision encoder.")
     if parts.arrangement in ("grid", "frames"):
-        every = patches[0] * patches[1] * (kwargs[PIXELS["video"]].shape[1] if parts.modality == "video" else 1)
+        every = patches[0] * patches[1] * (shape[1] if parts.modality == "video" else 1)
         whole = whole or resolve_budget(method.budget, every) == every
     layers = method.encoder_layers(len(parts.layers))
     notes = notes_of(parts, method, bool(layers))
