@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import FoveateError, InputError, cut, first_line
+from .heads import opening
 
 SMALLEST = 4  # pixels along a side; below this, image processors mistake rows for channels
 SCALED = 25_000_000  # pixels that a processor may make of a small picture
@@ -55,7 +55,7 @@ def open_picture(path: str | Path) -> Picture:
     with reading(path):
         check_regular(path)
         # as an open file: by its name Pillow may map it into memory, and garbles grey TIFFs that are to be turned
-        with path.open("rb") as file, Image.open(file, formats=formats()) as opened:
+        with opening(path, formats()) as opened:
             frames = getattr(opened, "n_frames", 1)
             if frames > 1 and opened.format != "MPO":  # the further frames of a phone's picture are previews
                 notes.append(f"{path.name} has {frames} frames; the first one is used")
@@ -72,7 +72,7 @@ def picture_in(data: bytes, name: str) -> Image.Image:
     ------
     InputError : as for ``open_picture``.
     """
-    with reading(Path(name)), Image.open(BytesIO(data), formats=formats()) as opened:
+    with reading(Path(name)), opening(data, formats()) as opened:
         image = as_rgb(opened)
         check_size(Path(name), image)
     return image

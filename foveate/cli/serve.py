@@ -124,7 +124,9 @@ def serve_command(
     if engine:
         err.print(f"vLLM starts at {engine.url}, for this gateway only; its log: {engine.log}", soft_wrap=True, markup=False)
     times: dict[str, Any] = {"timeout_keep_alive": KEEP_ALIVE, "timeout_graceful_shutdown": SHUTDOWN}
-    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", **times))
+    # h11 bounds the heads of requests, which uvicorn's other reader of them does not
+    how: dict[str, Any] = {"http": "h11", "ws": "none", "log_level": "warning"}
+    server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, **how, **times))
     try:
         taken = server.config.bind_socket()  # where that fails, it is before vLLM takes minutes to start
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # of Linux; the connections of a socket have its options

@@ -7,7 +7,6 @@ import base64
 import binascii
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -15,12 +14,14 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from PIL import Image
 
 from ..errors import InputError, shown
+from ..heads import opening
 from ..images import as_rgb, check_scaled, check_size, reading
 from .gateway.limits import BusyError, Limits, RequestError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG is also that of phones with previews
 # bytes for each pixel while a picture is opened and made ready: Pillow's own and its copies, and arrays of a processor
 PLAIN, CLEAR, DEEP = 18, 24, 32
+PIECE = 2**16  # characters
 HEADERS = {"Accept-Encoding": "identity"}  # what is packed may be any size when unpacked
 
 
@@ -36,11 +37,23 @@ def from_data_url(url: str, where: str) -> bytes:
     if not comma or not kind.startswith("image/"):
         raise RequestError(f"{where}: the data URL is none of a picture. It begins with data:image/png;base64, or the like.")
     if "base64" not in options:
-        return unquote_to_bytes(data)
+        return _unquoted(data)
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError(f"{where}: the data URL is not valid base64 ({error})") from error
+
+
+def _unquoted(data: str) -> bytes:
+    """A text with escapes such as %20 as bytes; in pieces, since Python makes an object of each escape."""
+    found, begin = bytearray(), 0
+    while begin < len(data):
+        end = begin + PIECE
+        escape = data.rfind("%", max(end - 2, begin + 1), end)  # which is not cut in two
+        end = end if escape < 0 else escape
+        found += unquote_to_bytes(data[begin:end])
+        begin = end
+    return bytes(found)
 
 
 def is_data_url(url: str) -> bool:
@@ -132,7 +145,7 @@ def measured(data: bytes, where: str, limits: Limits, scaler: Any, together: boo
     RequestError : it is no picture, or too large or small.
     """
     try:
-        with reading(Path(where)), Image.open(BytesIO(data), formats=FORMATS) as opened:
+        with reading(Path(where)), opening(data, FORMATS) as opened:
             pixels, mode = opened.width * opened.height, opened.mode
             clear = "transparency" in opened.info or mode in ("RGBA", "LA", "PA", "La", "RGBa")
             if pixels > limits.pixels:
@@ -156,7 +169,7 @@ def decoded(picture: Unopened) -> Image.Image:
     """
     place = Path(picture.where)
     try:
-        with reading(place), Image.open(BytesIO(picture.data), formats=FORMATS) as opened:
+        with reading(place), opening(picture.data, FORMATS) as opened:
             image = as_rgb(opened)
             check_size(place, image)
     except (InputError, MemoryError) as error:

@@ -54,6 +54,7 @@ class Output:
                 beside = stack.enter_context(self._beside.open("a+", encoding="utf-8"))
                 _hold(beside, self.path)
                 stack.callback(self._leave_nothing)
+                self._file = self._taken(stack)
                 whole = self._read()
                 if self.answered or self.failed:
                     self._check(settings)
@@ -61,7 +62,6 @@ class Output:
                     beside.truncate(0)
                     beside.write(self._settings)
                     beside.flush()
-                self._file: BinaryIO = stack.enter_context(self.path.open("ab"))
                 self._file.truncate(whole)
                 if retry_failed and self.failed:
                     self.drop(set(self.failed), stack)
@@ -80,6 +80,12 @@ class Output:
         except OSError as failed:  # what was not written before cannot be written now
             if kind is None:
                 raise self._unwritten(failed) from failed
+
+    def _taken(self, stack: contextlib.ExitStack) -> BinaryIO:
+        """The file, open for more rows; it is held itself, since it may have other names, and its settings may be removed."""
+        file = stack.enter_context(self.path.open("ab"))
+        _hold(file, self.path)
+        return file
 
     def _leave_nothing(self) -> None:
         """Take away what this run has made, if it has added no row."""
@@ -201,7 +207,8 @@ class Output:
                     shutil.copyfileobj(file, old)
                     old.truncate()
                 written.unlink()
-            self._file = (stack or self._open).enter_context(self.path.open("ab"))
+            self._file.close()
+            self._file = self._taken(stack or self._open)
         except OSError as error:
             if made is not None:
                 made.unlink(missing_ok=True)

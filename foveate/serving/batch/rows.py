@@ -197,9 +197,11 @@ def _contents(path: Path) -> bytes:
     try:
         if not path.is_file():
             return b""
+        left = path.stat().st_size  # some files of /proc have no bytes, and are read without an end
         with path.open("rb") as file:
-            while piece := file.read(2**20):
+            while piece := file.read(min(left, 2**20)):
                 found.update(piece)
+                left -= len(piece)
     except OSError:
         return b""
     return found.digest()

@@ -45,9 +45,10 @@ def create_app(settings: GatewaySettings, encoders: Sequence[PictureEncoder], en
         async with engine or contextlib.nullcontext(), gateway.serving():
             yield
 
-    app = FastAPI(title="foveate", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="foveate", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.gateway = gateway
     limits = settings.limits
+    app.add_middleware(OneLength)
     app.add_middleware(Deadline, seconds=limits.body_seconds + limits.seconds + 2 * GRACE)
 
     @app.get("/health")
@@ -173,6 +174,25 @@ class Deadline:
             await asyncio.wait_for(self.app(scope, receive, send), self.seconds)
         except (TimeoutError, asyncio.TimeoutError):
             log.warning("a client did not take what it was sent in time; its connection is closed")
+
+
+class OneLength:
+    """Refuses requests that tell their length in two ways: a proxy in front may take the other one, and mix up answers.
+
+    Parameters
+    ----------
+    app : an application of ASGI.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+            error = RequestError("the request has both Content-Length and Transfer-Encoding. Send one of them.")
+            await JSONResponse(error.body(), error.status, {"Connection": "close"})(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
 async def read_body(request: Request, gateway: Gateway, share: Share) -> bytearray:

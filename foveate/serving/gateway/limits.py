@@ -28,6 +28,7 @@ class Limits:
     seconds : until an answer is complete, and has been taken.
     answers : ``n`` of one request.
     messages : of one request, parts of messages included.
+    characters : of its texts, which are read beside the pictures of others.
     values : of the JSON of a body: commas and opening brackets, those in texts included.
     depth : of the JSON of a body.
     held : bytes of bodies, loaded pictures and embeddings of all requests; one more is turned away.
@@ -42,6 +43,7 @@ class Limits:
     seconds: float = 300.0
     answers: int = 8
     messages: int = 4096
+    characters: int = 2**19
     values: int = 500_000
     depth: int = 64
     held: int = 2**31

@@ -114,6 +114,7 @@ def _call(call: Any, where: str, found: Conversation) -> dict[str, Any]:
         told = None
     if not isinstance(told, dict) or too_deep(told, Limits.depth):
         raise RequestError(f"{where}.function.arguments must be a text that is a JSON object", param=where)
+    check_characters(told)
     found.texts += [(text, where) for text in strings(told)]
     read = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return {"id": _text(call["id"], f"{where}.id", found), **read} if "id" in call else read
@@ -143,6 +144,19 @@ def _part(part: Any, where: str, role: str, found: Conversation) -> dict[str, An
     raise RequestError(f"{where} must be of type text or image_url, and is {shown(kind)}", param=where)
 
 
+def check_characters(asked: Any) -> None:
+    """Refuse escapes of half a character, which nothing after the gateway can write.
+
+    Raises
+    ------
+    RequestError : there is one.
+    """
+    try:
+        json.dumps(asked, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{error.object[error.start]!a} is half a character of Unicode. Send both halves, or none.") from error
+
+
 def strings(value: Any) -> Iterator[str]:
     """All texts in something of JSON, names of fields included, in their order."""
     waiting = [value]
@@ -165,6 +179,18 @@ def too_deep(value: Any, depth: int) -> bool:
         if not level:
             return False
     return True
+
+
+def check_length(texts: Sequence[tuple[str, str]], limits: Limits) -> None:
+    """Refuse more text than models read; encoders would be busy with it while others wait.
+
+    Raises
+    ------
+    RequestError : it is too much.
+    """
+    number = sum(len(text) for text, _ in texts)
+    if number > limits.characters:
+        raise RequestError(f"the texts have {number} characters; at most {limits.characters} are allowed", 413, param="messages")
 
 
 def check_words(texts: Sequence[tuple[str, str]], words: Sequence[str]) -> None:
@@ -194,13 +220,18 @@ class Rendering:
     def __init__(self, processor: Any, words: Sequence[str]) -> None:
         self.tokenizer, self.template, self.words = processor.tokenizer, source_template(processor), words
         content: list[dict[str, Any]] = [{"type": "image"}, {"type": "text", "text": "a"}]
-        one = self.write([{"role": "user", "content": content}])
-        self.per_picture = {word: one.count(word) for word in words}
+        self.per_picture = self._counted(self.write([{"role": "user", "content": content}]))
 
     def write(self, messages: list[dict[str, Any]], tools: Any = None) -> str:
         """The prompt of a conversation."""
         options = {"chat_template": self.template, "tools": tools, "tokenize": False, "add_generation_prompt": True}
         return str(self.tokenizer.apply_chat_template(messages, **options))
+
+    def _counted(self, written: str) -> dict[str, int]:
+        """How often words are in a prompt as written, or as the tokenizer reads it, for which capitals may be small letters."""
+        normalizer = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
+        read = written if normalizer is None else normalizer.normalize_str(written)
+        return {word: max(written.count(word), read.count(word)) for word in self.words}
 
     def check(self, messages: Sequence[dict[str, Any]], pictures: int, tools: Any = None) -> None:
         """Refuse messages of which the template makes other words for pictures than its pictures need.
@@ -213,10 +244,10 @@ class Rendering:
             written = self.write([_as_engines_read(message) for message in messages], tools)
         except Exception as error:  # templates raise what their authors chose
             raise RequestError(f"the chat template of the model does not take the messages: {cut(first_line(error))}") from error
-        for word in self.words:
-            if written.count(word) != pictures * self.per_picture[word]:
+        for word, number in self._counted(written).items():
+            if number != pictures * self.per_picture[word]:
                 raise RequestError(
-                    f"in the prompt {word!r} is written {written.count(word)} times for {pictures} pictures. The texts make this "
+                    f"in the prompt {word!r} is written {number} times for {pictures} pictures. The texts make this "
                     "word, which stands for pictures, or the chat template leaves pictures out.",
                     param="messages",
                 )

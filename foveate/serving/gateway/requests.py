@@ -14,7 +14,7 @@ from ..encoding import method_of
 from ..template import PLACEHOLDER
 from .limits import Limits as Limits
 from .limits import RequestError as RequestError
-from .messages import check_words, read_messages, strings, too_deep
+from .messages import check_characters, check_length, check_words, read_messages, strings, too_deep
 
 # what goes on to the engine: it knows others, which would let a client change templates, caches or other clients' turns
 FORWARDED = frozenset(
@@ -110,7 +110,9 @@ class RequestReader:
         found = read_messages(asked.get("messages"), self.limits)
         options = {name: asked[name] for name in FORWARDED & asked.keys() if asked[name] is not None}
         written = [(text, name) for name in sorted(options.keys() - IN_NO_PROMPT) for text in strings(options[name])]
-        check_words([*found.texts, *written], self.reserved)
+        texts = [*found.texts, *written]
+        check_length(texts, self.limits)
+        check_words(texts, self.reserved)
         method, stream = self._method(asked.get("foveate")), bool(asked.get("stream"))
         return ChatRequest(found.messages, found.urls, *method, options, stream, _usage(asked.get("stream_options")))
 
@@ -127,7 +129,7 @@ class RequestReader:
         if too_deep(asked, self.limits.depth):
             raise RequestError(f"the body is nested too deep; at most {self.limits.depth} levels are allowed")
         if "\\ud" in text or "\\uD" in text:
-            _check_characters(asked)
+            check_characters(asked)
         if not isinstance(asked, dict):
             raise RequestError("the body is no JSON object")
         return asked
@@ -171,14 +173,6 @@ def _finite(digits: str) -> float:
     if not math.isfinite(found):
         raise ValueError(f"{digits[:20]} is too large a number")
     return found
-
-
-def _check_characters(asked: Any) -> None:
-    """Refuse escapes of half a character, which nothing after the gateway can write."""
-    try:
-        json.dumps(asked, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"{error.object[error.start]!a} is half a character of Unicode. Send both halves, or none.") from error
 
 
 def _within(value: Any, low: int, high: int) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import io
+import tracemalloc
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from PIL import Image
 from foveate.serving.encoding import PictureEncoder, method_of
 from foveate.serving.gateway import batcher
 from foveate.serving.gateway.limits import Budget, Limits
-from foveate.serving.pictures import CLEAR, DEEP, PLAIN, Unopened, decoded, measured
+from foveate.serving.pictures import CLEAR, DEEP, PLAIN, Unopened, decoded, from_data_url, measured
 from foveate.serving.scaling import scaled
 from tests.serving_fakes import FakeEngine, data_url, metric, shown, wait_for
 
@@ -188,3 +190,16 @@ def test_requests_hold_a_bounded_number_of_bytes(engine: FakeEngine, encoder: Pi
         assert post(url, long).status_code == 200
         assert metric(url, "foveate_held_bytes") == 0
         assert post(url, body(1)).status_code == 503  # its embeddings are more than may be held
+
+
+def test_escapes_of_a_data_url_take_no_more_than_they_are() -> None:
+    """Also where they are cut into pieces: none is lost, and those that are none stay as they are."""
+    for begin in range(3):
+        text = "a" * begin + "%41%zz%4é%" * 20_000
+        assert from_data_url(f"data:image/png,{text}", "a") == unquote_to_bytes(text)
+    url = f"data:image/png,{'%41' * 1_000_000}"
+    tracemalloc.start()
+    assert from_data_url(url, "a") == b"A" * 1_000_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000_000

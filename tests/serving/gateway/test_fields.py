@@ -15,7 +15,7 @@ import pytest
 from foveate.serving.encoding import PictureEncoder
 from foveate.serving.gateway.app import create_app
 from foveate.serving.gateway.gateway import CHECKED, GatewaySettings
-from foveate.serving.gateway.requests import RequestError, RequestReader
+from foveate.serving.gateway.requests import Limits, RequestError, RequestReader
 from tests.serving_fakes import FakeEngine, data_url, shown
 
 from .asked import ASKED, GREY, MESSAGE, body, picture, post, said, started
@@ -153,6 +153,8 @@ HIDDEN: dict[str, dict[str, Any]] = {
     "arguments with escapes": {"messages": [called('{"a": "<prompt_\\u0065mbeds>"}')]},
     "tools": {"messages": [MESSAGE], "tools": [{**TOOL, "function": {"name": "a", "description": f"see {WORD}"}}]},
     "fields of tools": {"messages": [MESSAGE], "tools": [{**TOOL, "function": {"name": "a", "parameters": {"<image>": {}}}}]},
+    "capitals": {"messages": [user(said("a <IMAGE> of")), user(said("<Prompt_Embeds>"))]},
+    "capitals beside a picture": {"messages": [user(shown(GREY), said("a <PROMPT_EMBEDS>"))]},
     "format": {"messages": [MESSAGE], "response_format": {"type": "json_schema", "json_schema": {"name": WORD}}},
 }
 
@@ -177,6 +179,20 @@ def test_what_a_template_makes_of_texts_is_counted(encoder: PictureEncoder, monk
         assert post(url, body(1, 2, text="a-b")).status_code == 200
         answer = post(url, {"messages": [user(said("<im-age>"))]})
         assert (answer.status_code, "stands for pictures" in answer.text) == (400, True)
+
+
+def test_half_characters_in_arguments_are_refused(shared: tuple[str, FakeEngine]) -> None:
+    answer = post(shared[0], {"messages": [called('{"a": "\\ud800"}')]})
+    assert (answer.status_code, "half a character" in answer.text) == (400, True), answer.text
+
+
+def test_texts_are_limited(shared: tuple[str, FakeEngine]) -> None:
+    """Also of tools, and in few messages: they are read where pictures of others wait."""
+    text = "a " * (Limits().characters // 2)
+    assert post(shared[0], {"messages": [user(said(text))]}).status_code == 200
+    tool = {**TOOL, "function": {"name": "a", "description": text}}
+    for more in ({"messages": [user(said(text), said("b"))]}, {"messages": [MESSAGE], "tools": [tool]}):
+        assert post(shared[0], more).status_code == 413
 
 
 def test_stop_may_name_what_no_prompt_holds(shared: tuple[str, FakeEngine]) -> None:

@@ -45,6 +45,22 @@ def test_bodies_are_limited(engine: FakeEngine, encoder: PictureEncoder) -> None
     assert not engine.seen
 
 
+def test_a_length_that_is_told_in_two_ways(gateway: str) -> None:
+    """A proxy in front may take the other one, and give a client the answer of the next."""
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n"
+    host, port = gateway.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as opened:
+        opened.settimeout(10)
+        opened.sendall(head + b"0\r\n\r\nGET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        told = b"".join(iter(lambda: opened.recv(2**16), b""))  # until it is closed
+    assert told.startswith(b"HTTP/1.1 400")
+    assert told.count(b"HTTP/1.1") == 1
+
+
+def test_nobody_is_sent_elsewhere(gateway: str) -> None:
+    assert httpx.get(f"{gateway}/v1/models/", headers={"Host": "elsewhere.example"}).status_code == 404
+
+
 def test_more_requests_than_allowed_are_turned_away(engine: FakeEngine, encoder: PictureEncoder) -> None:
     engine.pause = 1.5
     with started(engine, encoder, limits=Limits(waiting=3)) as url:
@@ -168,6 +184,14 @@ def test_an_open_server_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "whoever reaches" not in CliRunner().invoke(app, options).output
     assert "whoever reaches" in CliRunner().invoke(app, [*options, "--host", "0.0.0.0"]).output  # noqa: S104
     assert "whoever reaches" not in CliRunner().invoke(app, [*options, "--host", "0.0.0.0", "--api-key", "a"]).output  # noqa: S104
+
+
+def test_heads_of_requests_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever readers of HTTP are installed: one of them takes heads of any size, from whoever connects."""
+    found: list[Any] = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, **_: found.append(self.config))
+    assert CliRunner().invoke(app, ["serve", "--port", "0", "--vllm-url", "http://127.0.0.1:1"]).exit_code == 0
+    assert (found[0].http, found[0].ws) == ("h11", "none")
 
 
 def test_the_engine_is_asked_once_at_a_time_whether_it_is_there(encoder: PictureEncoder) -> None:

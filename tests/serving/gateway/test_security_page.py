@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from foveate import errors
+from foveate import errors, heads
 from foveate.cli import serve
 from foveate.serving import pictures
 from foveate.serving.gateway import gateway
@@ -29,7 +29,10 @@ FIELDS = {
     "--max-decoded-mb": "decoded",
     "--timeout": "seconds",
 }
-CONSTANTS = {"STALLED": serve.STALLED, "SHUTDOWN": serve.SHUTDOWN, "SHOWN": errors.SHOWN, "CHECKED": gateway.CHECKED}
+CONSTANTS = {
+    **{"STALLED": serve.STALLED, "SHUTDOWN": serve.SHUTDOWN, "SHOWN": errors.SHOWN, "CHECKED": gateway.CHECKED},
+    **{"PIECES": heads.PIECES, "SCANS": heads.SCANS, "NUMBERS": heads.NUMBERS, "TILE": heads.TILE},
+}
 
 
 def options() -> dict[str, Any]:
