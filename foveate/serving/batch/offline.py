@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ...errors import InputError
+from ...methods.saved import named
 from ..files import fingerprint
 from .base import BatchEngine, Engine, document
 from .rows import AnswerSettings, Row, RowPlace, Source
@@ -51,9 +52,11 @@ def settings(model: str, wanted: AnswerSettings, engine: BatchEngine) -> dict[st
 
     Raises
     ------
-    InputError : there is no such model.
+    InputError : there is no such model, or there are no weights of its method.
     """
     from ... import __version__
 
     asked = {name: value for name, value in asdict(wanted).items() if name != "config" or value}
-    return {"foveate": __version__, "engine": engine.answers, "model": model, "weights": fingerprint(model), **asked}
+    parts = named(wanted.method, wanted.budget, wanted.config).trained()
+    trained = {"method_weights": [part.settings()["weights"] for part in parts]} if parts else {}
+    return {"foveate": __version__, "engine": engine.answers, "model": model, "weights": fingerprint(model), **asked, **trained}

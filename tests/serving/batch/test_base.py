@@ -5,11 +5,14 @@ import json
 import pytest
 
 from foveate.errors import InputError
+from foveate.methods.saved import dumped
+from foveate.pocket import load_pocket
 from foveate.serving.batch import base
 from foveate.serving.batch.base import Answered, BatchEngine, batch_engine, batch_engines
-from foveate.serving.batch.offline import answered
+from foveate.serving.batch.offline import answered, settings
 from foveate.serving.batch.rows import AnswerSettings
 from tests.cli.test_main import invoke
+from tests.trained_methods import Learnt
 
 from .asked import mixed, written
 
@@ -84,3 +87,16 @@ def test_names_are_unique(echo):
         if engine is not echo:
             with pytest.raises(InputError, match="unknown method 'magic'"):
                 engine().check(AnswerSettings("magic"))
+
+
+def test_other_weights_of_a_method_are_other_settings(tmp_path):
+    """In the same folder: answers of both would be in one file without a word."""
+    model, found = load_pocket()[0], []
+    for seed in (1, 2):
+        method = Learnt().fresh(seed)
+        with method(model):
+            method.save_pretrained(tmp_path / "weights")
+        wanted = AnswerSettings("learnt", config=dumped(Learnt(weights=str(tmp_path / "weights"))))
+        found.append(settings("pocket", wanted, batch_engine("transformers", {})))
+    assert found[0].pop("method_weights") != found[1].pop("method_weights")
+    assert found[0] == found[1]
