@@ -185,7 +185,7 @@ def test_bad_budgets_say_what_to_use(budget):
 
 
 def test_registry_errors_name_what_exists():
-    with pytest.raises(foveate.InputError, match=r"unknown method 'prune'; available: .*prumerge"):
+    with pytest.raises(foveate.InputError, match=r"unknown method 'prune' .*; available: .*prumerge"):
         foveate.get("prune")
     with pytest.raises(foveate.InputError, match=r"no field 'ratio'; its fields: .*budget"):
         foveate.get("prumerge", ratio=0.5)
@@ -230,6 +230,55 @@ def test_a_method_that_breaks_the_contract_is_caught():
     assert foveate.encode(model, Outside(), **zoo.batch()).embeds[0].shape == (1, 64)
     with pytest.raises(TypeError, match="does not implement"):
         foveate.encode(model, foveate.ProjectorReducer(), **zoo.batch())
+
+
+def returning(base, name, value):
+    """A method of somebody else's whose one function returns this."""
+    return type("Theirs", (base,), {"cuts": lambda self, layers: (2,), name: lambda self, given: value(given)})(budget=0.5)
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (lambda index: None, "Theirs returned NoneType and no foveate.Reduction"),
+        (lambda index: Reduction(index.int()), "int64"),
+        (lambda index: Reduction(index[0]), "int64"),
+        (lambda index: Reduction(index[:1]), r"shape \[4, tokens kept\]"),
+        (lambda index: Reduction(index.tolist()), "int64"),
+        (lambda index: Reduction(index + 900), "cannot be applied to 64 tokens"),
+        (lambda index: Reduction(index, valid=index), r"Reduction.valid has to be a bool tensor of shape \[4, 3\]"),
+        (
+            lambda index: Reduction(index, weights=torch.ones(4, 2, 64)),
+            r"Reduction.weights has to be a tensor of shape \[4, 3, 64\]",
+        ),
+        (lambda index: Reduction(index, scores=torch.ones(4, 3)), r"Reduction.scores has to be a tensor of shape \[4, 64\]"),
+        (lambda index: Reduction(index, threshold=0.5), r"Reduction.threshold has to be a tensor of shape \[4\]"),
+        (lambda index: Reduction(index, made=torch.ones(4, 3, 48), space="x"), "expected 'features' or 'decoder'"),
+    ],
+)
+def test_what_is_no_reduction(value, match):
+    method = returning(foveate.ProjectorReducer, "reduce", lambda tokens: value(torch.arange(3).expand(len(tokens.features), -1)))
+    with pytest.raises(foveate.FoveateError, match=match), method(zoo.load()) as session:
+        session.model.generate(**zoo.batch(), max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "match"),
+    [
+        ("cut", lambda tokens: None, "Theirs returned no Cut"),
+        ("cut", lambda tokens: foveate.Cut(tokens.valid[:, :3]), "Theirs returned no Cut"),
+        ("cut", lambda tokens: foveate.Cut(tokens.valid, scores=torch.ones(3)), "Cut.scores have to be"),
+        ("cuts", lambda layers: None, r"cuts\(layers\) returned None; expected"),
+        ("cuts", lambda layers: "2", r"cuts\(layers\) returned '2'; expected"),
+        ("cuts", lambda layers: (2.0,), "numbers of decoder layers"),
+    ],
+)
+def test_what_is_no_cut(function, value, match):
+    with (
+        pytest.raises(foveate.FoveateError, match=match),
+        returning(foveate.DecoderReducer, function, value)(zoo.load()) as session,
+    ):
+        session.model.generate(**zoo.batch(), max_new_tokens=1)
 
 
 def test_methods_lists_every_method_with_its_paper():

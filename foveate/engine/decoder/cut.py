@@ -74,9 +74,11 @@ def _checked(reducer: DecoderReducer, tokens: PromptTokens, cut: Cut) -> tuple[T
 
     With one transfer from the device.
     """
-    if cut.keep.shape != tokens.valid.shape or cut.keep.dtype != torch.bool:
-        shape = tuple(tokens.valid.shape)
-        raise FoveateError(f"{reducer.name} returned no mask of its {shape} tokens. This is a fault of the method.")
+    shape, name = tokens.valid.shape, reducer.name or type(reducer).__name__
+    if not isinstance(cut, Cut) or cut.keep.shape != shape or cut.keep.dtype != torch.bool:
+        raise FoveateError(f"{name} returned no Cut with a mask of its {tuple(shape)} tokens. This is a fault of the method.")
+    if cut.scores is not None and cut.scores.shape != shape:
+        raise FoveateError(f"{name}: Cut.scores have to be of shape {tuple(shape)}. This is a fault of the method.")
     text = tokens.valid & ~tokens.visual
     stays = tokens.protected if reducer.removes_text else text
     keep = (cut.keep & (text | tokens.visual) & tokens.valid) | stays

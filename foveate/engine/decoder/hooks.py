@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ...errors import CacheError, InputError, UnsupportedModelError
+from ...errors import CacheError, FoveateError, InputError, UnsupportedModelError, shown
 from ...methods.base import DecoderReducer, Method
 from ...report import Report
 from ..model.marks import cuts_of, forget_if_empty, mark_cuts
@@ -74,7 +74,13 @@ class DecoderCuts:
         """The reducer that acts before each layer."""
         plan: dict[int, DecoderReducer] = {}
         for number, reducer in enumerate(reducers):
-            for layer in reducer.cuts(len(self.layers)):
+            layers: Any = reducer.cuts(len(self.layers))
+            if not isinstance(layers, tuple | list | range) or any(type(layer) is not int for layer in layers):
+                raise FoveateError(
+                    f"{reducer.name or type(reducer).__name__}: cuts(layers) returned {shown(layers)}; expected the numbers of "
+                    "decoder layers, such as (2,). This is a fault of the method."
+                )
+            for layer in layers:
                 if layer in plan:
                     raise InputError(f"{plan[layer].name!r} and {reducer.name!r} both cut before decoder layer {layer}")
                 if not 1 <= layer < len(self.layers):
@@ -265,9 +271,7 @@ class DecoderCuts:
         """Flash attention counts a sliding window in tokens that are left, SDPA and eager attention in tokens of the prompt."""
         windows = [window for window in self.kind.windows[self.first :] if window is not None]
         if "flash" in self.kind.implementation and any(length > window for window in windows):
-            report.warn(
-                "flash attention counts sliding windows in kept tokens: layers after a cut see farther than under SDPA"
-            )
+            report.warn("flash attention counts sliding windows in kept tokens: layers after a cut see farther than under SDPA")
 
     @torch.compiler.disable
     def _end(self, *_: Any) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import FoveateError, InputError, UnsupportedModelError
+from ...errors import FoveateError, InputError, UnsupportedModelError, first_line
 from ...methods.base import FrontReducer, ProjectorReducer
 from ...methods.fields import raise_undeclared
 from ...tokens import Budget, Reduction, VisualTokens, keep_all, resolve_budget
@@ -148,6 +149,7 @@ def reduce(
             question = asked(cells, after, [rows[unit.item] if rows else 0 for unit in group.units])
         taps = {name: encoded.tap(name, group.units) for name in method.encoder_layers(len(parts.layers))}
         reduction = _reduced(group.method, VisualTokens(cells, group.units[0].shape, taps, after, question))
+        check_returned(method, cells, reduction)
         if reduction.added is not None and parts.projector is None:
             raise UnsupportedModelError(
                 f"{method.name} hands on [CLS] before the projector, where {parts.family.name} has no visual tokens yet. "
@@ -155,7 +157,7 @@ def reduce(
             )
         if reduction.made is not None:
             check_made(parts, method, cells, reduction)
-        outputs = reduction.apply(cells)
+        outputs = _applied(method, cells, reduction)
         counts, in_place = check(method, cells.shape[1], outputs, reduction, reduction.mask())
         most = resolve_budget(group.method.budget, cells.shape[1])
         if most is not None and max(counts) > most:
@@ -177,6 +179,46 @@ def _reduced(method: ProjectorReducer, tokens: VisualTokens) -> Reduction:
         missing |= {} if tokens.question is not None else {"tokens.question": "reads_question = True, reads_projected = True"}
         raise_undeclared(method, error, missing)
         raise
+
+
+def check_returned(method: FrontReducer, cells: Tensor, found: Any) -> None:
+    """Raise ``FoveateError`` unless a method returned a reduction of tensors of the right shapes."""
+    name, (batch, number) = method.name or type(method).__name__, cells.shape[:2]
+    fault = "This is a fault of the method."
+    if not isinstance(found, Reduction):
+        raise FoveateError(f"{name} returned {type(found).__name__} and no foveate.Reduction. {fault}")
+    index = found.index
+    if not isinstance(index, Tensor) or index.dtype != torch.long or index.ndim != 2 or len(index) != batch:
+        raise FoveateError(f"{name}: Reduction.index has to be a tensor of int64 and of shape [{batch}, tokens kept]. {fault}")
+    if found.space not in ("features", "decoder"):
+        raise FoveateError(f"{name}: Reduction.space is {found.space!r}; expected 'features' or 'decoder'. {fault}")
+    expected = {"valid": tuple(index.shape), "scores": (batch, number), "threshold": (batch,)}
+    if found.sources is None:
+        expected["weights"] = (*index.shape, number)
+    for field, shape in expected.items():
+        value = getattr(found, field)
+        fits = isinstance(value, Tensor) and tuple(value.shape) == shape and (field != "valid" or value.dtype == torch.bool)
+        if value is not None and not fits:
+            kind = "bool tensor" if field == "valid" else "tensor"
+            raise FoveateError(f"{name}: Reduction.{field} has to be a {kind} of shape {list(shape)}. {fault}")
+
+
+def _applied(method: FrontReducer, cells: Tensor, reduction: Reduction) -> Tensor:
+    """The outputs of a reduction.
+
+    Raises
+    ------
+    FoveateError : it names tokens that do not exist.
+    """
+    try:
+        return reduction.apply(cells)
+    except (IndexError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise FoveateError(
+            f"{method.name or type(method).__name__} returned a reduction that cannot be applied to {cells.shape[1]} tokens "
+            f"({first_line(error)}). This is a fault of the method."
+        ) from error
 
 
 def check(method: FrontReducer, number: int, reduced: Tensor, reduction: Reduction, valid: Tensor) -> tuple[list[int], bool]:
