@@ -64,8 +64,9 @@ def coverage_first(similar: Tensor, weight: Tensor, count: int, few: bool) -> Te
     """
     number, weight = similar.shape[-1], weight.double()
     covered, taken = torch.zeros_like(weight, dtype=torch.float32), torch.zeros_like(weight, dtype=torch.bool)
-    parts = similar.split(rows_at_once(number), 1)
-    gain, order = torch.cat([unpacked(part).clamp(min=0).sum(-1, dtype=torch.float64) for part in parts], 1), []
+    gain, order, step = torch.zeros_like(weight), [], rows_at_once(number)
+    for part, total in zip(similar.split(step, 1), gain.split(step, 1), strict=True):
+        total += unpacked(part).clamp(min=0).sum(-1, dtype=torch.float64)
     for _ in range(count):
         best = (gain * weight).masked_fill(taken, -1).argmax(-1, keepdim=True)
         taken = taken.scatter(1, best, True)
@@ -74,8 +75,9 @@ def coverage_first(similar: Tensor, weight: Tensor, count: int, few: bool) -> Te
         grew = better > covered
         width = int(grew.sum(1).max()) if few else number
         some = grew.long().argsort(dim=1, descending=True, stable=True)[:, :width]
-        for part in some.split(rows_at_once(number), 1):
+        for part in some.split(step, 1):
             low, high = covered.gather(1, part)[..., None], better.gather(1, part)[..., None]
-            gain = gain - (rows_of(similar, part).minimum(high) - low).clamp(min=0).sum(1, dtype=torch.float64)
+            rows = rows_of(similar, part)
+            gain -= torch.minimum(rows, high, out=rows).sub_(low).clamp_(min=0).sum(1, dtype=torch.float64)
         covered = better
     return torch.cat(order, 1)

@@ -75,11 +75,10 @@ def without_duplicates(similar: Tensor, tokens: Tensor, count: int, remove: int)
     """
     while tokens.shape[1] > count:
         even, odd = tokens[:, 0::2], tokens[:, 1::2]
-        most = [
-            rows_of(similar, some).gather(2, odd[:, None].expand(-1, some.shape[1], -1)).amax(-1)
-            for some in even.split(rows_at_once(similar.shape[2]), 1)
-        ]
-        alike = torch.cat(most, 1).argsort(dim=-1, stable=True).flip(1)
+        most, step = torch.empty_like(even, dtype=torch.float32), rows_at_once(similar.shape[2])
+        for some, place in zip(even.split(step, 1), most.split(step, 1), strict=True):
+            place.copy_(rows_of(similar, some).gather(2, odd[:, None].expand(-1, some.shape[1], -1)).amax(-1))
+        alike = most.argsort(dim=-1, stable=True).flip(1)
         goes = min(remove, tokens.shape[1] - count)
         tokens = torch.cat([even.gather(1, alike[:, goes:]), odd], 1)
     return tokens

@@ -28,12 +28,15 @@ def best_partners(lookers: Tensor, others: Tensor, allowed: Callable[[slice], Te
 
     Some lookers at a time; ``allowed`` tells with which others those in a slice may pair, [B, some, S] bool.
     """
-    others, best, step = others.transpose(1, 2), [], rows_at_once(others.shape[1])
+    others, step = others.transpose(1, 2), rows_at_once(others.shape[1])
+    most = lookers.new_empty(lookers.shape[:2])
+    partner = torch.empty_like(most, dtype=torch.long)
     for first in range(0, lookers.shape[1], step):
         part = slice(first, first + step)
         products = lookers[:, part] @ others
-        best.append((products if allowed is None else products.masked_fill(~allowed(part), float("-inf"))).max(-1))
-    return torch.cat([found.values for found in best], 1), torch.cat([found.indices for found in best], 1)
+        products = products if allowed is None else products.masked_fill(~allowed(part), float("-inf"))
+        most[:, part], partner[:, part] = products.max(-1)
+    return most, partner
 
 
 @torch.no_grad()
@@ -53,12 +56,16 @@ def nearest_neighbours(keys: Tensor, index: Tensor, allowed: Tensor, kind: Simil
     """
     keys, number = keys.float(), keys.shape[1]
     scale = torch.ones_like(keys[..., 0]) if kind == "dot" else keys.norm(dim=-1).clamp(min=1e-12).reciprocal()
-    found = []
-    for some in index.split(rows_at_once(number), 1):
-        similar = keys.gather(1, some[..., None].expand(-1, -1, keys.shape[-1])) @ keys.transpose(1, 2)
-        similar = similar.mul_(scale[:, None]).masked_fill_(~allowed[:, None], float("-inf"))
-        found.append(similar.scatter_(2, some[..., None], float("-inf")).topk(min(k, number), dim=-1))
-    return torch.cat([near.indices for near in found], 1), torch.cat([near.values for near in found], 1) > float("-inf")
+    near = index.new_empty(*index.shape, min(k, number))
+    real = torch.empty_like(near, dtype=torch.bool)
+    for first in range(0, index.shape[1], rows_at_once(number)):
+        part = slice(first, first + rows_at_once(number))
+        some = index[:, part, None]
+        similar = keys.gather(1, some.expand(-1, -1, keys.shape[-1])) @ keys.transpose(1, 2)
+        similar = similar.mul_(scale[:, None]).masked_fill_(~allowed[:, None], float("-inf")).scatter_(2, some, float("-inf"))
+        values, near[:, part] = similar.topk(near.shape[2], dim=-1)
+        real[:, part] = values > float("-inf")
+    return near, real
 
 
 class Links(NamedTuple):

@@ -171,7 +171,11 @@ def _stage_ratio(share: float, cuts: tuple[int, ...], layers: int) -> float:
 
 
 def rows_at_once(number: int) -> int:
-    """Rows of a matrix of ``number`` columns to work on at a time, so that they stay in a cache. The same in every batch."""
+    """Rows of a matrix of ``number`` columns to work on at a time, so that they stay in a cache. The same in every batch.
+
+    What is made of them should go to a place that is there already: small new tensors between large ones that come and go keep the
+    allocator of C from using memory again.
+    """
     return max(128, 2**20 // number)
 
 
@@ -205,7 +209,7 @@ def cosines(features: Tensor, block: int = 384) -> Tensor:
 
 def unpacked(similar: Tensor) -> Tensor:
     """float32 values of ``cosines``, or of some of them."""
-    return similar.float() / STEPS if similar.dtype == torch.int16 else similar
+    return similar.float().div_(STEPS) if similar.dtype == torch.int16 else similar
 
 
 def rows_of(matrices: Tensor, index: Tensor) -> Tensor:
