@@ -194,6 +194,7 @@ def test_interrupted_while_it_starts(tmp_path):
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it is ignored, and inherited so
         )
         time.sleep(after)
         process.send_signal(signal.SIGINT)

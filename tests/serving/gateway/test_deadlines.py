@@ -49,7 +49,10 @@ def streaming(text: str = LONG) -> dict[str, Any]:
 
 
 def test_a_stream_that_nobody_reads_lets_its_place_go(engine: FakeEngine, encoder: PictureEncoder) -> None:
-    with started(engine, encoder, limits=Limits(waiting=1, seconds=4.0)) as url, connected(url, asking(streaming())):
+    with (
+        started(engine, encoder, limits=Limits(waiting=1, seconds=4.0, characters=len(LONG))) as url,
+        connected(url, asking(streaming())),
+    ):
         wait_for(lambda: metric(url, "foveate_requests_running") == 1)
         assert post(url, {"messages": [MESSAGE]}).status_code == 429
         wait_for(lambda: metric(url, "foveate_requests_running") == 0, 10)
@@ -59,7 +62,11 @@ def test_a_stream_that_nobody_reads_lets_its_place_go(engine: FakeEngine, encode
 
 def test_an_answer_that_nobody_reads_holds_no_place(engine: FakeEngine, encoder: PictureEncoder) -> None:
     sent = asking({**streaming(), "stream": False})
-    with started(engine, encoder, limits=Limits(waiting=1)) as url, connected(url, sent), connected(url, sent):
+    with (
+        started(engine, encoder, limits=Limits(waiting=1, characters=len(LONG))) as url,
+        connected(url, sent),
+        connected(url, sent),
+    ):
         wait_for(lambda: metric(url, 'foveate_requests_total{status="200"}') >= 1)
         wait_for(lambda: metric(url, "foveate_requests_running") == 0)
         assert post(url, {"messages": [MESSAGE]}).status_code == 200
@@ -101,7 +108,8 @@ def test_a_server_ends_although_a_client_reads_nothing(engine: FakeEngine) -> No
         url = f"http://127.0.0.1:{port}"
         try:
             wait_for(lambda: answers(url), 90)
-            with connected(url, asking(streaming())), connected(url, asking(streaming(), length=10**7)):
+            asked = streaming("word " * 100_000)
+            with connected(url, asking(asked)), connected(url, asking(asked, length=10**7)):
                 wait_for(lambda: metric(url, "foveate_requests_running") == 1)
                 time.sleep(0.5)
                 process.terminate()
