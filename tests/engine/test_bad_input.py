@@ -297,7 +297,7 @@ def test_pictures_without_matplotlib(monkeypatch):
         new_figure()
 
 
-SIZED = [name for name in families.SPECS if any(key in families.batch(name) for key in ("image_grid_thw", "image_sizes"))]
+SIZED = [name for name in families.USABLE if any(key in families.batch(name) for key in ("image_grid_thw", "image_sizes"))]
 
 
 def calls_of(model, inputs):
@@ -305,7 +305,7 @@ def calls_of(model, inputs):
     yield lambda: model.generate(**inputs, max_new_tokens=2, do_sample=False)
 
 
-@pytest.mark.parametrize("name", [name for name in families.SPECS if "pixel_values" not in families.batch(name, rows=(2,))])
+@pytest.mark.parametrize("name", [name for name in families.USABLE if "pixel_values" not in families.batch(name, rows=(2,))])
 def test_pixels_of_no_picture(name):
     """What collators give for a batch of text is a batch of text, whether or not the model itself takes it."""
     model, whole = families.load(name), families.batch(name)
