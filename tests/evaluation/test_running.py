@@ -36,11 +36,11 @@ from lmms_eval.models.registry_v2 import ModelRegistryV2
 
 from foveate.chat import generation
 from foveate.evaluation import pocket
-from foveate.evaluation.answers import Ledger
 from foveate.evaluation.model import FoveateModel
 from foveate.evaluation.plugin import manifest
 from foveate.evaluation.running import TaskRun, evaluate, level, load_tasks
 from foveate.fingerprint import fingerprint
+from foveate.lab.store import Store
 from foveate.loading import load
 
 LIMIT = 6
@@ -72,11 +72,11 @@ def right_by_evaluator(loaded, task: str, method) -> tuple[float, float]:
     scenes = [drawn.scenes[row["scene"]] for row in first]
     asked = [[next(q for q in drawn.questions[row["scene"]] if q.text == row["question"])] for row in first]
     assert [q[0].answer for q in asked] == [row["answer"] for row in first]
-    result = Evaluator(innermost(loaded.model), TestSet(scenes, asked)).run(method and method.before_decoder())
+    result = Evaluator(innermost(loaded.model), TestSet(scenes, asked)).run(method.before_decoder())
     return float(result.right.mean()), float(np.mean(result.tokens))
 
 
-@pytest.mark.parametrize("method", [None, foveate.get("prumerge+"), foveate.get("spatial", budget=16)], ids=str)
+@pytest.mark.parametrize("method", [foveate.KeepAll(), foveate.get("prumerge+"), foveate.get("spatial", budget=16)], ids=str)
 def test_scores_are_those_of_our_own_evaluator(loaded, tasks, method):
     rows = TaskRun(loaded, batch_size=4, limit=LIMIT).answers(method, {name: tasks[name] for name in OURS})
     for row in rows:
@@ -254,7 +254,7 @@ def test_generation_options():
         ({"method": "prumerge", "layer": 3}, "no field 'layer'"),
         ({"budget": 144}, "keeps all visual tokens"),
         ({"batch_size": "auto"}, "batch_size='auto'"),
-        ({"pretrained": "/no/such/folder"}, "cannot be loaded"),
+        ({"pretrained": "/no/such/folder"}, "there is no folder"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -309,7 +309,7 @@ def test_an_interrupted_run_goes_on_and_never_mixes(loaded, monkeypatch, tmp_pat
     whole, _ = counted(loaded, SCENES, monkeypatch, **arguments)
     with pytest.raises(Stopped):
         counted(loaded, SCENES, monkeypatch, stop=1, cache=tmp_path, **arguments)
-    file = next(tmp_path.rglob("answers-0.jsonl"))
+    file = next(tmp_path.rglob("answers.jsonl"))
     with file.open("a") as opened:
         opened.write('{"key": "torn by a ki')
     assert counted(loaded, SCENES, monkeypatch, cache=tmp_path, **arguments) == (whole, [2, 1])
@@ -321,7 +321,7 @@ def test_an_interrupted_run_goes_on_and_never_mixes(loaded, monkeypatch, tmp_pat
     assert counted(loaded, [SCENES[0] | {"images": SCENES[1]["images"]}], monkeypatch, cache=tmp_path, **arguments)[1] == [1]
     assert counted(loaded, [SCENES[0] | {"question": "what ?"}], monkeypatch, cache=tmp_path, **arguments)[1] == [1]
     # the answers of several processes are one ledger
-    file.rename(file.with_name("answers-7.jsonl"))
+    file.rename(file.with_name("answers.jsonl.7"))
     assert counted(loaded, SCENES, monkeypatch, cache=tmp_path, **arguments) == (whole, [])
 
 
@@ -339,8 +339,8 @@ def test_weights_are_part_of_the_setting(loaded):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be used for answers"):
-        Ledger(tmp_path / "file", {})
+    with pytest.raises(InputError, match="cannot be written"):
+        Store(tmp_path / "file" / "answers.jsonl", {})
 
 
 # -- the command
@@ -380,7 +380,7 @@ def test_two_processes_give_the_same(loaded, tasks, tmp_path):
     single = evaluate(TaskRun(loaded, 2, 5), {name: tasks[name] for name in names}, [foveate.get("prumerge+")], baselines=False)
     same = ("task", "method", "metric", "score", "scores", "questions", "tokens", "tokens_before", "flops")
     assert [[row[name] for name in same] for row in several] == [[row[name] for name in same] for row in single["rows"]]
-    assert {path.name for path in tmp_path.rglob("answers-*.jsonl")} == {"answers-0.jsonl", "answers-1.jsonl"}
+    assert {path.name for path in tmp_path.rglob("answers.jsonl*")} == {"answers.jsonl", "answers.jsonl.1"}
 
 
 def test_command(capsys, monkeypatch, tmp_path):
@@ -414,7 +414,7 @@ def test_command(capsys, monkeypatch, tmp_path):
         (("--tasks", "msvd_qa"), "--data"),
         (("--methods", "prumerge,"), "empty entry"),
         (("--budget", "0"), "budget"),
-        (("--model", "/no/such"), "cannot be loaded"),
+        (("--model", "/no/such"), "there is no folder"),
     ],
 )
 def test_command_refuses(capsys, monkeypatch, arguments, message):
