@@ -60,6 +60,7 @@ def main(
     share: Annotated[float, typer.Option(help="Share of them that is kept.")] = 0.25,
     width: int = 1024,
     decoder_width: int = 4096,
+    most: Annotated[int, typer.Option(help="Only so many of the layers that it acts at; 0 = all.")] = 0,
 ) -> None:
     """Print what one method takes, as JSON; null if it chooses nothing."""
     torch.set_num_threads(1)
@@ -67,7 +68,7 @@ def main(
         if method == "encoder":
             call: Callable[[], Any] | None = encoder_layer(number, width)
         else:
-            call = call_of(method, Shapes(1, number, width, decoder_width), round(share * number))
+            call = call_of(method, Shapes(1, number, width, decoder_width), round(share * number), most)
         print(json.dumps(None if call is None else measured(call)))
 
 

@@ -76,8 +76,8 @@ class Shapes:
         return replace(start, layer=1, tap=tap, start=start)
 
 
-def call_of(name: str, shapes: Shapes, budget: int) -> Callable[[], Any] | None:
-    """What is timed of a method; None where it chooses nothing."""
+def call_of(name: str, shapes: Shapes, budget: int, most: int = 0) -> Callable[[], Any] | None:
+    """What is timed of a method, or the first ``most`` of its steps; None where it chooses nothing."""
     jobs: list[Callable[[], Any]] = []
     try:
         method = foveate.get(name, budget=budget)
@@ -96,7 +96,7 @@ def call_of(name: str, shapes: Shapes, budget: int) -> Callable[[], Any] | None:
                 jobs += [lambda i=inside, p=prompt, at=layer: cut(i, p, at) for layer in inside.cuts(LAYERS)]  # type: ignore[misc]
     except foveate.InputError:
         return None  # a budget that the method cannot do, or a plan it lacks
-    return (lambda: [job() for job in jobs]) if jobs else None
+    return (lambda: [job() for job in jobs[: most or None]]) if jobs else None
 
 
 def cut(method: DecoderReducer, prompt: PromptTokens, layer: int) -> Cut:

@@ -169,6 +169,7 @@ def question_attention(tokens: PromptTokens) -> Tensor:
     return (attention * after).sum(1) / after.sum(1).clamp(min=1)
 
 
+@torch.no_grad()
 def page_rank(tokens: PromptTokens, temperature: float, steps: int, block: int = 128) -> Tensor:
     """[B, S] root mean square over heads of where a walk along attention ends that starts everywhere alike.
 
@@ -187,13 +188,12 @@ def page_rank(tokens: PromptTokens, temperature: float, steps: int, block: int =
     begin, query, found = tokens.valid.float() / tokens.valid.sum(1, keepdim=True), tap.query.flatten(0, 1), []
     at_once = max(1, (2**21 if device.type == "cpu" else 2**26) // (length * keys.shape[2]))
     at_once = math.gcd(heads, 2 ** int(math.log2(at_once)))  # heads of one row, so that no group depends on the batch
+    walk = [begin.new_empty(at_once, some.shape[1], end - before) for some, end in zip(rows, reach, strict=True)]
     for some in torch.arange(batch * heads, device=device).split(at_once):
         row, of = some // heads, some % heads // (heads // keys.shape[1])
         mine, theirs = query[some][:, None], keys[row, of].float()[:, None]
-        walk = [
-            _weights(tap, look, theirs[:, :, : sight.shape[2]], sight[row], temperature)[:, 0, :, before:]
-            for look, sight in zip(mine.split(block, 2), visible, strict=True)
-        ]
+        for weights, look, sight in zip(walk, mine.split(block, 2), visible, strict=True):
+            weights.copy_(_weights(tap, look, theirs[:, :, : sight.shape[2]], sight[row], temperature)[:, 0, :, before:])
         mass = begin[row][:, None]
         for _ in range(steps):
             parts, mass = mass.split(block, 2), torch.zeros_like(mass)
