@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .errors import shown
+
 
 def whole_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """Number from 1 on, end in bytes, and contents of every finished line of a file; none where there is no file."""
@@ -29,12 +31,27 @@ def parsed(text: str | bytes) -> Any:
 
     Raises
     ------
-    ValueError : it is none, or nested more deeply than it can be read.
+    ValueError : it is none, nested more deeply than it can be read, or says one name twice.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=each_once)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for ``object_pairs_hook``. Of a name that is there twice one value would win without a word.
+
+    Raises
+    ------
+    ValueError : a name is there twice.
+    """
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the name {shown(name)} is there twice")
+        found[name] = value
+    return found
 
 
 def append(file: BinaryIO, documents: Iterable[Mapping[str, Any]]) -> None:

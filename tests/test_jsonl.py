@@ -75,3 +75,9 @@ def test_what_is_deep_but_no_harm():
     assert parsed("[" * 50 + "]" * 50)
     with pytest.raises(ValueError, match="nested too deeply"):
         parsed("[" * 200_000)
+
+
+def test_a_name_that_is_there_twice():
+    with pytest.raises(ValueError, match="the name 'a' is there twice"):
+        parsed('{"b": {"a": 1, "c": 2, "a": 1}}')
+    assert parsed('[{"a": 1}, {"a": 2}]') == [{"a": 1}, {"a": 2}]

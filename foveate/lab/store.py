@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ from ..errors import InputError
 from ..fingerprint import digest
 from ..jsonl import append, held, parsed, whole_lines
 from ..methods.base import Method
+from ..methods.saved import code_of
 
 FORMAT = 2
 
@@ -111,19 +110,6 @@ class Store:
             append(file, documents)
 
 
-def weights_of(folder: Path) -> str:
-    """A fingerprint of a model's configuration and weights."""
-    found = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
-        found.update(file.name.encode() + file.read_bytes())
-    return found.hexdigest()[:16]
-
-
 def key_of(method: Method) -> str:
     """What a result of a method depends on: its settings, and the files that define it."""
-    classes = {cls for part in (method, method.before_decoder(), *method.inside_decoder()) for cls in type(part).__mro__}
-    mine = [cls for cls in classes if issubclass(cls, Method) and cls.__module__ not in (Method.__module__, "__main__")]
-    code = hashlib.sha256()
-    for file in sorted({inspect.getfile(cls) for cls in mine}):
-        code.update(Path(file).read_bytes())
-    return json.dumps({**method.settings(), "code": code.hexdigest()[:16]}, sort_keys=True)
+    return json.dumps({**method.settings(), "code": code_of(method)}, sort_keys=True)

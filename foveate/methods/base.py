@@ -65,6 +65,7 @@ class Method(Saved):
     ) -> None:
         super().__init_subclass__(**kwargs)
         if not name:
+            cls.name = vars(cls).get("name", cls.__name__)  # never that of its parent, which is another method
             return
         known = {**REGISTRY, **UNLISTED}
         if name in known and known[name].__qualname__ != cls.__qualname__:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import InputError, first_line
+from ..fingerprint import digest
+from ..jsonl import parsed
 from ..places import write_text
-from .registry import get, look_up
+from .registry import REGISTRY, UNLISTED, get, look_up
 
 if TYPE_CHECKING:
     from ..tokens import Budget
@@ -30,10 +33,13 @@ class Saved:
 
         Raises
         ------
-        InputError : the class has no name, or the method weights that are in no folder yet.
+        InputError : the class is not registered by a name of its own, or the method has weights that are in no folder yet.
         """
-        if not self.name:
-            raise InputError(f"{type(self).__name__} has no name. Define it with one: class Mine(ProjectorReducer, name='mine').")
+        if {**REGISTRY, **UNLISTED}.get(self.name) is not type(self):
+            raise InputError(
+                f"{type(self).__name__} is not registered, so that nothing could find it by its name. Define it with one: "
+                "class Mine(ProjectorReducer, name='mine')."
+            )
         own: Any = self
         return {"method": self.name, "fields": {field.name: getattr(self, field.name) for field in dataclasses.fields(own)}}
 
@@ -74,12 +80,12 @@ def read(path: str | Path) -> Method:
     """
     place = Path(path).expanduser()
     try:
-        document = json.loads(place.read_text(encoding="utf-8"))
+        document = parsed(place.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
             f"{path} cannot be read: {error.strerror}. Give a file that Method.save or 'foveate search' wrote."
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{path} is no JSON ({first_line(error)}); {EXPECTED}") from error
     return restored(document, place)
 
@@ -138,3 +144,18 @@ def named(name: str, budget: Budget = None, config: str = "") -> Method:
 def dumped(method: Method) -> str:
     """A method in one line, for other processes."""
     return json.dumps(method.described(), sort_keys=True)
+
+
+def code_of(method: Method, *, foreign: bool = False) -> str:
+    """A digest of the files that define a method; "" where there are none.
+
+    Parameters
+    ----------
+    foreign : only files outside of this package, whose version tells nothing about them.
+    """
+    parts = {type(part) for part in (method, method.before_decoder(), *method.inside_decoder())}
+    classes = {cls for part in parts for cls in part.__mro__ if issubclass(cls, Saved) and cls is not Saved}
+    package = __name__.partition(".")[0] + "."
+    modules = {cls.__module__: cls for cls in classes if cls.__module__ not in (f"{package}methods.base", "__main__")}
+    files = {inspect.getfile(cls) for module, cls in modules.items() if not (foreign and module.startswith(package))}
+    return digest(*(Path(file).read_bytes() for file in sorted(files))) if files else ""

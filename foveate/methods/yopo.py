@@ -9,13 +9,16 @@ softmax over all, so that the weights of the text sum to less than one there.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..cuts import Cut, Pattern, PromptTokens
 from ..errors import InputError
+from ..fingerprint import digest
 from ..jsonl import parsed
 from .base import DecoderReducer
 from .tools.schedule import steps
@@ -56,6 +59,10 @@ class YOPO(DecoderReducer, name="yopo", paper="https://arxiv.org/abs/2410.06169"
                 f"{self.name}: budget={self.budget}; it removes no single tokens. Give a share of the layers, such as 0.5."
             )
         self._mask = None if self.heads is None else read_heads(self.heads)
+
+    def settings(self) -> dict[str, Any]:
+        """The mask by its contents: another one in the same file is another setting."""
+        return {**super().settings(), "heads": None if self._mask is None else digest(json.dumps(self._mask))}
 
     def cuts(self, layers: int) -> tuple[int, ...]:
         if self.budget is not None:

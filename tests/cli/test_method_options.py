@@ -135,7 +135,11 @@ def test_a_batch_with_a_method_of_a_file(mine, scene, tmp_path):
     assert kept[1] != 16
     other = run(*asked, "--budget", "16", "--set", "step=3")
     assert other.returncode == 2
-    assert "config" in other.stderr
+    assert "method.step 2, now 3" in other.stderr
+    mine.write_text(mine.read_text().replace("* self.step", "* (self.step + 1)"))
+    changed = run(*asked, "--budget", "16", "--set", "step=2")
+    assert changed.returncode == 2
+    assert "method.code" in changed.stderr, "the answers of two codes never stand in one file"
 
 
 # -- what a method of somebody else's forgets

@@ -122,7 +122,7 @@ def test_places(tmp_path):
     class Nameless(foveate.ProjectorReducer):
         pass
 
-    with pytest.raises(InputError, match="has no name"):
+    with pytest.raises(InputError, match="Nameless is not registered"):
         Nameless().save(tmp_path / "method.json")
 
 
@@ -146,3 +146,24 @@ def test_fields_as_texts(method, field, text, value):
     found = read_field(method, field, text)
     assert found == value
     assert type(found) is type(value)
+
+
+def test_a_class_without_a_name_of_its_own_is_not_its_parent():
+    """Its parent's name would load another method, and stand in reports."""
+
+    class Mine(foveate.PruMerge):
+        pass
+
+    assert (Mine().name, Mine().settings()["name"]) == ("Mine", "Mine")
+    with pytest.raises(InputError, match="Mine is not registered"):
+        dumped(Mine())
+    assert foveate.PruMerge().name == "prumerge"
+
+
+def test_a_head_mask_is_known_by_its_contents(tmp_path):
+    found = []
+    for mask in ([[True, False]], [[False, True]]):
+        (tmp_path / "heads.json").write_text(json.dumps({"method": "yopo", "heads": mask}))
+        found.append(foveate.YOPO(heads=str(tmp_path / "heads.json")))
+    assert found[0].settings() != found[1].settings()
+    assert found[0].described() == found[1].described(), "which name the file"

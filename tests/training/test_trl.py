@@ -133,8 +133,8 @@ def spoken(model, inputs: dict[str, torch.Tensor], number: int) -> torch.Tensor:
     return logits[:-1].log_softmax(-1).gather(-1, given[:, None])[-number:, 0]
 
 
-def policy_losses(model, calls: list[dict[str, torch.Tensor]], clip: float = 0.2) -> list[float]:
-    """GRPO's losses of steps over the same completions (arXiv 2402.03300, equation 3, without the KL term)."""
+def policy_losses(model, calls: list[dict[str, torch.Tensor]], beta: float, clip: float = 0.2) -> list[float]:
+    """GRPO's losses of steps over the same completions (arXiv 2402.03300, equations 3 and 4); the first model is the reference."""
     optimizer, losses, old = torch.optim.SGD(model.parameters(), RATE), [], None
     for call in calls:
         rows, now = range(len(call["prompt_ids"])), []
@@ -146,7 +146,8 @@ def policy_losses(model, calls: list[dict[str, torch.Tensor]], clip: float = 0.2
         means = []
         for row in rows:
             ratio, gain = (now[row] - old[row]).exp(), call["advantages"][row]
-            means.append(-torch.min(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain).mean())
+            gained = torch.min(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain)
+            means.append(-(gained - beta * (1 / ratio + ratio.log() - 1)).mean())
         loss = torch.stack(means).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -155,8 +156,8 @@ def policy_losses(model, calls: list[dict[str, torch.Tensor]], clip: float = 0.2
     return losses
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_grpo(tmp_path, rows, order):
+@pytest.mark.parametrize(("order", "beta"), [("before", 0.0), ("after", 0.5)])
+def test_grpo(tmp_path, rows, order, beta):
     """Prompts are padded on the left and completions on the right; the model that answers is the one that is trained."""
     model, processor = foveate.load_pocket()
     model.generation_config.update(eos_token_id=EOS)
@@ -173,7 +174,8 @@ def test_grpo(tmp_path, rows, order):
             num_iterations=STEPS,
             max_completion_length=4,
             loss_type="grpo",
-            beta=0.0,
+            beta=beta,
+            use_bias_correction_kl=False,  # as in the paper
             temperature=1.0,
             shuffle_dataset=False,
             **{**SETTINGS, "per_device_train_batch_size": 4},
@@ -182,6 +184,9 @@ def test_grpo(tmp_path, rows, order):
         processing_class=processor,
     )
     handle = handle or foveate.attach(model, method())
+    if beta:  # a model of its own, from the folder of the first
+        trainer.ref_model.load_state_dict(model.state_dict())
+        foveate.attach(trainer.ref_model, method())
     told, compute = [], trainer._compute_loss
 
     def recorded(model, inputs):
@@ -197,7 +202,7 @@ def test_grpo(tmp_path, rows, order):
     assert len({tuple(row) for row in calls[0]["prompt_mask"].tolist()}) > 1, "prompts have different lengths"
     assert torch.equal(calls[0]["completion_ids"].sort(0).values, calls[1]["completion_ids"].sort(0).values)
     assert abs(told[1]) > 1e-3, "the first step changes what the second one finds"
-    assert told == pytest.approx(policy_losses(plain, calls), abs=1e-4)
+    assert told == pytest.approx(policy_losses(plain, calls, beta), abs=1e-4)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, plain.state_dict()[name], atol=1e-5, rtol=1e-4)
 

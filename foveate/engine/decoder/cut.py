@@ -74,7 +74,7 @@ def _checked(reducer: DecoderReducer, tokens: PromptTokens, cut: Cut) -> tuple[T
 
     With one transfer from the device.
     """
-    shape, name = tokens.valid.shape, reducer.name or type(reducer).__name__
+    shape, name = tokens.valid.shape, reducer.name
     if not isinstance(cut, Cut) or cut.keep.shape != shape or cut.keep.dtype != torch.bool:
         raise FoveateError(f"{name} returned no Cut with a mask of its {tuple(shape)} tokens. This is a fault of the method.")
     if cut.scores is not None and cut.scores.shape != shape:

@@ -77,7 +77,7 @@ class DecoderCuts:
             layers: Any = reducer.cuts(len(self.layers))
             if not isinstance(layers, tuple | list | range) or any(type(layer) is not int for layer in layers):
                 raise FoveateError(
-                    f"{reducer.name or type(reducer).__name__}: cuts(layers) returned {shown(layers)}; expected the numbers of "
+                    f"{reducer.name}: cuts(layers) returned {shown(layers)}; expected the numbers of "
                     "decoder layers, such as (2,). This is a fault of the method."
                 )
             for layer in layers:

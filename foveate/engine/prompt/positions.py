@@ -32,7 +32,6 @@ class Positions:
     ----------
     full : positions before anything is removed, the user's or those of M-RoPE; None = they follow from the mask.
     ahead : [B, 1] by how much what follows the prompt is ahead of its tokens, with M-RoPE.
-
     """
 
     def __init__(self, parts: Anatomy, compact: bool, given: Tensor | None) -> None:
@@ -65,7 +64,7 @@ class Positions:
 
         Raises
         ------
-        InputError : the user gives positions of his own where prompts are renumbered, or too little to number the tokens.
+        InputError : the user gives positions of their own where prompts are renumbered, or too little to number the tokens.
         """
         self.forget_counts(mask)
         if not self.mrope:

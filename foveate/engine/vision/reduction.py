@@ -183,7 +183,7 @@ def _reduced(method: ProjectorReducer, tokens: VisualTokens) -> Reduction:
 
 def check_returned(method: FrontReducer, cells: Tensor, found: Any) -> None:
     """Raise ``FoveateError`` unless a method returned a reduction of tensors of the right shapes."""
-    name, (batch, number) = method.name or type(method).__name__, cells.shape[:2]
+    name, (batch, number) = method.name, cells.shape[:2]
     fault = "This is a fault of the method."
     if not isinstance(found, Reduction):
         raise FoveateError(f"{name} returned {type(found).__name__} and no foveate.Reduction. {fault}")
@@ -216,7 +216,7 @@ def _applied(method: FrontReducer, cells: Tensor, reduction: Reduction) -> Tenso
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise FoveateError(
-            f"{method.name or type(method).__name__} returned a reduction that cannot be applied to {cells.shape[1]} tokens "
+            f"{method.name} returned a reduction that cannot be applied to {cells.shape[1]} tokens "
             f"({first_line(error)}). This is a fault of the method."
         ) from error
 

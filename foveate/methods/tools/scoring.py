@@ -182,7 +182,7 @@ def page_rank(tokens: PromptTokens, temperature: float, steps: int, block: int =
     (batch, heads, length, _), keys = tap.query.shape, tap.keys
     before, device = keys.shape[2] - length, keys.device
     rows = torch.arange(length, device=device).expand(batch, -1).split(block, 1)
-    # causality alone hides all that is behind the last row of a block
+    # causality alone hides all that comes after the last row of a block
     reach = [keys.shape[2] if tap.seen is not None else before + min(length, end) for end in range(block, length + block, block)]
     visible = [tap.visible(some)[..., :end] for some, end in zip(rows, reach, strict=True)]
     begin, query, found = tokens.valid.float() / tokens.valid.sum(1, keepdim=True), tap.query.flatten(0, 1), []

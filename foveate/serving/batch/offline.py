@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ...errors import InputError
-from ...methods.saved import named
+from ...methods.saved import code_of, named
 from ..files import fingerprint
 from .base import BatchEngine, Engine, document
 from .rows import AnswerSettings, Row, RowPlace, Source
@@ -56,7 +56,8 @@ def settings(model: str, wanted: AnswerSettings, engine: BatchEngine) -> dict[st
     """
     from ... import __version__
 
-    asked = {name: value for name, value in asdict(wanted).items() if name != "config" or value}
-    parts = named(wanted.method, wanted.budget, wanted.config).trained()
-    trained = {"method_weights": [part.settings()["weights"] for part in parts]} if parts else {}
-    return {"foveate": __version__, "engine": engine.answers, "model": model, "weights": fingerprint(model), **asked, **trained}
+    asked, method = asdict(wanted), named(wanted.method, wanted.budget, wanted.config)
+    del asked["config"]
+    fields = {f"method.{name}": value for name, value in method.settings().items()}
+    fields["method.code"] = code_of(method, foreign=True)
+    return {"foveate": __version__, "engine": engine.answers, "model": model, "weights": fingerprint(model), **asked, **fields}

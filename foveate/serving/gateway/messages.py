@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 from ...errors import cut, first_line, shown
+from ...jsonl import each_once
 from ..template import source_template
 from .limits import Limits, RequestError
 
@@ -109,7 +110,7 @@ def _call(call: Any, where: str, found: Conversation) -> dict[str, Any]:
     name = _text(function.get("name"), f"{where}.function.name", found)
     arguments = _text(function.get("arguments", "{}"), f"{where}.function.arguments", found)
     try:
-        told = json.loads(arguments or "{}")
+        told = json.loads(arguments or "{}", object_pairs_hook=each_once)
     except (ValueError, RecursionError):
         told = None
     if not isinstance(told, dict) or too_deep(told, Limits.depth):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from ...errors import SHOWN, InputError, UnsupportedModelError, shown
+from ...jsonl import each_once
 from ...methods.base import Method
 from ..encoding import method_of
 from ..template import PLACEHOLDER
@@ -123,7 +124,7 @@ class RequestReader:
             raise RequestError(f"the body has {values} commas and opening brackets; at most {self.limits.values} are allowed", 413)
         try:
             text = body.decode()
-            asked = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+            asked = json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=each_once)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the body is no JSON: {error}") from error
         if too_deep(asked, self.limits.depth):

@@ -98,5 +98,5 @@ def test_other_weights_of_a_method_are_other_settings(tmp_path):
             method.save_pretrained(tmp_path / "weights")
         wanted = AnswerSettings("learnt", config=dumped(Learnt(weights=str(tmp_path / "weights"))))
         found.append(settings("pocket", wanted, batch_engine("transformers", {})))
-    assert found[0].pop("method_weights") != found[1].pop("method_weights")
+    assert found[0].pop("method.weights") != found[1].pop("method.weights")
     assert found[0] == found[1]

@@ -285,3 +285,11 @@ def test_settings_are_forgotten(encoder: PictureEncoder) -> None:
         gateway.check("prumerge+", budget / 1000, "")
     assert gateway.check.cache_info().currsize == CHECKED
     assert not [name for name, value in vars(gateway).items() if isinstance(value, dict) and len(value) > CHECKED]
+
+
+def test_a_name_that_is_there_twice_is_refused() -> None:
+    """Of two budgets one would win without a word."""
+    reader = RequestReader("pocket", "prumerge+")
+    asked = b'{"messages": [{"role": "user", "content": "a"}], "foveate": {"budget": 9, "budget": 144}}'
+    with pytest.raises(RequestError, match="the name 'budget' is there twice"):
+        reader.read(asked)
