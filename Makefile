@@ -72,6 +72,7 @@ bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.selection --json benchmarks/results/selection.json
 	$(BIN)/python -m benchmarks.selectors --json benchmarks/results/selectors.json
 	$(BIN)/python -m benchmarks.encoder --json benchmarks/results/encoder.json
+	$(BIN)/python -m benchmarks.pixels --json benchmarks/results/pixels.json
 	$(BIN)/python -m benchmarks.prefill --json benchmarks/results/prefill.json
 	$(BIN)/python -m benchmarks.decoder --json benchmarks/results/decoder.json
 	$(BIN)/python -m benchmarks.decoder --visual 256 --json benchmarks/results/decoder-256.json

@@ -116,7 +116,7 @@ class Bench:
         undo = method.attach(self.model) if isinstance(method, UsualFastV) else []
         try:
             with method(self.model) as session, Stamps(self.model) as stamps:
-                self.model.generate(**prompt(576, self.pixels.device), pixel_values=self.pixels, **self.options)
+                self.model.generate(**prompt(576, self.pixels), pixel_values=self.pixels, **self.options)
         finally:
             for each in undo:
                 each()
@@ -130,7 +130,7 @@ class Bench:
     def native(self, count: int) -> None:
         encoded = self.model.get_image_features(self.pixels, return_dict=True)
         encoded.pooler_output = [features[:count] for features in encoded.pooler_output]
-        inputs, layers = prompt(count, self.pixels.device), self.model.get_decoder().layers
+        inputs, layers = prompt(count, self.pixels), self.model.get_decoder().layers
         times: list[float] = []
 
         def note(*_: Any) -> None:

@@ -1,11 +1,12 @@
 """Prefill and decode of a reduced prompt against the same model prompted with that many visual tokens to begin with.
 
     python -m benchmarks.prefill
+    python -m benchmarks.prefill --size 7b --batch 16
 
-The model has random weights: a CLIP-L/14-336 tower and a decoder of about 0.5 billion parameters (the shape of Qwen2-0.5B), in
-bfloat16, under SDPA. "Native" runs get m visual tokens as pre-encoded features and never meet foveate; "reduced" runs get the
-picture and keep m of 576. What is left between the two is what foveate costs the decoder. Peak memory is read in a process of its
-own for each variant.
+The model has random weights: a CLIP-L/14-336 tower and a decoder of about 0.5 billion parameters (the shape of Qwen2-0.5B; with
+``--size 7b`` that of LLaVA-1.5-7B), in bfloat16, under SDPA. "Native" runs get m visual tokens as pre-encoded features and never
+meet foveate; "reduced" runs get the picture and keep m of 576. What is left between the two is what foveate costs the decoder. Peak
+memory is read in a process of its own for each variant.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from benchmarks.common import ratio, save, summary, synchronise
 IMAGE, TEXT = 7, 40
 SHAPES = {
     "full": dict(tower=(1024, 4096, 24, 16), decoder=(896, 4864, 24, 14, 2), vocabulary=151_936),
+    "7b": dict(tower=(1024, 4096, 24, 16), decoder=(4096, 11008, 32, 32, 32), vocabulary=32_064),
     "small": dict(tower=(64, 128, 2, 2), decoder=(64, 128, 2, 4, 2), vocabulary=100),
 }
 
@@ -54,14 +56,16 @@ def build(size: str) -> LlavaForConditionalGeneration:
     torch.manual_seed(0)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
     torch.set_default_dtype(torch.bfloat16)
-    model = LlavaForConditionalGeneration(config).eval()
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlavaForConditionalGeneration(config).eval()
     torch.set_default_dtype(torch.float32)
     model.generation_config.update(eos_token_id=None, pad_token_id=0)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model
 
 
-def prompt(tokens: int, device: torch.device) -> dict[str, torch.Tensor]:
-    ids = torch.tensor([[1, *[IMAGE] * tokens, *range(10, 10 + TEXT)]], device=device)
+def prompt(tokens: int, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A prompt for each picture."""
+    ids = torch.tensor([[1, *[IMAGE] * tokens, *range(10, 10 + TEXT)]] * len(pixels), device=pixels.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -107,30 +111,30 @@ class Run:
             encoded = self.model.get_image_features(self.pixels, return_dict=True)
             encoded.pooler_output = [features[: self.native] for features in encoded.pooler_output]
             with Stamps(self.model) as stamps:
-                inputs = prompt(self.native, self.pixels.device)
+                inputs = prompt(self.native, self.pixels)
                 self.model.generate(**inputs, mm_encoder_outputs={"image": encoded}, **options)
             found = {}
         else:
             begin = time.perf_counter()
             with foveate.PruMergePlus(budget=self.keep or 1.0)(self.model) as session, Stamps(self.model) as stamps:
-                self.model.generate(**prompt(576, self.pixels.device), pixel_values=self.pixels, **options)
+                self.model.generate(**prompt(576, self.pixels), pixel_values=self.pixels, **options)
             parts = session.report.seconds
             found = {"first_token": stamps.times[1] - begin, "vision": parts["vision"], "selection": parts.get("selection", 0.0)}
         for name, value in {"prefill": stamps.prefill, "decode": stamps.decode, **found}.items():
             self.seconds.setdefault(name, []).append(value)
 
 
-def peak_memory(size: str, keep: int | None, steps: int) -> float:
+def peak_memory(size: str, batch: int, keep: int | None, steps: int) -> float:
     """GiB at the peak of one run in a process of its own."""
-    code = f"from benchmarks.prefill import measure_memory; measure_memory({size!r}, {keep!r}, {steps})"
+    code = f"from benchmarks.prefill import measure_memory; measure_memory({size!r}, {batch}, {keep!r}, {steps})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def measure_memory(size: str, keep: int | None, steps: int) -> None:
+def measure_memory(size: str, batch: int, keep: int | None, steps: int) -> None:
     """Run once and print the peak of this process (of the GPU where there is one) in GiB."""
     model = build(size)
-    pixels = torch.randn(1, 3, 336, 336, dtype=torch.bfloat16, device=model.device)
+    pixels = torch.randn(batch, 3, 336, 336, dtype=torch.bfloat16, device=model.device)
     Run(model, pixels, steps, native=None, keep=keep)()
     peak = (
         torch.cuda.max_memory_allocated()
@@ -141,15 +145,17 @@ def measure_memory(size: str, keep: int | None, steps: int) -> None:
 
 
 def main(
-    size: Annotated[str, typer.Option(help="full or small (for a test of this script).")] = "full",
+    size: Annotated[str, typer.Option(help="full, 7b or small (for a test of this script).")] = "full",
+    batch: Annotated[int, typer.Option(help="Pictures at a time, each with a prompt.")] = 1,
     counts: Annotated[str, typer.Option(help="Visual tokens: PruMerge+ and PruMerge of the paper.")] = "144,32",
     steps: int = 9,
     rounds: int = 5,
+    memory: Annotated[bool, typer.Option(help="Read peak memory, in further processes.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the ledger goes.")] = None,
 ) -> None:
     """Print times, ratios and peak memory."""
     model = build(size)
-    pixels = torch.randn(1, 3, 336, 336, dtype=torch.bfloat16, device=model.device)
+    pixels = torch.randn(batch, 3, 336, 336, dtype=torch.bfloat16, device=model.device)
     kept = [int(count) for count in counts.split(",")]
     runs = {"576 (all)": Run(model, pixels, steps, native=None, keep=None)}
     for count in kept:
@@ -161,10 +167,11 @@ def main(
     for _ in range(rounds):
         for run in runs.values():
             run()
-    memory = {"576 (all)": peak_memory(size, None, steps)} | {f"{n} reduced": peak_memory(size, n, steps) for n in kept}
-    rows = [row(name, runs, memory) for name in runs]
+    variants = {"576 (all)": None} | {f"{count} reduced": count for count in kept}
+    peaks = {name: peak_memory(size, batch, keep, steps) for name, keep in variants.items()} if memory else {}
+    rows = [row(name, runs, peaks) for name in runs]
     parameters = sum(p.numel() for p in model.get_decoder().parameters()) / 1e9
-    table = Table(title=f"decoder of {parameters:.2f} B parameters, 576 visual tokens and {TEXT} of text")
+    table = Table(title=f"decoder of {parameters:.2f} B parameters, {batch} x 576 visual tokens and {TEXT} of text")
     columns = ("visual tokens", "prefill", "of native", "of all", "decode / token", "of native", "to first token", "peak memory")
     for column in columns:
         table.add_column(column, justify="right")

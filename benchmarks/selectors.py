@@ -23,10 +23,10 @@ from rich.progress import track
 from rich.table import Table
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-import foveate
 from benchmarks import large
 from benchmarks.common import save, spent, summary
 from benchmarks.shapes import Shapes, calls
+from foveate.methods.registry import registered
 
 
 def main(
@@ -77,7 +77,7 @@ def main(
                         times[name] = [spent(call) for _ in range(rounds)]
             whole = statistics.median(times.pop("encoder"))
             for name, found in times.items():
-                stage = foveate.get(name, budget=0.5).stage
+                stage = registered()[name].stage
                 part = {"method": name, "stage": stage, "share_of_encoder": statistics.median(found) / whole}
                 rows.append({"tokens": number, "batch": batch, **part, "time": summary(found)})
             rows.append({"tokens": number, "batch": batch, "method": "encoder", "time": summary([whole])})

@@ -8,10 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers import CLIPVisionConfig
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 import foveate
 from foveate.cuts import Cut, DecoderTap, PromptTokens
+from foveate.engine.model.anatomy import Block
+from foveate.engine.vision.beside import Beside
 from foveate.methods.base import DecoderReducer, EncoderReducer, ProjectorReducer
+from foveate.methods.pixels import PixelReducer
 from foveate.methods.trained import Host, ModelShape, Trained
 from foveate.tokens import BlockTokens, EncoderTap, Question, VisualTokens
 
@@ -46,11 +51,25 @@ class Shapes:
     def visual(self, method: ProjectorReducer) -> VisualTokens:
         projected = self.random(self.batch, self.number, self.decoder_width) if method.reads_projected else None
         question = None
-        if method.reads_question and projected is not None:
-            text = self.random(self.batch, TEXT, self.decoder_width).float()
-            question = Question(projected.float(), text, torch.ones(self.batch, TEXT, dtype=torch.bool))
+        if method.reads_question:
+            text, seen = self.random(self.batch, TEXT, self.decoder_width).float(), None if projected is None else projected.float()
+            state = text[:, -1] if method.reads_question_state else None
+            question = Question(seen, text, torch.ones(self.batch, TEXT, dtype=torch.bool), state=state)
         taps = {name: self.tap(self.number) for name in method.encoder_layers(24)}
-        return VisualTokens(self.random(self.batch, self.number, self.width), self.grid, taps, projected, question)
+        beside = self.encoder() if method.joins_encoder else None
+        return VisualTokens(self.random(self.batch, self.number, self.width), self.grid, taps, projected, question, beside)
+
+    def encoder(self) -> Beside:
+        """The 23 layers of an encoder, which are one layer here, for tokens that run beside the patches."""
+        config = CLIPVisionConfig(
+            hidden_size=self.width, num_attention_heads=max(1, self.width // 64), intermediate_size=4 * self.width
+        )
+        layer = CLIPEncoderLayer(config).to(torch.bfloat16)
+        look = layer.self_attn
+        parts = (look, look.q_proj, look.k_proj, look.v_proj, layer.layer_norm2, layer.mlp, config.num_attention_heads)
+        block, tap = Block(layer, *parts, joined=layer.layer_norm1, out=look.out_proj), self.tap(self.number, inside=True)
+        patches = self.random(self.batch, self.number, self.width)
+        return Beside(None, (block,) * 23, dict.fromkeys(range(23), tap), patches)
 
     def blocks(self, method: EncoderReducer) -> list[BlockTokens]:
         found, number = [], self.number
@@ -59,6 +78,10 @@ class Shapes:
             found.append(BlockTokens(self.tap(number, inside=True), valid, valid.float(), layer, goal))
             number = min(number, goal)
         return found
+
+    def cells(self) -> torch.Tensor:
+        """Pixels of cells of 28 x 28, twice, as Qwen's encoders take them."""
+        return self.random(self.batch, self.number, 2 * 3 * 28 * 28)
 
     def prompt(self, method: DecoderReducer) -> PromptTokens:
         """Of the first layer that the method acts before; the others have the same shapes."""
@@ -80,12 +103,14 @@ def call_of(name: str, shapes: Shapes, budget: int, most: int = 0) -> Callable[[
     """What is timed of a method, or the first ``most`` of its steps; None where it chooses nothing."""
     jobs: list[Callable[[], Any]] = []
     try:
-        method = foveate.get(name, budget=budget)
-        method = method.fresh() if isinstance(method, Trained) else method
+        method = with_budget(name, budget)
         for part in method.trained():
             part.bind(shapes.host())
         front = method.before_decoder()
-        if isinstance(front, EncoderReducer):
+        if isinstance(front, PixelReducer):
+            cells = shapes.cells()
+            jobs.append(lambda f=front, c=cells: [f.sources(own) for own in c])  # type: ignore[misc]
+        elif isinstance(front, EncoderReducer):
             jobs += [functools.partial(front.shrink, block) for block in shapes.blocks(front)]
         elif not isinstance(front, foveate.KeepAll) and front.picture(shapes.grid) is None:
             seen = shapes.visual(front)
@@ -97,6 +122,17 @@ def call_of(name: str, shapes: Shapes, budget: int, most: int = 0) -> Callable[[
     except foveate.InputError:
         return None  # a budget that the method cannot do, or a plan it lacks
     return (lambda: [job() for job in jobs[: most or None]]) if jobs else None
+
+
+def with_budget(name: str, budget: int) -> foveate.Method:
+    """A method with a budget, or by its own rule where it takes none; one with weights has random ones for that."""
+    try:
+        method = foveate.get(name, budget=budget)
+    except foveate.InputError:
+        method = foveate.get(name)
+    if not isinstance(method, Trained):
+        return method
+    return method.fresh().with_fields(**({"groups": budget} if hasattr(method, "groups") else {}))
 
 
 def cut(method: DecoderReducer, prompt: PromptTokens, layer: int) -> Cut:

@@ -47,14 +47,20 @@ if TYPE_CHECKING:
     from .methods.dart import DART as DART
     from .methods.divprune import DivPrune as DivPrune
     from .methods.evit import EViT as EViT
+    from .methods.evs import EVS as EVS
     from .methods.fastv import FastV as FastV
+    from .methods.fewer_frames import FewerFrames as FewerFrames
     from .methods.g_search import GSearch as GSearch
     from .methods.inflection_cut import InflectionCut as InflectionCut
     from .methods.iti import ITI as ITI
     from .methods.p_sigmoid import PSigmoid as PSigmoid
+    from .methods.pixelprune import PixelPrune as PixelPrune
+    from .methods.pixels import PixelReducer as PixelReducer
     from .methods.prumerge import PruMerge as PruMerge
     from .methods.prumerge_plus import PruMergePlus as PruMergePlus
+    from .methods.prunesid import PruneSID as PruneSID
     from .methods.pyramiddrop import PyramidDrop as PyramidDrop
+    from .methods.random_cut import RandomCut as RandomCut
     from .methods.registry import MethodInfo as MethodInfo
     from .methods.registry import get as get
     from .methods.registry import methods as methods
@@ -64,6 +70,8 @@ if TYPE_CHECKING:
     from .methods.tome import ToMe as ToMe
     from .methods.trained import ModelShape as ModelShape
     from .methods.trained import Trained as Trained
+    from .methods.v_cast import VCast as VCast
+    from .methods.vidcom2 import VidCom2 as VidCom2
     from .methods.visionzip import VisionZip as VisionZip
     from .methods.vispruner import VisPruner as VisPruner
     from .methods.vtc_cls import FasterVLM as FasterVLM
@@ -101,20 +109,28 @@ _HOMES = {
     "methods.dart": "DART",
     "methods.divprune": "DivPrune",
     "methods.evit": "EViT",
+    "methods.evs": "EVS",
     "methods.fastv": "FastV",
+    "methods.fewer_frames": "FewerFrames",
     "methods.g_search": "GSearch",
     "methods.inflection_cut": "InflectionCut",
     "methods.iti": "ITI",
     "methods.p_sigmoid": "PSigmoid",
     "methods.prumerge": "PruMerge",
     "methods.prumerge_plus": "PruMergePlus",
+    "methods.pixelprune": "PixelPrune",
+    "methods.pixels": "PixelReducer",
+    "methods.prunesid": "PruneSID",
     "methods.pyramiddrop": "PyramidDrop",
+    "methods.random_cut": "RandomCut",
     "methods.registry": "MethodInfo get methods",
     "methods.scope": "Scope",
     "methods.sparsevlm": "SparseVLM",
     "methods.text_relevance": "TextRelevanceCut",
     "methods.tome": "ToMe",
     "methods.trained": "ModelShape Trained",
+    "methods.v_cast": "VCast",
+    "methods.vidcom2": "VidCom2",
     "methods.visionzip": "VisionZip",
     "methods.vispruner": "VisPruner",
     "methods.vtc_cls": "FasterVLM VTCCls",
@@ -129,6 +145,7 @@ __all__ = [
     "AIM",
     "ATS",
     "DART",
+    "EVS",
     "ITI",
     "YOPO",
     "BlockTokens",
@@ -146,6 +163,7 @@ __all__ = [
     "EncoderTap",
     "FastV",
     "FasterVLM",
+    "FewerFrames",
     "FoveateError",
     "FrontReducer",
     "GSearch",
@@ -162,14 +180,18 @@ __all__ = [
     "PSigmoid",
     "Pattern",
     "Pictures",
+    "PixelPrune",
+    "PixelReducer",
     "Pool",
     "ProjectorReducer",
     "PromptTokens",
     "PruMerge",
     "PruMergePlus",
+    "PruneSID",
     "PyramidDrop",
     "Question",
     "Random",
+    "RandomCut",
     "Reduction",
     "Regroup",
     "Report",
@@ -184,7 +206,9 @@ __all__ = [
     "TokenReducer",
     "Trained",
     "UnsupportedModelError",
+    "VCast",
     "VTCCls",
+    "VidCom2",
     "VisPruner",
     "VisionZip",
     "VisualTokens",

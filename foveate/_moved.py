@@ -21,7 +21,6 @@ _ROOMS = {
     "foveate.pocket": {
         "comparison": "lab.compare",
         "evaluate": "lab.evaluate",
-        "finetune": "training.lora",
         "inside": "lab.studies.inside",
         "merging": "lab.studies.merging",
         "store": "lab.store",

@@ -67,7 +67,9 @@ class ModelInfo:
 
 
 def models() -> list[ModelInfo]:
-    """All families of models, and what works on each; every method before the projector and inside the decoder works on all."""
+    """All families of models, and what works on each. Unless its notes say otherwise, every method before the projector and inside
+    the decoder works on it.
+    """
     found = []
     for kind, family in FAMILIES.items():
         config = AutoConfig.for_model(kind)
@@ -75,6 +77,9 @@ def models() -> list[ModelInfo]:
         notes = [family.notes] if family.notes else []
         deepstack = getattr(config.vision_config, "deepstack_visual_indexes", None)
         notes += ["cuts from the layer after the deepstack layers on"] if deepstack else []
+        notes += (
+            ["methods before the decoder only: some of its layers hold a state, not keys and values"] if family.recurrent else []
+        )
         found.append(
             ModelInfo(
                 name=family.name,

@@ -25,6 +25,9 @@ class Family:
     mrope : tokens have (t, h, w) positions, which those that stay keep.
     first_position : of a prompt.
     two_way : tokens of a picture see each other in the decoder, not only those before them.
+    marks : the field of the config that names tokens of text whose embeddings the model replaces where there are pictures.
+    one_placeholder : videos have the placeholder of pictures in prompts, so that a call brings either.
+    recurrent : some layers of the decoder hold a state instead of keys and values, so that no tokens can leave between layers.
     since : the first version of transformers whose model takes encoded pictures as the engine hands them in.
     vllm : its class in vLLM, and the module and class of ``serving.plugin`` that take its place; None = there is none.
     notes : what is different from what one may expect.
@@ -42,6 +45,9 @@ class Family:
     mrope: bool = False
     first_position: int = 0
     two_way: bool = False
+    marks: str | None = None
+    one_placeholder: bool = False
+    recurrent: bool = False
     joins: str = "mlp"
     since: str = "5.18"
     vllm: tuple[str, str] | None = None
@@ -56,11 +62,16 @@ class TowerKind:
 
     Attributes
     ----------
+    joined : the norm before attention, where tokens of a method can run through the layers beside the patches; None = they cannot.
+    out : the projection of attention's outputs; ``entrance`` and ``embedding``, attributes of the tower: the norm before the first
+        layer, None = there is none, and what makes patches of pixels. For ``joined`` layers.
     qkv : one projection of queries, keys and values, where these are not apart.
     resizable : takes pictures of any size, with the option ``interpolate_pos_encoding``.
     rotary : queries and keys are turned by rotary embeddings after their projections, where the engine reads them.
     windows : patches are in the order of attention windows inside the encoder.
+    packs : takes patches of any number with their places, so that some can be left out before it.
     any_size : pictures keep their own sizes, and each patch is a visual token.
+    by_rows : patches come row by row; elsewhere, where a token stands for a block of them, they come block by block.
     shape : its layers, for their cost (a name in ``analysis.towers.SHAPES``).
     pools : a layer of attention after the last one pools all patches; its weights are there, and nobody reads what it gives.
     gated : its MLPs are gated, and its norms without means.
@@ -78,10 +89,16 @@ class TowerKind:
     qkv: str | None = None
     norm: str = "layer_norm2"
     mlp: str = "mlp"
+    joined: str | None = None
+    out: str = "self_attn.out_proj"
+    entrance: str | None = None
+    embedding: str = "embeddings.patch_embedding"
     resizable: bool = False
     rotary: bool = False
     windows: bool = False
+    packs: bool = False
     any_size: bool = False
+    by_rows: bool = False
     shape: str = "plain"
     pools: bool = False
     gated: bool = False
@@ -89,17 +106,20 @@ class TowerKind:
     vllm: str | None = None
 
 
-def _qwen(
-    model_type: str,
-    name: str,
-    example: str,
-    *,
-    joins: str = "merger",
-    videos: str | None = "thw",
-    vllm: tuple[str, str] | None = None,
-) -> Family:
-    places = Family(model_type, name, example, images="thw", videos=videos, tower="visual", projector=None, mrope=True)
-    return replace(places, joins=joins, vllm=vllm)
+def _qwen(model_type: str, name: str, example: str, **more: Any) -> Family:
+    places = Family(model_type, name, example, "thw", "thw", tower="visual", projector=None, mrope=True, joins="merger")
+    return replace(places, **more)
+
+
+def _glm(model_type: str, name: str, example: str) -> Family:
+    return _qwen(
+        model_type, name, example, joins="convolution", one_placeholder=True, notes="pictures or videos in a call, not both"
+    )
+
+
+def _intern(model_type: str, layers: str) -> TowerKind:
+    places = TowerKind(model_type, has_cls=True, layers=layers, attention="attention", norm="layernorm_after")
+    return replace(places, query="attention.q_norm", key="attention.k_norm", value="attention.v_proj", shape="scaled")
 
 
 def _fused(model_type: str, **more: Any) -> TowerKind:
@@ -107,6 +127,8 @@ def _fused(model_type: str, **more: Any) -> TowerKind:
     return replace(places, **more)
 
 
+ANY_SIZE = ("thw", "sizes", "shapes")
+"""How the tokens of pictures of any size are arranged."""
 _TILES = "each tile of a large picture is a picture of its own"
 _FRAMES = "frames of a video come as pictures"
 
@@ -158,7 +180,11 @@ FAMILIES = {
             vllm=("Qwen2_5_VLForConditionalGeneration", "qwen:FoveateQwen25VL"),
         ),
         _qwen("qwen3_vl", "Qwen3-VL", "Qwen/Qwen3-VL-8B-Instruct"),
+        _qwen("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen/Qwen3-VL-30B-A3B-Instruct"),
+        _qwen("qwen3_5", "Qwen3.5", "Qwen/Qwen3.5-9B", recurrent=True, since="5.21"),
+        _qwen("qwen3_5_moe", "Qwen3.5-MoE", "Qwen/Qwen3.5-35B-A3B", recurrent=True, since="5.21"),
         Family("internvl", "InternVL", "OpenGVLab/InternVL3-8B-hf", images="runs", projector=None, joins="shuffle", notes=_FRAMES),
+        Family("qianfan_ocr", "Qianfan-OCR", "baidu/Qianfan-OCR", images="runs", projector=None, joins="shuffle"),
         Family("gemma3", "Gemma 3", "google/gemma-3-4b-it", projector=None, two_way=True, joins="pooled"),
         Family(
             "paligemma",
@@ -198,8 +224,48 @@ FAMILIES = {
             projector=None,
             joins="merged mlp",
         ),
+        Family(
+            "lighton_ocr",
+            "LightOnOCR",
+            "lightonai/LightOnOCR-1B-1025",
+            images="sizes",
+            tower="vision_encoder",
+            projector=None,
+            joins="merged mlp",
+        ),
+        Family(
+            "lfm2_vl",
+            "LFM2-VL",
+            "LiquidAI/LFM2-VL-1.6B",
+            images="shapes",
+            projector=None,
+            recurrent=True,
+            joins="normed shuffle",
+            notes=_TILES,
+        ),
+        Family(
+            "ovis2",
+            "Ovis2",
+            "thisisiron/Ovis2-1B-hf",
+            projector=None,
+            marks="visual_indicator_token_ids",
+            joins="words",
+            since="5.20",
+            notes=_TILES,
+        ),
         Family("aya_vision", "Aya Vision", "CohereLabs/aya-vision-8b", projector=None, joins="gated", notes=_TILES),
-        _qwen("glm4v", "GLM-4V", "zai-org/GLM-4.1V-9B-Thinking", videos=None, joins="convolution"),
+        Family(
+            "cohere2_vision",
+            "Command A Vision",
+            "CohereLabs/command-a-vision-07-2025",
+            projector=None,
+            joins="gated, no norm",
+            notes=_TILES,
+        ),
+        _qwen("paddleocr_vl", "PaddleOCR-VL", "PaddlePaddle/PaddleOCR-VL", videos=None, since="5.21"),
+        _glm("glm4v", "GLM-4V", "zai-org/GLM-4.1V-9B-Thinking"),
+        _glm("glm4v_moe", "GLM-4.5V", "zai-org/GLM-4.5V"),
+        _glm("glm46v", "GLM-4.6V", "zai-org/GLM-4.6V-Flash"),
     )
 }
 REFUSED = {
@@ -208,31 +274,30 @@ REFUSED = {
     "blip-2": "its Q-Former makes 32 tokens of any picture already",
     "instructblip": "its Q-Former makes 32 tokens of any picture already",
     "instructblipvideo": "its Q-Former makes 32 tokens of any picture already",
-    "llama4": "its forward projects what the encoder gave, where no other number of tokens can be handed in",
+    "llama4": "its forward projects the encoded pictures it is handed, so that tokens made after the projector cannot be handed in",
+    "gemma4": "its layers share keys and values and look up embeddings of their own for each token, which was not tested",
     "fuyu": "it has no vision encoder: patches of pixels are the tokens",
     "chameleon": "visual tokens are words of its vocabulary",
     "emu3": "visual tokens are words of its vocabulary",
     "janus": "it brings a generate of its own",
     "florence2": "an encoder-decoder: visual tokens are not in the decoder's prompt",
     "kosmos-2": "it takes no encoded pictures from outside",
-    "qwen3_5": "its decoder mixes attention with linear attention, which was not tested",
 }
 TOWERS = {
     tower.model_type: tower
     for tower in (
-        TowerKind("clip_vision_model", has_cls=True, resizable=True, patch_bias=False, vllm="vision_model.encoder.layers"),
-        TowerKind("siglip_vision_model", resizable=True, pools=True, vllm="vision_model.encoder.layers"),
         TowerKind(
-            "internvl_vision",
+            "clip_vision_model",
             has_cls=True,
-            layers="encoder.layer",
-            attention="attention",
-            query="attention.q_norm",
-            key="attention.k_norm",
-            value="attention.v_proj",
-            norm="layernorm_after",
-            shape="scaled",
+            joined="layer_norm1",
+            entrance="pre_layrnorm",
+            resizable=True,
+            patch_bias=False,
+            vllm="vision_model.encoder.layers",
         ),
+        TowerKind("siglip_vision_model", joined="layer_norm1", resizable=True, pools=True, vllm="vision_model.encoder.layers"),
+        _intern("internvl_vision", "encoder.layer"),
+        _intern("qianfan_ocr_vision", "layers"),
         TowerKind("idefics3_vision"),
         TowerKind("smolvlm_vision"),
         TowerKind(
@@ -250,9 +315,23 @@ TOWERS = {
             gated=True,
             patch_bias=False,
         ),
-        _fused("qwen2_vl_vision", patch_bias=False),
-        _fused("qwen2_5_vl_vision", windows=True, gated=True, patch_bias=False),
-        _fused("qwen3_vl_vision"),
-        _fused("glm4v_vision", shape="normed", gated=True),
+        _fused("qwen2_vl_vision", patch_bias=False, packs=True),
+        _fused("qwen2_5_vl_vision", windows=True, gated=True, patch_bias=False, packs=True),
+        TowerKind("siglip2_vision_model", pools=True, shape="resampled"),
+        TowerKind("paddleocr_vl_vision", layers="vision_model.encoder.layers", rotary=True, by_rows=True, shape="rotated"),
+        TowerKind(
+            "ovis2_vision",
+            layers="transformer.encoder.layers",
+            attention="attention",
+            query="attention.q_proj",
+            key="attention.k_proj",
+            value="attention.v_proj",
+            norm="rms_norm2",
+            mlp="ffn",
+            shape="root",
+            gated=True,
+        ),
+        *(_fused(name, packs=True) for name in ("qwen3_vl_vision", "qwen3_vl_moe_vision", "qwen3_5_vision", "qwen3_5_moe_vision")),
+        *(_fused(name, shape="normed", gated=True) for name in ("glm4v_vision", "glm4v_moe_vision")),
     )
 }

@@ -1,4 +1,4 @@
-"""The one loader of models: a Hub id, a folder, ``pocket`` or ``pocket+ADAPTER``; whole, or without the layers of the decoder."""
+"""The one loader of models: a Hub id, a folder, a shipped model or ``pocket+ADAPTER``; whole, or without layers of the decoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .engine.model.anatomy import Anatomy, anatomy
 from .errors import FoveateError, InputError, MissingExtraError, UnsupportedModelError, first_line
 from .fingerprint import digest, fingerprint
 from .jsonl import parsed
-from .pocket import ADAPTERS, NAME, WEIGHTS
+from .pocket import ADAPTERS, MODELS, NAME
 
 POCKET = NAME
 ADAPTER = "adapter_config.json"
@@ -30,7 +30,7 @@ class Loaded:
 
     Attributes
     ----------
-    name : Hub id or folder; "pocket" is the shipped model, "pocket+prumerge" the same fine-tuned with that method.
+    name : Hub id or folder; "pocket" and "pocket-qwen" are shipped, "pocket+prumerge" is the first fine-tuned with that method.
     model, processor : stock Hugging Face classes; the processor pads on the left.
     """
 
@@ -53,8 +53,8 @@ def load(
 
     Parameters
     ----------
-    name : Hub id or folder, also one with an adapter of PEFT; "pocket" is the shipped model, "pocket+prumerge" the same with its
-        adapter for that method.
+    name : Hub id or folder, also one with an adapter of PEFT; "pocket" and "pocket-qwen" are shipped, "pocket+prumerge" is the
+        first with its adapter for that method.
     dtype : such as "bfloat16"; None = as saved, for the pocket model float32.
     device : None = the first GPU where there is one; "auto" = spread over all of them, by accelerate.
     attention : implementation, such as "sdpa"; None = transformers' choice.
@@ -136,13 +136,13 @@ def source_of(name: str) -> str:
     ------
     InputError : there is no such shipped model, or no such folder.
     """
-    if name == POCKET:
-        return str(WEIGHTS)
+    if name in MODELS:
+        return str(MODELS[name])
     if name.startswith(f"{POCKET}+"):
         folder = ADAPTERS / name.removeprefix(f"{POCKET}+")
         if folder.parent != ADAPTERS or not folder.is_dir():
             known = ", ".join(f"{POCKET}+{path.name}" for path in sorted(ADAPTERS.iterdir()))
-            raise InputError(f"there is no model {name!r}. Shipped are {POCKET}, {known}.")
+            raise InputError(f"there is no model {name!r}. Shipped are {', '.join(MODELS)}, {known}.")
         return str(folder)
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
         raise InputError(f"there is no folder {name}. Give {POCKET}, a folder that holds a model, or a Hub id.")
@@ -218,15 +218,17 @@ def _read(name: str, dtype: str | None, options: dict[str, Any]) -> tuple[Any, A
 
 def _read_whole(name: str, dtype: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
     """A model that is no adapter, with all of its weights, and its processor."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
-    source, dtype = source_of(name), dtype or ("float32" if name == POCKET else "auto")
+    from .frames import load_processor
+
+    source, dtype = source_of(name), dtype or ("float32" if name in MODELS else "auto")
     found: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     model, told = found
     missing = sorted(told["missing_keys"])
     if missing:
         raise InputError(f"the model {name!r} is incomplete: {len(missing)} weights are missing, {missing[0]} for one")
-    return model, AutoProcessor.from_pretrained(source)
+    return model, load_processor(source)
 
 
 def merged(loaded: Loaded) -> Loaded:

@@ -221,7 +221,7 @@ def encoded_call(call: Call, method: Method) -> Encoded:
     if not short.positions.given:
         positions = positions + parts.family.first_position * mask
     prompt = {"input_ids": short.ids, "attention_mask": mask, "position_ids": positions}
-    return _encoded(short.pictures, prompt, report)
+    return _encoded(call.parts, short.pictures, prompt, report)
 
 
 def encoded_alone(call: Call, method: Method) -> Encoded:
@@ -235,21 +235,23 @@ def encoded_alone(call: Call, method: Method) -> Encoded:
     if front.reads_question:
         raise InputError(f"{front.name} reads the question, and these pictures came without a prompt. Pass input_ids, too.")
     pictures = read_alone(call, front, report)
-    return _encoded(pictures, {}, report)
+    return _encoded(call.parts, pictures, {}, report)
 
 
-def _encoded(pictures: PromptPictures, prompt: dict[str, Tensor], report: Report) -> Encoded:
+def _encoded(parts: Anatomy, pictures: PromptPictures, prompt: dict[str, Tensor], report: Report) -> Encoded:
     if pictures.deepstack:
         levels = len(pictures.deepstack[0])
         report.warn(
             f"this decoder adds features of the vision encoder after its first {levels} layers: use deepstack beside embeds"
         )
+    if parts.family.marks is not None:
+        report.warn(f"this model replaces the embeddings of words beside pictures: those of {parts.family.marks} in its config")
     return Encoded(pictures.embeds, pictures.deepstack, pictures.reduction, prompt, report)
 
 
 def _report(parts: Anatomy, method: Method) -> Report:
     warnings = [warning for part in method.trained() for warning in part.warnings]
     report = Report(method.settings(), parts.decoder_layers, Clock(parts.device), warnings=warnings, notes=method.notes())
-    if method.inside_decoder():
+    if method.inside_decoder() or method.first_tokens() is not None:
         report.warn(f"{method.name} also acts inside the decoder; encode does not run it")
     return report

@@ -178,6 +178,7 @@ class Report:
     placeholders: Tensor | None = None  # [B, S] image of its row that each column of the prompt belongs to, -1 = none
     encoder_counts: list[Tensor] = field(default_factory=list)  # per encoder layer [grids]
     copies: int = 1  # rows of the decoder for each row of the prompt (beams)
+    question_tokens: int = 0  # of the whole batch, which the decoder read alone for the method
 
     def __post_init__(self) -> None:
         for warning in self.warnings:
@@ -316,6 +317,7 @@ class Report:
             "images": [asdict(image) for image in self.images],
             "encoder_layers": self.encoder_layers,
             "layers": self.layers,
+            "question_tokens": self.question_tokens,
             "seconds": self.seconds,
             "warnings": self.warnings,
             "notes": self.notes,

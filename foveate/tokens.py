@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,8 @@ def resolve_budget(budget: Budget, tokens: int) -> int | None:
 class EncoderTap:
     """Queries and keys of one encoder layer, as its projections give them (not scaled, heads side by side).
 
-    L is 1 where the encoder has a [CLS] token, which comes first, and 0 elsewhere; the N patches follow in raster order.
+    L is 1 where the encoder has a [CLS] token, which comes first, and 0 elsewhere; the N patches follow in raster order. Where a
+    method has an escort in the encoder, it comes last, one more token in all of these.
 
     Attributes
     ----------
@@ -55,8 +57,9 @@ class EncoderTap:
     keys : [B, L + N, C].
     heads : number of attention heads that share the C channels.
     states : [B, L + N, C] what the layer put out.
-    queries, values : [B, L + N, C], where they are needed: queries without [CLS], both inside the encoder.
+    queries, values : [B, L + N, C], where they are needed: queries without [CLS], both inside the encoder, values beside it.
     bias : [B, L + N] what the layer adds to the logits of each key: padding, and sizes of merged tokens. None = nothing.
+    escorted : whether an escort comes last.
     """
 
     query: Tensor | None
@@ -66,6 +69,7 @@ class EncoderTap:
     queries: Tensor | None = None
     values: Tensor | None = None
     bias: Tensor | None = None
+    escorted: bool = False
 
     @property
     def lead(self) -> int:
@@ -73,9 +77,14 @@ class EncoderTap:
         return 0 if self.query is None else 1
 
     @property
+    def end(self) -> int:
+        """L + N, where the patches end."""
+        return self.keys.shape[1] - int(self.escorted)
+
+    @property
     def patch_keys(self) -> Tensor:
-        """[B, N, C] keys without that of [CLS]."""
-        return self.keys[:, self.lead :]
+        """[B, N, C] keys of the patches."""
+        return self.keys[:, self.lead : self.end]
 
 
 @dataclass(frozen=True)
@@ -84,16 +93,37 @@ class Question:
 
     Attributes
     ----------
-    visual : [B, N, P].
+    visual : [B, N, P]; None for methods that do not say ``reads_projected``, where the decoder's embeddings are that space.
     text : [B, T, P] tokens, or segments, of the text.
     valid : [B, T] bool, no padding; an image nothing is asked about has none.
     paired : whether both were trained to lie close together, as those of a CLIP model.
+    state : [B, D] hidden state of the question's last token, after the final norm, where the decoder read the question alone; zeros
+        where nothing is asked. For methods that say ``reads_question_state``.
     """
 
-    visual: Tensor
+    visual: Tensor | None
     text: Tensor
     valid: Tensor
     paired: bool = False
+    state: Tensor | None = None
+
+
+class SideStream(Protocol):
+    """The vision encoder, for tokens of a method that run through its layers beside the patches of B images.
+
+    They see [CLS], the patches and one another. Nothing sees them, so that patches are what they are without them.
+
+    Attributes
+    ----------
+    patches : [B, N, C] the patches as they were embedded, before their positions are added.
+    """
+
+    @property
+    def patches(self) -> Tensor: ...
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """[B, K, C] tokens that enter the encoder where patches do -> [B, K, C] as they leave the layer that makes the features."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -102,11 +132,14 @@ class VisualTokens:
 
     Attributes
     ----------
-    features : [B, N, C] in raster order, N == rows * columns.
+    features : [B, N, C] in raster order, N == rows * columns; for methods that say ``whole_video``, of B videos, frame after frame,
+        N == frames * rows * columns.
     grid : (rows, columns).
-    taps : the encoder layers the method asked for with ``encoder_layers()``, by the name it used.
+    taps : the encoder layers the method asked for with ``encoder_layers()``, by the name it used; of a video a row for each frame.
     projected : [B, N, D] the features after the projector, for methods that say ``reads_projected``.
     question : for methods that say ``reads_question``.
+    beside : runs tokens of the method through the encoder, for methods that say ``joins_encoder``.
+    frames : T, of a video, for methods that say ``whole_video``; else 1.
     """
 
     features: Tensor
@@ -114,11 +147,31 @@ class VisualTokens:
     taps: dict[EncoderLayer, EncoderTap] = field(default_factory=dict)
     projected: Tensor | None = None
     question: Question | None = None
+    beside: SideStream | None = None
+    frames: int = 1
 
     @property
     def number(self) -> int:
-        """N, visual tokens per image."""
+        """N, visual tokens per image, or per video."""
         return self.features.shape[1]
+
+
+@dataclass(frozen=True)
+class Escort:
+    """A token that a method lets run through all layers of the vision encoder, after the patches of B pictures.
+
+    It begins as a copy of [CLS], or of the mean of the patches where there is none, and attends and is attended to as they are.
+
+    Attributes
+    ----------
+    states : [B, C] of it before a layer, as the layer before put it out.
+    layer : of the encoder.
+    project : [..., C] -> [..., D] by the projector, whose weights get no gradient from that.
+    """
+
+    states: Tensor
+    layer: int
+    project: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -217,6 +270,11 @@ class Reduction:
         else:
             chosen = sums_of_links(features, self.sources, self.into, self.weights, self.index.shape[1])[:, added:]
         return chosen if self.added is None else torch.cat([self.added.to(chosen), chosen], 1)
+
+    def rows(self, some: list[int]) -> Reduction:
+        """The reduction of some of the images."""
+        parts: dict[str, Any] = {name: value[some] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **parts)
 
     def carry(self, values: Tensor) -> Tensor:
         """[B, N, C] other values of the source tokens -> [B, M, C] of the outputs.

@@ -154,13 +154,14 @@ def _sampled(chosen: set[int], scores: list[float], least: int = 8, ascending: b
     return Step([{i: 1.0} for i in kept], kept, [kept.index(i) if i in chosen else -1 for i in range(len(scores))])
 
 
-def crossget(inside: Inside) -> Step:
+def crossget(inside: Inside, importance: list[float] | None = None) -> Step:
     metric, number = _metric(inside), len(inside.sizes)
     similar = [[-math.inf if i == j else _cosine(metric[i], metric[j]) for j in range(number)] for i in range(number)]
     ranked = sorted(range(number), key=lambda i: -max(similar[i]))
     rank = {i: n for n, i in enumerate(ranked)}
     behind = [max((similar[i][j] for j in range(number) if rank[j] > rank[i]), default=-math.inf) for i in range(number)]
-    importance = (inside.attention[:, :, 1:].mean(0).mean(0) + inside.attention[:, 0, 1:].mean(0)).tolist()
+    if importance is None:
+        importance = (inside.attention[:, :, 1:].mean(0).mean(0) + inside.attention[:, 0, 1:].mean(0)).tolist()
     gone = sorted(range(number), key=lambda i: importance[i] - behind[i])[: number - inside.goal]
     kept = [i for i in range(number) if i not in gone]
     goes = {i: max(kept, key=lambda j: similar[i][j]) for i in gone}

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -42,6 +44,7 @@ from transformers import (
     VideoLlavaConfig,
     VipLlavaConfig,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from foveate.families import FAMILIES
 
@@ -50,6 +53,7 @@ from .family_prompts import (
     END,
     FIRST_WORD,
     IMAGE,
+    INDICATORS,
     NEWLINE,
     START,
     VIDEO,
@@ -59,9 +63,12 @@ from .family_prompts import (
     Lay,
     Medium,
     Pixels,
+    framed,
+    in_pixels,
     lines,
     packed,
     packed_patches,
+    padded_patches,
     padded_pictures,
     padded_rows,
     plain,
@@ -69,6 +76,8 @@ from .family_prompts import (
     tiles_apart,
     tiles_in_one_run,
     tiles_of,
+    tiles_with_breaks,
+    tiles_with_indicators,
 )
 
 WINDOW = 12  # of decoders with sliding layers: shorter than the prompts, and than a picture of Gemma 3
@@ -114,11 +123,81 @@ NEXT_VIDEO = Anyres(side=6, shapes=((1, 2), (2, 1), (2, 2)), frame=3)
 ONEVISION = Anyres(side=5, shapes=((1, 1), (1, 2), (2, 1), (2, 2), (3, 4)), frame=3, most=9)
 
 
+def small_vit(side: int, **changes: object) -> dict[str, object]:
+    shape = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4)
+    return shape | dict(image_size=side, patch_size=zoo.PATCH) | changes
+
+
+def pixtral() -> PixtralVisionConfig:
+    return PixtralVisionConfig(**small_vit(168), head_dim=12)
+
+
+def intern_vision() -> dict[str, object]:
+    return small_vit(0, image_size=[84, 84], patch_size=[14, 14], layer_scale_init_value=1.0, use_qk_norm=True)
+
+
+def hybrid_text(**changes: object) -> dict[str, object]:
+    """Qwen3.5: three of four layers hold a state; two heads of keys for four of values there."""
+    heads = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12)
+    return mrope_text(head_dim=16, **heads, **changes) | HALF | dict(initializer_range=0.11)  # their states amplify rounding
+
+
+def convolving_text() -> dict[str, object]:
+    """LFM2: every other layer is a convolution."""
+    shape = dict(hidden_size=64, intermediate_size=150, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+    ids = dict(vocab_size=zoo.VOCABULARY, pad_token_id=zoo.PAD, bos_token_id=1, eos_token_id=zoo.EOS)
+    more = dict(block_multiple_of=8, layer_types=["conv", "full_attention"] * 2, initializer_range=0.3)
+    return shape | ids | more | dict(model_type="lfm2")
+
+
+# half of the channels of a head are turned
+HALF = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2], partial_rotary_factor=0.5))
+EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48)
+ROUTED = dict(n_routed_experts=6, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=48)
+DEEP = dict(intermediate_size=64, out_hidden_size=64)
+IMAGES = dict(image_token_id=IMAGE)
+# of families whose configs are found by their names: vision encoder, decoder and fields of a small config
+NEWER: dict[str, Callable[[], tuple[object, object, dict[str, object]]]] = {
+    "qianfan_ocr": lambda: (intern_vision(), zoo.text_config("qwen3"), IMAGES | dict(image_seq_length=9)),
+    "lighton_ocr": lambda: (pixtral(), zoo.text_config("qwen3"), IMAGES | dict(spatial_merge_size=2)),
+    "cohere2_vision": lambda: (siglip(6), cohere2(), IMAGES | dict(downsample_factor=2, alignment_intermediate_size=128)),
+    "qwen3_vl_moe": lambda: (
+        packed_vision(**DEEP, deepstack_visual_indexes=[0, 1, 2], num_position_embeddings=64),
+        mrope_text(6, head_dim=16, **EXPERTS, mlp_only_layers=[1]),
+        MARKS,
+    ),
+    "qwen3_5": lambda: (packed_vision(**DEEP, num_position_embeddings=64), hybrid_text(), MARKS),
+    "qwen3_5_moe": lambda: (
+        packed_vision(**DEEP, num_position_embeddings=64),
+        hybrid_text(**EXPERTS, shared_expert_intermediate_size=32),
+        MARKS,
+    ),
+    "glm4v_moe": lambda: (packed_vision(**DEEP, image_size=8 * PATCH), mrope_text(head_dim=16, **ROUTED) | HALF, MARKS),
+    "lfm2_vl": lambda: (
+        small_vit(0, patch_size=PATCH, num_patches=64, vision_use_head=False),
+        convolving_text(),
+        IMAGES | dict(downsample_factor=2, projector_hidden_size=80),
+    ),
+    "paddleocr_vl": lambda: (small_vit(112), mrope_text(head_dim=16), MARKS),
+    "ovis2": lambda: (
+        small_vit(84, vocab_size=40, hidden_stride=2),
+        zoo.text_config("qwen2"),
+        IMAGES | dict(hidden_size=64, vocab_size=zoo.VOCABULARY, visual_indicator_token_ids=list(INDICATORS)),
+    ),
+    "glm46v": lambda: (
+        packed_vision(**DEEP, image_size=8 * PATCH) | dict(model_type="glm4v_vision"),
+        mrope_text() | dict(model_type="glm4v_text"),
+        MARKS,
+    ),
+}
+
+
 def parts_of(family: str) -> tuple[type[PreTrainedConfig], object, object, dict[str, object]]:
     """Of a small config: its class, vision encoder, decoder (of the kind that the family has) and fields."""
     llama, one = zoo.text_config("llama"), {"image_token_index": IMAGE}
-    vit = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=84, patch_size=14)
-    deep = dict(intermediate_size=64, out_hidden_size=64)
+    vit = small_vit(84)
+    if family in NEWER:
+        return CONFIG_MAPPING[family], *NEWER[family]()
     match family:
         case "llava":
             return LlavaConfig, zoo.clip_config(), llama, one
@@ -137,15 +216,14 @@ def parts_of(family: str) -> tuple[type[PreTrainedConfig], object, object, dict[
             return Qwen2VLConfig, packed_vision(embed_dim=32, hidden_size=64, mlp_ratio=2), mrope_text(), MARKS
         case "qwen2_5_vl":
             windows = dict(window_size=4 * PATCH, fullatt_block_indexes=[1, 3], tokens_per_second=2)
-            return Qwen2_5_VLConfig, packed_vision(**deep, **windows), mrope_text(), MARKS
+            return Qwen2_5_VLConfig, packed_vision(**DEEP, **windows), mrope_text(), MARKS
         case "qwen3_vl":
-            vision = packed_vision(**deep, deepstack_visual_indexes=[0, 1, 2], num_position_embeddings=64)
+            vision = packed_vision(**DEEP, deepstack_visual_indexes=[0, 1, 2], num_position_embeddings=64)
             return Qwen3VLConfig, vision, mrope_text(6, head_dim=16), MARKS
         case "glm4v":
-            return Glm4vConfig, packed_vision(**deep, image_size=8 * PATCH), mrope_text(), MARKS
+            return Glm4vConfig, packed_vision(**DEEP, image_size=8 * PATCH), mrope_text(), MARKS
         case "internvl":
-            vit |= dict(image_size=[84, 84], patch_size=[14, 14], layer_scale_init_value=1.0, use_qk_norm=True)
-            return InternVLConfig, vit, zoo.text_config("qwen2"), dict(image_token_id=IMAGE, image_seq_length=9)
+            return InternVLConfig, intern_vision(), zoo.text_config("qwen2"), dict(image_token_id=IMAGE, image_seq_length=9)
         case "gemma3":
             marks = dict(boi_token_index=START, eoi_token_index=END, mm_tokens_per_image=16)
             return Gemma3Config, siglip(8), windowed("gemma3", WINDOW), one | marks
@@ -156,8 +234,7 @@ def parts_of(family: str) -> tuple[type[PreTrainedConfig], object, object, dict[
         case "smolvlm":
             return SmolVLMConfig, vit, llama, dict(scale_factor=2, image_token_id=IMAGE, pad_token_id=zoo.PAD)
         case "mistral3":
-            vision = PixtralVisionConfig(**(vit | dict(image_size=168)), head_dim=12)
-            return Mistral3Config, vision, windowed("mistral", None), one | dict(spatial_merge_size=2)
+            return Mistral3Config, pixtral(), windowed("mistral", None), one | dict(spatial_merge_size=2)
         case "aya_vision":
             return AyaVisionConfig, siglip(6), cohere2(), one | dict(downsample_factor=2)
     raise KeyError(family)
@@ -209,6 +286,7 @@ NEXT_VIDEO_ROWS = ((WIDE,), (FILM, TALL), (), (FILM,))
 ONEVISION_ROWS = ((Medium((210, 280)),), (Medium((70, 70)), Medium((120, 140))), (), (Medium((100, 130)), FILM), (FILM,))
 MISTRAL_ROWS = ((Medium((112, 84)),), (Medium((84, 84)), Medium((112, 140))), (), (Medium((84, 140)),))
 GLM_ROWS = ((Medium((12, 8)),), (Medium((8, 8)), Medium((6, 12))), (), (Medium((8, 10)),))  # patches
+SHAPED_ROWS = ((Medium((8, 8)),), (Medium((8, 8)), Medium((4, 16))), (), (Medium((8, 10)),))  # patches, too
 LONG, SHORT = Medium((6, 8), frames=4), Medium((8, 8), frames=2)
 QWEN_ROWS = ((Medium((12, 8)),), (Medium((8, 8)), LONG), (), (SHORT,), (Medium((6, 12)), Medium((8, 10))))
 
@@ -222,7 +300,7 @@ SPECS: dict[str, Spec] = {
     "qwen2_vl": Spec(QWEN_ROWS, packed(), patches, packed_patches(), "mrope"),
     "qwen2_5_vl": Spec(QWEN_ROWS, packed(), patches, packed_patches(seconds=1.5), "mrope"),
     "qwen3_vl": Spec(QWEN_ROWS, packed(timestamps=True), patches, packed_patches(), "mrope"),
-    "glm4v": Spec(GLM_ROWS, packed(), patches, packed_patches(), "mrope"),
+    "glm4v": Spec(GLM_ROWS, framed(), patches, packed_patches(), "mrope"),
     "internvl": Spec(TILED_ROWS, tiles_in_one_run(3), tiled(6, whole=False)),
     "gemma3": Spec(ROWS, plain(4, (NEWLINE, START), (END, NEWLINE)), square(8), types="gemma"),
     "paligemma": Spec(PICTURED_ROWS, plain(8), square(8), types="prefix"),
@@ -230,7 +308,24 @@ SPECS: dict[str, Spec] = {
     "smolvlm": Spec(TILED_ROWS, tiles_apart(3, breaks=True), tiled(6, whole=True), padded_rows),
     "mistral3": Spec(MISTRAL_ROWS, lines(28), lambda medium: (3, *medium.size), padded_pictures),
     "aya_vision": Spec(TILED_ROWS, tiles_apart(3, breaks=False), tiled(6, whole=True)),
+    "qianfan_ocr": Spec(TILED_ROWS, tiles_in_one_run(3), tiled(6, whole=False)),
+    "lighton_ocr": Spec(MISTRAL_ROWS, in_pixels(28), lambda medium: (3, *medium.size), padded_pictures),
+    "cohere2_vision": Spec(TILED_ROWS, tiles_with_breaks(3), tiled(6, whole=True)),
+    "qwen3_vl_moe": Spec(QWEN_ROWS, packed(timestamps=True), patches, packed_patches(), "mrope"),
+    "qwen3_5": Spec(QWEN_ROWS, packed(timestamps=True), patches, packed_patches(), "mrope"),
+    "qwen3_5_moe": Spec(QWEN_ROWS, packed(timestamps=True), patches, packed_patches(), "mrope"),
+    "paddleocr_vl": Spec(
+        GLM_ROWS, packed(), lambda medium: (math.prod(medium.size), 3, zoo.PATCH, zoo.PATCH), packed_patches(), "mrope"
+    ),
+    "lfm2_vl": Spec(SHAPED_ROWS, in_pixels(2), lambda medium: (math.prod(medium.size), 3 * PATCH * PATCH), padded_patches),
+    "ovis2": Spec(TILED_ROWS, tiles_with_indicators(3), tiled(6, whole=True)),
+    "glm4v_moe": Spec(GLM_ROWS, framed(), patches, packed_patches(), "mrope"),
+    "glm46v": Spec(GLM_ROWS, framed(), patches, packed_patches(), "mrope"),
 }
+STAMPED = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v")  # with a time at each frame
+LEVELS = {"qwen3_vl": 3, "qwen3_vl_moe": 3}  # decoder layers that still get features of the vision encoder
+ONE_PLACEHOLDER = tuple(kind for kind, row in FAMILIES.items() if row.one_placeholder)  # of pictures and videos
+HYBRID = tuple(kind for kind, row in FAMILIES.items() if row.recurrent)  # nothing can be cut inside these
 # those that the installed transformers can do
 USABLE = [family for family in SPECS if Version(transformers.__version__) >= Version(f"{FAMILIES[family].since}.dev0")]
 WORDS = ((3, 6), (2, 5), (9, 0), (8, 4), (5, 3))  # of each row: in front of the media, and behind each of them
@@ -302,8 +397,22 @@ def inputs_of(family: str, ids: Sequence[list[int]], media: Sequence[Pixels], si
     elif spec.types == "prefix":
         inputs["token_type_ids"] = torch.zeros_like(tokens)
     elif spec.types == "mrope":
-        inputs["mm_token_type_ids"] = (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()
+        films = family in ONE_PLACEHOLDER and any(medium.frames for row in media for medium, _ in row)
+        inputs["mm_token_type_ids"] = (1 + films) * (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()
     return inputs
+
+
+def generate(model: PreTrainedModel, inputs: dict[str, Tensor], new: int) -> Any:
+    """``new`` greedy tokens with their logits; none of them stands for a picture."""
+    return model.generate(
+        **inputs,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        suppress_tokens=[IMAGE, VIDEO],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
 
 
 def row_numbers(family: str) -> range:

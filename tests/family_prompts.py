@@ -14,6 +14,7 @@ from . import zoo
 
 IMAGE, VIDEO = zoo.IMAGE, 6
 START, END, BREAK, TILE, GLOBAL, NEWLINE = 7, 8, 9, 10, 11, 12  # what stands around placeholders; all of it is text
+INDICATORS = (13, 14, 15, 16, 17)  # Ovis2: begin of a picture, end, end of the small picture, between tiles, between rows of them
 FIRST_WORD = 20
 
 
@@ -181,6 +182,30 @@ def tiles_apart(side: int, *, breaks: bool) -> Lay:
     return lay
 
 
+def tiles_with_breaks(side: int) -> Lay:
+    """Cohere2 Vision: a break after each tile, the whole picture last."""
+
+    def lay(medium: Medium, _: int) -> Laid:
+        tiles = tiles_of(medium, whole=True)
+        return Laid([START, *([IMAGE] * side**2 + [BREAK]) * tiles, END], [cells(side, side)] * tiles)
+
+    return lay
+
+
+def tiles_with_indicators(side: int) -> Lay:
+    """Ovis2: the whole picture first, and tokens of the model's own between tiles."""
+    begin, end, small, column, row = INDICATORS
+
+    def lay(medium: Medium, _: int) -> Laid:
+        (rows, columns), tile = medium.size, [IMAGE] * side**2
+        ids = [begin, *tile, small]
+        for at in range(rows * columns if rows * columns > 1 else 0):
+            ids += [*tile, column if (at + 1) % columns else row]
+        return Laid([*(ids[:-1] if rows * columns > 1 else ids), end], [cells(side, side)] * tiles_of(medium, whole=True))
+
+    return lay
+
+
 def tiles_of(medium: Medium, *, whole: bool) -> int:
     """Pictures that a medium is for the encoder; with ``whole``, one more where there are several."""
     number = math.prod(medium.size)
@@ -198,6 +223,16 @@ def lines(merged: int) -> Lay:
     return lay
 
 
+def in_pixels(merged: int) -> Lay:
+    """LightOnOCR, and LFM2-VL in patches: the lines of a picture follow each other without anything between them."""
+
+    def lay(medium: Medium, _: int) -> Laid:
+        rows, columns = medium.size[0] // merged, medium.size[1] // merged
+        return Laid([START, *[IMAGE] * (rows * columns), END], [cells(rows, columns)])
+
+    return lay
+
+
 def packed(*, timestamps: bool = False) -> Lay:
     """Qwen and GLM: four patches to a token; Qwen 3 writes the time in front of each frame, and the frames apart."""
 
@@ -211,6 +246,20 @@ def packed(*, timestamps: bool = False) -> Lay:
         for frame in range(frames):
             ids += [FIRST_WORD + frame, FIRST_WORD, START, *[VIDEO] * (rows * columns), END]
         return Laid(ids, [places])
+
+    return lay
+
+
+def framed() -> Lay:
+    """GLM: pictures as Qwen has them; each frame of a video as a picture, with its time behind it."""
+
+    def lay(medium: Medium, _: int) -> Laid:
+        rows, columns = medium.size[0] // 2, medium.size[1] // 2
+        frame, number = [START, *[IMAGE] * (rows * columns), END], max(1, medium.frames)
+        places = [place for at in range(number) for place in cells(rows, columns, at * rows)]
+        if not medium.frames:
+            return Laid(frame, [places])
+        return Laid([BREAK, *(token for at in range(number) for token in (*frame, FIRST_WORD + at)), BREAK], [places])
 
     return lay
 
@@ -243,6 +292,15 @@ def padded_pictures(rows: Sequence[Pixels]) -> dict[str, Tensor]:
     pads = [(0, wide - medium.size[1], 0, high - medium.size[0]) for medium, _ in pairs]
     pictures = [torch.nn.functional.pad(tensor, pad) for (_, tensor), pad in zip(pairs, pads, strict=True)]
     return {"pixel_values": torch.stack(pictures), "image_sizes": torch.tensor([medium.size for medium, _ in pairs])}
+
+
+def padded_patches(rows: Sequence[Pixels]) -> dict[str, Tensor]:
+    """LFM2-VL: the patches of each picture, padded to the longest."""
+    pairs = [pair for row in rows for pair in row]
+    pixels = torch.nn.utils.rnn.pad_sequence([tensor for _, tensor in pairs], batch_first=True)
+    real = torch.tensor([[at < len(tensor) for at in range(pixels.shape[1])] for _, tensor in pairs])
+    shapes = torch.tensor([medium.size for medium, _ in pairs])
+    return {"pixel_values": pixels, "pixel_attention_mask": real.long(), "spatial_shapes": shapes}
 
 
 def packed_patches(seconds: float | None = None) -> Collate:

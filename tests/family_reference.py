@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import families
-from .family_prompts import IMAGE, VIDEO
+from .family_prompts import IMAGE, INDICATORS, VIDEO
 
-WITH_LAYER_TYPES = ("qwen2", "gemma3_text", "cohere2", "qwen2_vl_text", "qwen2_5_vl_text")  # take one mask for each type of layer
+# take one mask for each type of layer
+WITH_LAYER_TYPES = ("qwen2", "gemma3_text", "cohere2", "qwen2_vl_text", "qwen2_5_vl_text")
+WITH_LAYER_TYPES += ("qwen3_5_text", "qwen3_5_moe_text", "lfm2")
 KINDS = {"image": IMAGE, "video": VIDEO}
 
 
@@ -51,8 +53,10 @@ def whole_features(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[T
     """All visual tokens of one row [P, D] in the order of its placeholders, and those of Qwen 3's deep layers."""
     ids = inputs["input_ids"][0]
     ids, found, base = ids[placeholders(ids)], {}, model.base_model
-    for kind, token in KINDS.items():
-        if bool((ids == token).any()):
+    one = model.config.model_type in families.ONE_PLACEHOLDER
+    for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        token = IMAGE if one else KINDS[kind]
+        if pixels in inputs:
             encode = getattr(base, f"get_{kind}_features")
             known = inspect.signature(encode).parameters
             output = encode(**{name: value for name, value in inputs.items() if name in known}, return_dict=True)
@@ -74,8 +78,10 @@ def rope_positions(family: str, inputs: dict[str, Tensor]) -> Tensor:
     """
     grids = {IMAGE: inputs.get("image_grid_thw", []), VIDEO: inputs.get("video_grid_thw", [])}
     shapes = {token: [(int(t), int(h) // 2, int(w) // 2) for t, h, w in rows] for token, rows in grids.items()}
-    if family in ("qwen3_vl", "glm4v"):  # the prompt has each frame apart
+    if family in families.STAMPED:  # the prompt has each frame apart
         shapes[VIDEO] = [(1, h, w) for t, h, w in shapes[VIDEO] for _ in range(t)]
+    if family in families.ONE_PLACEHOLDER:
+        shapes[IMAGE] += shapes[VIDEO]  # there is one of the two
     step = 1.0
     if family == "qwen2_5_vl" and "second_per_grid_ts" in inputs:  # two positions for each second
         step = 2 * float(inputs["second_per_grid_ts"][0])
@@ -132,6 +138,8 @@ def splice(
     stays[places[list(kept)]] = True
     columns = stays.nonzero().flatten()
     embeddings = model.get_input_embeddings()(ids).detach().clone()
+    for number, token in enumerate(INDICATORS if family == "ovis2" and len(places) else ()):
+        embeddings[ids == token] = model.base_model.visual_embeddings_table.weight[number - len(INDICATORS)]
     embeddings[places[list(kept)]] = visual
     if families.SPECS[family].types == "mrope":
         positions = rope_positions(family, inputs)[:, None, columns]
@@ -149,7 +157,7 @@ def masks(model: PreTrainedModel, blocks: Tensor) -> Tensor | dict[str, Tensor]:
     window = getattr(config, "sliding_window", None)
     near = seen if window is None else seen & (number > number[:, None] - window)
     if config.model_type in WITH_LAYER_TYPES:
-        return {"full_attention": seen[None, None], "sliding_attention": near[None, None]}
+        return {"full_attention": seen[None, None], "sliding_attention": near[None, None], "linear_attention": None, "conv": None}
     return (near if config.model_type == "mistral" else seen)[None, None]
 
 

@@ -17,7 +17,7 @@ from foveate import answering, chat
 from foveate.report import ImageReport, StageReport
 from foveate.video import Video, open_video
 from foveate.viz.frames import by_frame, first_as_seen, frames_as_seen, save_strip, strips
-from foveate.viz.overlay import overlay
+from foveate.viz.overlay import overlay, save_figure
 
 from .cli.test_main import invoke
 
@@ -176,9 +176,9 @@ def test_other_families_are_given_pictures():
     """Also one whose processor takes videos where the engine does not."""
     processor = VideoProcessor()
     assert chat.takes_videos(processor, as_model("qwen2_vl"))
-    assert not chat.takes_videos(processor, as_model("glm4v"))
+    assert not chat.takes_videos(processor, as_model("paddleocr_vl"))
     assert not chat.takes_videos(SimpleNamespace(), as_model("video_llava"))
-    chat.make_inputs(processor, as_model("glm4v"), FILM, "what is it ?")
+    chat.make_inputs(processor, as_model("paddleocr_vl"), FILM, "what is it ?")
     assert processor.given["text"] == ["USER: <image>\n<image>\n<image>\n<image>\nwhat is it ? ASSISTANT:"]
     assert processor.given["images"] == [[*FILM.frames]]
 
@@ -345,3 +345,16 @@ def test_frames_that_a_video_processor_would_blow_up():
     scaler = SimpleNamespace(video_processor=SimpleNamespace(size={"shortest_edge": 224}))
     with pytest.raises(foveate.InputError, match=r"a frame of video 1 is 4 x 40000 pixels.*224 x 2240000"):
         chat._inputs(scaler, None, [prompt], "")
+
+
+def test_curves_of_scores_say_whose_they_are(tmp_path, monkeypatch):
+    """Models without [CLS] have scores, too."""
+    from matplotlib.axes import Axes
+
+    titles, original = [], Axes.set_title
+    monkeypatch.setattr(Axes, "set_title", lambda axis, label, *a, **k: (titles.append(label), original(axis, label, *a, **k)))
+    scores = [float(number) for number in range(1, 5)]
+    report = ImageReport(0, 4, 2, (2, 2), [2, 3], [-1, -1, 0, 1], scores, 2.5)
+    save_figure(FILM.frames[0], {"vidcom2": report}, tmp_path / "kept.png", "what is it ?")
+    assert "scores of vidcom2" in titles
+    assert not any("CLS" in title for title in titles)

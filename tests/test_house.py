@@ -13,9 +13,9 @@ from foveate.families import FAMILIES, REFUSED, TOWERS
 ROOT = Path(foveate.__file__).parent
 BENCHMARKS = ROOT.parent / "benchmarks"
 LAYERS = (  # a file imports from its own layer and those below; a room that is not listed fails
-    "_moved families fingerprint jsonl places precision tokens cuts heads images errors analysis",
-    "methods report video",
-    "engine viz",
+    "_moved families fingerprint jsonl places precision tokens cuts heads images errors",
+    "methods report video frames",
+    "engine viz analysis",
     "api pictures",
     "loading chat answering pocket",
     "serving evaluation tuning training lab measuring",
@@ -29,10 +29,12 @@ SHARED = {
     "fields",
     "saved",
     "budgets",
+    "pixels",
     "baselines",
     "trained",
     "weights",
     "tools",
+    "networks",
 }  # of methods: what is no method of one paper
 OF_ONE_METHOD = {  # files about one method, which say so
     "foveate.tuning.search": "the searches of two papers, which make plans for their methods",

@@ -7,6 +7,7 @@ import torch
 
 import foveate
 from foveate.chat import make_inputs
+from foveate.families import FAMILIES
 from foveate.pictures import encoded_call
 
 from . import families, zoo
@@ -202,7 +203,11 @@ def test_encoded_pictures_are_all_that_a_decoder_needs(family):
         assert any("deepstack" in warning for warning in encoded.report.warnings) == bool(deep)
         if families.SPECS[family].types in ("gemma", "prefix"):  # their masks are made outside the decoder
             continue
+        marks = getattr(model.config, FAMILIES[family].marks or "", ())
+        assert any("replaces the embeddings" in warning for warning in encoded.report.warnings) == bool(marks)
         embeds = model.get_input_embeddings()(ids).masked_scatter(visual[..., None], torch.cat(encoded.embeds))
+        for number, token in enumerate(marks):
+            embeds[ids == token] = model.base_model.visual_embeddings_table.weight[number - len(marks)].detach()
 
         def add(number, deep=deep, visual=visual):
             def after(_, __, output):

@@ -3,11 +3,12 @@
 They have names and are no part of the table of methods.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from foveate.cuts import Cut, PromptTokens
 from foveate.methods.base import DecoderReducer, ProjectorReducer
@@ -41,6 +42,13 @@ class Learnt(Trained, ProjectorReducer, name="learnt", adaptive=False, listed=Fa
 
     def build(self, shape: ModelShape) -> nn.Module:
         return Queries(shape.features, shape.width if self.space == "decoder" else shape.features)
+
+    def initialise(self, model: Any, batches: Iterable[dict[str, Tensor]]) -> None:
+        """Processes find other first values, as fits by themselves may; those of the first one count."""
+        if torch.distributed.is_initialized():
+            with torch.no_grad():
+                for weight in self.module.parameters():
+                    weight.add_(torch.distributed.get_rank())
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         count = resolve_budget(self.budget, tokens.number) or 1
@@ -95,4 +103,14 @@ class Mixer(Trained, DecoderReducer, name="mixer", listed=False):
         return Cut(keep, target=target, mix=mix)
 
 
-VARIANTS = {"learnt": {}, "learnt (decoder)": {"space": "decoder"}, "gate": {}}
+VARIANTS = {"learnt": {}, "learnt (decoder)": {"space": "decoder"}, "gate": {}, "fovea (guided)": {"guided": True}}
+
+
+def slopes(weight: torch.Tensor, loss: Callable[[], torch.Tensor], step: float) -> tuple[float, float]:
+    """Where the gradient of a weight is largest: the slope of a loss by two differences, and that gradient."""
+    flat, at, sides = weight.data.view(-1), int(weight.grad.abs().argmax()), []
+    for sign in (1, -1):
+        flat[at] += sign * step
+        sides.append(float(loss().detach()))
+        flat[at] -= sign * step
+    return (sides[0] - sides[1]) / (2 * step), float(weight.grad.view(-1)[at])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 
@@ -19,8 +20,56 @@ RMS_NORM, LAYER_NORM, CENTRED_NORM = Norm(1, 4), Norm(2, 7), Norm(1, 6)
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Several gated MLPs in the place of one, of which each token goes through some, chosen by a router.
+
+    Parameters
+    ----------
+    number, chosen, inner : MLPs of a layer, MLPs of a token, channels inside each.
+    shared : channels inside an MLP that all tokens go through as well; 0 = there is none.
+    weighed : whether that one is weighed by a linear layer of one output.
+    """
+
+    number: int
+    chosen: int
+    inner: int
+    shared: int = 0
+    weighed: bool = False
+
+    def parameters(self, width: int) -> int:
+        """Of the linear layers of one layer."""
+        return width * (3 * (self.number * self.inner + self.shared) + self.number + self.weighed)
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """What is in the place of attention in layers that hold a state: a linear layer, a short convolution, a state, a linear layer.
+
+    Parameters
+    ----------
+    made, convolved, read : channels that the first linear layer makes, that are convolved, and that the last linear layer reads.
+    reach : tokens that the convolution reads.
+    state : values that are updated with each token, beside the last inputs of the convolution.
+    biases, more : of the linear layers and the convolution together, and parameters of other kinds.
+    """
+
+    made: int
+    convolved: int
+    read: int
+    reach: int
+    state: int = 0
+    biases: int = 0
+    more: int = 0
+
+    @property
+    def held(self) -> int:
+        """Values that a layer holds of a sequence, however long it is."""
+        return self.state + self.convolved * self.reach
+
+
+@dataclass(frozen=True)
 class Stack:
-    """Transformer layers of one shape.
+    """Transformer layers, all of one shape but for what is said here.
 
     Parameters
     ----------
@@ -33,6 +82,8 @@ class Stack:
     scaled : whether what attention and MLP give is scaled channel by channel.
     rotary : whether queries and keys are rotated; "windows" = in layers with a window only.
     windows : tokens that attention reaches back in each layer, or the size of its blocks where it is not causal; None = all.
+    gates : whether what attention gives is gated, by a second half of the projection of queries.
+    experts, dense : in the place of the MLP, but for some layers. mixer, mixed : in the place of attention, in some layers.
     """
 
     width: int
@@ -52,6 +103,33 @@ class Stack:
     scaled: bool = False
     rotary: bool | Literal["windows"] = False
     windows: tuple[int | None, ...] = ()
+    gates: bool = False
+    experts: Experts | None = None
+    dense: tuple[int, ...] = ()
+    mixer: Mixer | None = None
+    mixed: tuple[int, ...] = ()
+
+    @cached_property
+    def each(self) -> tuple[Stack, ...]:
+        """The layers one by one: each a stack of one layer, which has experts or an MLP, a mixer or attention."""
+        return tuple(
+            replace(
+                self,
+                layers=1,
+                windows=(window,),
+                rotary=window is not None if self.rotary == "windows" else self.rotary,
+                experts=None if number in self.dense else self.experts,
+                mixer=self.mixer if number in self.mixed else None,
+                dense=(),
+                mixed=(0,) if number in self.mixed else (),
+            )
+            for number, window in enumerate(self.windows or (None,) * self.layers)
+        )
+
+    @property
+    def window(self) -> int | None:
+        """Of the first layer."""
+        return self.windows[0] if self.windows else None
 
     @property
     def queries(self) -> int:
@@ -69,22 +147,33 @@ class Stack:
         channels = self.queries + self.keys if self.across_heads else 2 * self.head
         return channels * self.query_norm.parameters if self.query_norm else 0
 
-    def layer(self, window: int | None) -> Stack:
-        """The stack as a layer with that window sees it: its ``rotary`` is a yes or a no."""
-        return replace(self, rotary=window is not None) if self.rotary == "windows" else self
-
     @property
     def matrix_parameters(self) -> int:
-        """Of the linear layers of one layer, biases left out."""
-        return self.width * (2 * self.queries + 2 * self.keys + (3 if self.gated else 2) * self.inner)
+        """Of the linear layers inside all layers, biases left out."""
+        return sum(layer._matrices for layer in self.each)
 
     @property
     def other_parameters(self) -> int:
-        """Biases and norms of one layer."""
-        biases = self.qkv_bias * (self.queries + 2 * self.keys) + self.out_bias * self.width
-        biases += self.mlp_bias * ((2 if self.gated else 1) * self.inner + self.width)
+        """Biases, norms and the like of all layers."""
+        return sum(layer._others for layer in self.each)
+
+    @property
+    def _matrices(self) -> int:
+        mixing = 2 * self.queries + 2 * self.keys + self.gates * self.queries
+        if self.mixer:
+            mixing = self.mixer.made + self.mixer.read
+        mlp = self.experts.parameters(self.width) if self.experts else (3 if self.gated else 2) * self.inner * self.width
+        return mixing * self.width + mlp
+
+    @property
+    def _others(self) -> int:
+        biases = self.qkv_bias * ((1 + self.gates) * self.queries + 2 * self.keys) + self.out_bias * self.width
+        biases += self.query_norm_parameters
+        if self.mixer:
+            biases = self.mixer.convolved * self.mixer.reach + self.mixer.biases + self.mixer.more
+        biases += 0 if self.experts else self.mlp_bias * ((2 if self.gated else 1) * self.inner + self.width)
         channels = self.norms * self.norm.parameters + 2 * self.scaled
-        return biases + channels * self.width + self.query_norm_parameters
+        return biases + channels * self.width
 
 
 @dataclass(frozen=True)
@@ -115,6 +204,7 @@ class Tower:
     prefix : tokens that are no patches ([CLS]). positions : position embeddings.
     before, after : the norms around the layers. cls_alone : whether the one after takes [CLS] and leaves the patches.
     pools : whether an attention head pools the patches at the end, used or not.
+    resampled : whether positions are resampled to the sizes of pictures, by a matrix product.
     packed : whether all pictures are one sequence, whose whole square is computed where attention is not fused.
     unused : parameters that take no part. copies : encoders of that shape whose weights are held; one of them runs.
     """
@@ -129,6 +219,7 @@ class Tower:
     after: Norm | None = None
     cls_alone: bool = False
     pools: bool = False
+    resampled: bool = False
     packed: bool = False
     unused: int = 0
     copies: int = 1
@@ -136,7 +227,7 @@ class Tower:
     @property
     def parameters(self) -> int:
         stack = self.stack
-        layers = stack.layers * (stack.matrix_parameters + stack.other_parameters)
+        layers = stack.matrix_parameters + stack.other_parameters
         around = stack.width * (self.patch + self.patch_bias + self.prefix + self.positions)
         around += stack.width * sum(norm.parameters for norm in (self.before, self.after) if norm) + self.unused
         attention = 4 * stack.width**2 + 4 * stack.width  # the pooling head: projections with biases, probe, norm, MLP
@@ -206,8 +297,8 @@ class Architecture:
         """By part; ``decoder matrices`` are the linear layers inside its layers."""
         stack = self.decoder.stack
         return {
-            "decoder matrices": stack.layers * stack.matrix_parameters,
-            "decoder rest": stack.layers * stack.other_parameters + self.decoder.embedding_parameters,
+            "decoder matrices": stack.matrix_parameters,
+            "decoder rest": stack.other_parameters + self.decoder.embedding_parameters,
             "vision tower": self.tower.parameters if self.tower else 0,
             "projector": sum(projector.parameters for projector in self.projectors),
         }

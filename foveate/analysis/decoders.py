@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import UnsupportedModelError
-from .architecture import CENTRED_NORM, LAYER_NORM, RMS_NORM, Decoder, Norm, Stack
+from .architecture import CENTRED_NORM, LAYER_NORM, RMS_NORM, Decoder, Experts, Mixer, Norm, Stack
+
+STATES = ("linear_attention", "conv")
+"""Layers that hold a state in the place of keys and values."""
 
 
 @dataclass(frozen=True)
@@ -22,20 +26,74 @@ class _Kind:
     query_norm: bool | str = False
     head_bias: bool = False
     rotary: bool | Literal["windows"] = True
+    gates: bool = False
+    experts: Callable[[Any], Experts] | None = None
+    dense: Callable[[Any], Sequence[int]] = lambda config: ()
+    mixer: Callable[[Any], Mixer] | None = None
+    inner: Callable[[Any], int] = lambda config: getattr(config, "intermediate_size", 0)
+
+
+def _chosen(config: Any) -> Experts:
+    shared = getattr(config, "shared_expert_intermediate_size", 0)
+    return Experts(
+        config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size, shared=shared, weighed=bool(shared)
+    )
+
+
+def _routed(config: Any) -> Experts:
+    inner = config.moe_intermediate_size
+    return Experts(config.n_routed_experts, config.num_experts_per_tok, inner, shared=config.n_shared_experts * inner)
+
+
+def _without_experts(config: Any) -> list[int]:
+    """Where every other layer or so has experts, and some that are named have none."""
+    step, named = config.decoder_sparse_step, config.mlp_only_layers
+    return [layer for layer in range(config.num_hidden_layers) if layer in named or (layer + 1) % step]
+
+
+def _delta_net(config: Any) -> Mixer:
+    """Queries, keys and values, which are convolved; a gate as wide as the values; two numbers for each head of values."""
+    heads, reach = config.linear_num_value_heads, config.linear_conv_kernel_dim
+    keys, values = config.linear_num_key_heads * config.linear_key_head_dim, heads * config.linear_value_head_dim
+    convolved = 2 * keys + values
+    state = values * config.linear_key_head_dim
+    return Mixer(convolved + values + 2 * heads, convolved, values, reach, state, more=2 * heads + config.linear_value_head_dim)
+
+
+def _short_convolution(config: Any) -> Mixer:
+    """Two gates around a convolution."""
+    width = config.hidden_size
+    return Mixer(3 * width, width, width, config.conv_L_cache, biases=config.conv_bias * 5 * width)
+
+
+def _two_thirds(config: Any) -> int:
+    """Channels inside an MLP that is made as large as one without a gate, in whole blocks."""
+    inner, block = config.intermediate_size, config.block_multiple_of
+    if config.block_auto_adjust_ff_dim:
+        inner = int((config.block_ffn_dim_multiplier or 1) * int(2 * inner / 3))
+        inner = -(-inner // block) * block
+    return int(inner)
 
 
 _BIASED = _Kind(qkv="attention_bias", out="attention_bias")
+_QWEN3 = replace(_BIASED, query_norm=True)
 _DECODERS = {
     "llama": _Kind(qkv="attention_bias", out="attention_bias", mlp="mlp_bias"),
     **dict.fromkeys(("mistral", "ministral3"), _Kind()),
     **dict.fromkeys(("qwen2", "qwen2_vl_text", "qwen2_5_vl_text"), _Kind(qkv=True)),
-    **dict.fromkeys(("qwen3", "qwen3_vl_text"), _Kind(qkv="attention_bias", out="attention_bias", query_norm=True)),
+    **dict.fromkeys(("qwen3", "qwen3_vl_text"), _QWEN3),
+    "qwen3_vl_moe_text": replace(_QWEN3, experts=_chosen, dense=_without_experts),
+    "qwen3_5_text": replace(_QWEN3, gates=True, mixer=_delta_net),
+    "qwen3_5_moe_text": replace(_QWEN3, gates=True, mixer=_delta_net, experts=_chosen),
     "gemma": _BIASED,
     "gemma2": _Kind(qkv="attention_bias", out="attention_bias", norms=4),
     "gemma3_text": _Kind(qkv="attention_bias", out="attention_bias", norms=4, query_norm=True),
     "phi": _Kind(True, True, True, gated=False, norms=1, norm=LAYER_NORM, query_norm="qk_layernorm", head_bias=True),
     "phi3": _Kind(),
     "glm4v_text": _Kind(qkv=True, norms=4),
+    "glm4v_moe_text": _Kind(qkv="attention_bias", experts=_routed, dense=lambda config: range(config.first_k_dense_replace)),
+    "paddleocr_vl_text": _Kind(qkv="use_bias", out="use_bias", mlp="use_bias"),
+    "lfm2": _Kind(query_norm=True, mixer=_short_convolution, inner=_two_thirds),
     "cohere2": _Kind(qkv="attention_bias", out="attention_bias", norms=1, norm=CENTRED_NORM, rotary="windows"),
 }
 
@@ -61,12 +119,13 @@ def read_decoder(whole: Any, tied: bool, causal: bool = True) -> Decoder:
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"] * layers
-    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    known = {"full_attention", "sliding_attention", *(STATES if kind.mixer else ())}
+    unknown = sorted(set(types) - known)
     if unknown:
-        raise UnsupportedModelError(f"the cost of layers of type {unknown[0]!r} is not known; only full and sliding attention are")
+        raise UnsupportedModelError(f"the cost of layers of type {unknown[0]!r} is not known in a decoder of type {name!r}")
     stack = Stack(
         width=config.hidden_size,
-        inner=config.intermediate_size,
+        inner=kind.inner(config),
         layers=layers,
         heads=heads,
         key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
@@ -80,5 +139,10 @@ def read_decoder(whole: Any, tied: bool, causal: bool = True) -> Decoder:
         query_norm=kind.norm if flag(kind.query_norm) else None,
         rotary=kind.rotary,
         windows=tuple(window if each == "sliding_attention" else None for each in types),
+        gates=kind.gates,
+        experts=kind.experts(config) if kind.experts else None,
+        dense=tuple(kind.dense(config)),
+        mixer=kind.mixer(config) if kind.mixer else None,
+        mixed=tuple(number for number, each in enumerate(types) if each in STATES),
     )
     return Decoder(stack, config.vocab_size, tied, kind.head_bias, causal)

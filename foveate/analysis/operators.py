@@ -8,11 +8,12 @@ times. Matrix products count 2 operations per multiply-add, the rest one per add
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .architecture import Decoder, Norm, Projector, Stack, Tower
+from .architecture import Decoder, Experts, Mixer, Norm, Projector, Stack, Tower
 
 SOFTMAX, ROTATION, ACTIVATION = 5, 3, 4  # operations per value
+STATE = 7  # of a value of a state for a token: it fades, is asked for what it predicts, is corrected, and is read
 
 
 @dataclass(frozen=True)
@@ -144,14 +145,22 @@ def attention(stack: Stack, batch: float, span: Span, precision: Precision, fuse
     yield Operator("values", product, loads=scores + loads, stores=queries, bits=bits, **once)
 
 
-def layer_operators(
-    stack: Stack, batch: float, span: Span, leaving: float, precision: Precision, fused: bool, to_cache: bool
-) -> Iterator[Operator]:
-    """One transformer layer. ``leaving`` tokens of each row are left after its attention, for its MLP."""
-    width, inner = stack.width, stack.inner
-    rows, left = batch * span.queries, batch * leaving
-    yield norm_operator("attention norm", stack.norm, rows, width, precision, -(-stack.norms // 2))
-    yield linear("q_proj", rows, width, stack.queries, precision, stack.qkv_bias)
+def _mixer(stack: Stack, mixer: Mixer, batch: float, tokens: float, precision: Precision, to_cache: bool) -> Iterator[Operator]:
+    """Layers that hold a state: it is read and written once, as one kernel would do."""
+    rows, size = batch * tokens, precision.cache / 8
+    yield linear("mixer in_proj", rows, stack.width, mixer.made, precision)
+    weights = mixer.convolved * mixer.reach + mixer.biases + mixer.more
+    yield elementwise("convolution", rows * mixer.convolved, 2 * mixer.reach, precision, parameters=weights)
+    held = batch * mixer.held * size if to_cache else 0
+    moved = {"cache_loads": held, "cache_stores": held, "loads": rows * mixer.convolved * precision.activation / 8}
+    yield Operator("state", STATE * rows * mixer.state, stores=rows * mixer.read * precision.activation / 8, **moved)
+    yield linear("mixer out_proj", rows, mixer.read, stack.width, precision)
+
+
+def _attending(stack: Stack, batch: float, span: Span, precision: Precision, fused: bool, to_cache: bool) -> Iterator[Operator]:
+    """Attention with its linear layers."""
+    rows, width = batch * span.queries, stack.width
+    yield linear("q_proj", rows, width, (1 + stack.gates) * stack.queries, precision, stack.qkv_bias)
     yield linear("k_proj", rows, width, stack.keys, precision, stack.qkv_bias, to_cache)
     yield linear("v_proj", rows, width, stack.keys, precision, stack.qkv_bias, to_cache)
     both = rows * (stack.queries + stack.keys)
@@ -160,17 +169,59 @@ def layer_operators(
     if stack.rotary:
         yield elementwise("rotation", both, ROTATION, precision)
     yield from attention(stack, batch, span, precision, fused, to_cache)
+    if stack.gates:
+        yield elementwise("attention gate", rows * stack.queries, ACTIVATION + 1, precision, inputs=2)
     yield linear("o_proj", rows, stack.queries, width, precision, stack.out_bias)
+
+
+def _mlp(
+    rows: float, width: int, inner: int, precision: Precision, *, gated: bool, bias: bool = False, read: float = 1, name: str = ""
+) -> Iterator[Operator]:
+    """An MLP; of several of them on ``rows`` together, the weights of ``read`` ones are read."""
+
+    def several(operator: Operator) -> Operator:
+        return replace(operator, weights=read * operator.weights)
+
+    if gated:
+        yield several(linear(f"{name}gate_proj", rows, width, inner, precision, bias))
+    yield several(linear(f"{name}up_proj", rows, width, inner, precision, bias))
+    yield elementwise(f"{name or 'mlp '}activation", rows * inner, ACTIVATION + gated, precision, inputs=1 + gated)
+    yield several(linear(f"{name}down_proj", rows, inner, width, precision, bias))
+
+
+def _experts(experts: Experts, rows: float, width: int, precision: Precision) -> Iterator[Operator]:
+    """Those that tokens choose, and the shared one. Weights are read of as many as tokens that choose at random would need."""
+    yield linear("router_proj", rows, width, experts.number, precision)
+    yield elementwise("routing", rows * experts.number, SOFTMAX, precision)
+    needed = experts.number * (1 - (1 - experts.chosen / experts.number) ** rows)
+    yield from _mlp(rows * experts.chosen, width, experts.inner, precision, gated=True, read=needed, name="expert ")
+    yield elementwise("expert sum", rows * experts.chosen * width, 2, precision)
+    if experts.shared:
+        yield from _mlp(rows, width, experts.shared, precision, gated=True, name="shared ")
+        yield elementwise("shared add", rows * width, 1, precision, inputs=2)
+    if experts.weighed:
+        yield linear("shared weight_proj", rows, width, 1, precision)
+
+
+def layer_operators(
+    stack: Stack, batch: float, span: Span, leaving: float, precision: Precision, fused: bool, to_cache: bool
+) -> Iterator[Operator]:
+    """One transformer layer. ``leaving`` tokens of each row are left after its attention, for its MLP."""
+    width, rows, left = stack.width, batch * span.queries, batch * leaving
+    yield norm_operator("attention norm", stack.norm, rows, width, precision, -(-stack.norms // 2))
+    if stack.mixer:
+        yield from _mixer(stack, stack.mixer, batch, span.queries, precision, to_cache)
+    else:
+        yield from _attending(stack, batch, span, precision, fused, to_cache)
     if stack.scaled:
         yield elementwise("attention scale", rows * width, 1, precision, parameters=width)
     yield elementwise("attention add", rows * width, 1, precision, inputs=2)
     if stack.norms > 1:
         yield norm_operator("mlp norm", stack.norm, left, width, precision, stack.norms // 2)
-    if stack.gated:
-        yield linear("gate_proj", left, width, inner, precision, stack.mlp_bias)
-    yield linear("up_proj", left, width, inner, precision, stack.mlp_bias)
-    yield elementwise("mlp activation", left * inner, ACTIVATION + stack.gated, precision, inputs=1 + stack.gated)
-    yield linear("down_proj", left, inner, width, precision, stack.mlp_bias)
+    if stack.experts:
+        yield from _experts(stack.experts, left, width, precision)
+    else:
+        yield from _mlp(left, width, stack.inner, precision, gated=stack.gated, bias=stack.mlp_bias)
     if stack.scaled:
         yield elementwise("mlp scale", left * width, 1, precision, parameters=width)
     yield elementwise("mlp add", left * width, 1, precision, inputs=2)
@@ -193,9 +244,11 @@ def patch_operators(tower: Tower, pictures: float, patches: float, precision: Pr
     """Patch and position embeddings of ``patches`` per picture, and the norm before the layers."""
     width, tokens = tower.stack.width, patches + tower.prefix
     yield linear("patch embedding", pictures * patches, tower.patch, width, precision, tower.patch_bias)
+    if tower.resampled:
+        yield linear("position resampling", pictures * patches, tower.positions, width, precision)
     if tower.positions:
-        values = pictures * tokens * width
-        yield elementwise("position embedding", values, 1, precision, parameters=tower.positions * width)
+        values, read = pictures * tokens * width, 0 if tower.resampled else tower.positions * width
+        yield elementwise("position embedding", values, 1, precision, parameters=read)
     if tower.before:
         yield norm_operator("pre norm", tower.before, pictures * tokens, width, precision)
 

@@ -58,6 +58,13 @@ def _shuffle(config: Any) -> Projectors:
     return (Projector((first, Linear(width, width, activation="plain")), merge),)
 
 
+def _normed_shuffle(config: Any) -> Projectors:
+    merge, inner, bias = config.downsample_factor**2, config.projector_hidden_size, config.projector_bias
+    norm = LAYER_NORM if config.projector_use_layernorm else None
+    first = Linear(merge * config.vision_config.hidden_size, inner, bias, norm)
+    return (Projector((first, Linear(inner, config.text_config.hidden_size, bias, activation="plain")), merge),)
+
+
 def _one(config: Any) -> Projectors:
     merge = config.scale_factor**2
     return (Projector((Linear(merge * config.vision_config.hidden_size, config.text_config.hidden_size, bias=False),), merge),)
@@ -65,7 +72,7 @@ def _one(config: Any) -> Projectors:
 
 def _merged_mlp(config: Any) -> Projectors:
     features, width = config.vision_config.hidden_size, config.text_config.hidden_size
-    merge, bias = config.spatial_merge_size**2, config.multimodal_projector_bias
+    merge, bias = config.spatial_merge_size**2, getattr(config, "multimodal_projector_bias", False)
     layers = (
         Linear(merge * features, features, bias=False, norm=RMS_NORM, channels=features),
         Linear(features, width, bias),
@@ -74,11 +81,20 @@ def _merged_mlp(config: Any) -> Projectors:
     return (Projector(layers, merge),)
 
 
-def _gated(config: Any) -> Projectors:
+def _gated(config: Any, norm: Norm | None = LAYER_NORM) -> Projectors:
     merge, width = config.downsample_factor**2, config.text_config.hidden_size
     inner = getattr(config, "alignment_intermediate_size", width)
-    first = Linear(merge * config.vision_config.hidden_size, inner, norm=LAYER_NORM)
+    first = Linear(merge * config.vision_config.hidden_size, inner, norm=norm)
     return (Projector((first, Linear(inner // 2, width, activation="gated")), merge),)
+
+
+def _words(config: Any) -> Projectors:
+    """A choice among visual words, of which their embeddings are mixed."""
+    vision, width, merge = config.vision_config, config.text_config.hidden_size, config.vision_config.hidden_stride**2
+    chosen = vision.vocab_size - vision.num_visual_indicator_tokens
+    first = Linear(merge * vision.hidden_size, chosen, bias=False)
+    mixed = Linear(vision.vocab_size, width, bias=False, norm=LAYER_NORM, channels=chosen, activation="plain")
+    return (Projector((first, mixed), merge),)
 
 
 SHAPES: dict[str, Callable[[Any], Projectors]] = {
@@ -91,8 +107,11 @@ SHAPES: dict[str, Callable[[Any], Projectors]] = {
     "merger": _merger,
     "convolution": _convolution,
     "shuffle": _shuffle,
+    "normed shuffle": _normed_shuffle,
     "one": _one,
+    "words": _words,
     "gated": _gated,
+    "gated, no norm": partial(_gated, norm=None),
 }
 
 

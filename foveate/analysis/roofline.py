@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from .architecture import Architecture
@@ -27,7 +27,7 @@ from .viewer import viewer_head, viewer_layer
 from .workload import Workload
 
 Phase = Literal["prefill", "decode"]
-Part = Literal["vision tower", "projector", "decoder"]
+Part = Literal["vision tower", "method", "projector", "question", "decoder"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 PARTS: tuple[Part, ...] = get_args(Part)
 
@@ -84,7 +84,7 @@ class Cost:
     model, hardware, work : what was priced.
     lines : the operators.
     weights : bytes of parameters that are held, by part.
-    kv_cache : bytes of keys and values at the end.
+    kv_cache : bytes of keys and values at the end, and of the states of layers that hold one.
     activations : bytes of the largest operator's inputs and outputs, and of the hidden states beside it.
     """
 
@@ -172,33 +172,54 @@ def _vision(shape: Architecture, work: Workload) -> Iterator[Step]:
     first = tower.prefix + sum(run.pictures) / number
     leaving: list[float] = [tower.prefix + patches for patches in run.encoder]
     leaving += [leaving[-1] if leaving else first] * (stack.layers - len(leaving))
-    entering, windows = [first, *leaving[:-1]], stack.windows or (None,) * stack.layers
+    entering = [first, *leaving[:-1]]
     for operator in patch_operators(tower, number, first - tower.prefix, precision):
         yield "prefill", "vision tower", operator, 1
-    for (before, after, window), times in Counter(zip(entering, leaving, windows, strict=True)).items():
+    for (before, after, layer), times in Counter(zip(entering, leaving, stack.each, strict=True)).items():
         sizes = [patches + tower.prefix for patches in run.pictures] if before == first else [before] * number
-        pairs = sum(sizes) ** 2 if tower.packed and not work.fused else sum(block_pairs(size, window) for size in sizes)
+        pairs = sum(sizes) ** 2 if tower.packed and not work.fused else sum(block_pairs(size, layer.window) for size in sizes)
         span = Span(before, before, pairs / number)
-        for operator in layer_operators(stack, number, span, after, precision, work.fused, to_cache=False):
+        for operator in layer_operators(layer, number, span, after, precision, work.fused, to_cache=False):
             yield "prefill", "vision tower", operator, times
     for operator in pooling_operators(tower, number, leaving[-1], precision, work.fused):
         yield "prefill", "vision tower", operator, 1
     for projector in shape.projectors:
-        merged = projector.merge > 1  # happens before any reduction
-        rows = sum(run.pictures) / projector.merge if merged else run.batch * run.visual[0]
+        every = projector.merge > 1 or (work.own is not None and work.own.projected)  # runs before any reduction
+        rows = sum(run.pictures) / projector.merge if every else run.batch * run.visual[0]
         for operator in projector_operators(projector, rows, precision):
             yield "prefill", "projector", operator, 1
+
+
+def _method(shape: Architecture, work: Workload) -> Iterator[Step]:
+    """What the method itself does for each picture."""
+    own, pictures = work.own, work.run.pictures
+    if own is None or shape.tower is None or not pictures:
+        return
+    patches = shape.tower.prefix + sum(pictures) / len(pictures)
+    for operator in own.operators(len(pictures), shape.tower.stack, patches, work.precision.unquantised, work.fused):
+        yield "prefill", "method", operator, 1
+
+
+def _question(shape: Architecture, work: Workload) -> Iterator[Step]:
+    """The question of each prompt alone through the decoder, for methods that ask for its last state; nothing is cached."""
+    decoder, precision, batch, tokens = shape.decoder, work.precision, work.run.batch, work.run.question
+    if not tokens:
+        return
+    yield "prefill", "question", embedding(decoder, batch * tokens, precision), 1
+    for layer, times in Counter(decoder.stack.each).items():
+        span = prompt_span(tokens, layer.window, decoder.causal, work.fused)
+        for operator in layer_operators(layer, batch, span, tokens, precision, work.fused, to_cache=False):
+            yield "prefill", "question", operator, times
 
 
 def _decoder(shape: Architecture, work: Workload) -> Iterator[Step]:
     """The prompt through the decoder, and then one token after the other."""
     decoder, precision, batch = shape.decoder, work.precision, work.run.batch
-    layers = Counter(zip(work.tokens, decoder.stack.windows, strict=True))
+    layers = Counter(zip(work.tokens, decoder.stack.each, strict=True))
     yield "prefill", "decoder", embedding(decoder, batch * work.tokens[0], precision), 1
-    for (tokens, window), times in layers.items():
-        span = prompt_span(tokens, window, decoder.causal, work.fused)
-        stack = decoder.stack.layer(window)
-        for operator in layer_operators(stack, batch, span, tokens, precision, work.fused, to_cache=True):
+    for (tokens, layer), times in layers.items():
+        span = prompt_span(tokens, layer.window, decoder.causal, work.fused)
+        for operator in layer_operators(layer, batch, span, tokens, precision, work.fused, to_cache=True):
             yield "prefill", "decoder", operator, times
     for operator in head_operators(decoder, batch, batch * work.tokens[-1], precision):
         yield "prefill", "decoder", operator, 1
@@ -206,10 +227,10 @@ def _decoder(shape: Architecture, work: Workload) -> Iterator[Step]:
     if not steps:
         return
     yield "decode", "decoder", embedding(decoder, batch, precision), steps
-    for (tokens, window), times in layers.items():
-        stack, spans = decoder.stack.layer(window), Counter(step_span(tokens + step, window) for step in range(steps))
+    for (tokens, layer), times in layers.items():
+        spans = Counter(step_span(tokens + step, layer.window) for step in range(steps))
         for span, repeated in spans.items():
-            for operator in layer_operators(stack, batch, span, 1, precision, work.fused, to_cache=True):
+            for operator in layer_operators(layer, batch, span, 1, precision, work.fused, to_cache=True):
                 yield "decode", "decoder", operator, times * repeated
     for operator in head_operators(decoder, batch, batch, precision):
         yield "decode", "decoder", operator, steps
@@ -252,8 +273,11 @@ def _memory(shape: Architecture, work: Workload, steps: Sequence[Step]) -> tuple
         first = list(viewer_layer(shape.decoder, work.run.batch, max(work.tokens), precision, work.fused, decoding=False))
         weights = stack.layers * sum(operator.weights for operator in first)
         return {"decoder": weights}, kept, sum(operator.stores for operator in first)
-    held = [cached(tokens + work.new_tokens - 1, window) for tokens, window in zip(work.tokens, stack.windows, strict=True)]
-    kept = work.run.batch * sum(held) * 2 * stack.keys * precision.cache / 8
+    held = [
+        layer.mixer.held if layer.mixer else 2 * stack.keys * cached(tokens + work.new_tokens - 1, layer.window)
+        for tokens, layer in zip(work.tokens, stack.each, strict=True)
+    ]
+    kept = work.run.batch * sum(held) * precision.cache / 8
     hidden = work.run.batch * max(work.tokens) * stack.width * precision.activation / 8
     matrices = parameters.pop("decoder matrices") * precision.weight / 8
     rest = {part.removesuffix(" rest"): number * precision.other / 8 for part, number in parameters.items() if number}
@@ -263,5 +287,25 @@ def _memory(shape: Architecture, work: Workload, steps: Sequence[Step]) -> tuple
 def price(shape: Architecture, work: Workload, hardware: Hardware) -> Cost:
     """The cost of a workload."""
     viewer = work.convention == "llm-viewer"
-    steps = list(_viewer(shape, work)) if viewer else [*_vision(shape, work), *_decoder(shape, work)]
-    return Cost(shape.name, hardware, work, _priced(steps, hardware), *_memory(shape, work, steps))
+    ours = (_vision, _method, _question, _decoder)
+    steps = list(_viewer(shape, work)) if viewer else [step for part in ours for step in part(shape, work)]
+    weights, cache, activations = _memory(shape, work, steps)
+    if work.own is not None and work.own.parameters:
+        weights["method"] = work.own.weights
+    return Cost(shape.name, hardware, work, _priced(steps, hardware), weights, cache, activations)
+
+
+def expected(costs: Sequence[tuple[float, Cost]]) -> Cost:
+    """The mean cost of runs of one model that differ in their visual tokens, each with its share."""
+    first, found = costs[0][1], dict[tuple[Phase, Part, str, float | None], list[float]]()
+    names = [name for name in vars(first.lines[0]) if name not in ("phase", "part", "name", "bits")]
+    for share, each in costs:
+        for line in each.lines:
+            sums = found.setdefault((line.phase, line.part, line.name, line.bits), [0.0] * len(names))
+            for place, name in enumerate(names):
+                sums[place] += share * getattr(line, name)
+    layers = zip(*([share * count for count in each.work.run.visual] for share, each in costs), strict=True)
+    work = replace(first.work, run=replace(first.work.run, visual=tuple(map(sum, layers))))
+    lines = tuple(CostLine(*key, *numbers) for key, numbers in found.items())
+    cache = sum(share * each.kv_cache for share, each in costs)
+    return Cost(first.model, first.hardware, work, lines, first.weights, cache, max(each.activations for _, each in costs))

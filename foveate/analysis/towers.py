@@ -41,6 +41,47 @@ def _plain(vision: Any, kind: TowerKind) -> Tower:
     )
 
 
+def _rotated(vision: Any, kind: TowerKind) -> Tower:
+    """For pictures of any size, with rotary and perhaps learnt positions."""
+    return Tower(
+        _stack(vision, rotary=kind.rotary),
+        patch=vision.num_channels * _area(vision.patch_size),
+        patch_bias=kind.patch_bias,
+        patches=None,
+        positions=_area(getattr(vision, "image_size", 0) // vision.patch_size),
+        after=LAYER_NORM,
+    )
+
+
+def _resampled(vision: Any, kind: TowerKind) -> Tower:
+    """For pictures of any size, with learnt positions that are resampled to them."""
+    return Tower(
+        _stack(vision),
+        patch=vision.num_channels * _area(vision.patch_size),
+        patch_bias=kind.patch_bias,
+        patches=None,
+        positions=vision.num_patches,
+        after=LAYER_NORM,
+        pools=kind.pools and vision.vision_use_head,
+        resampled=True,
+    )
+
+
+def _root(vision: Any, kind: TowerKind) -> Tower:
+    """With learnt positions, gated MLPs, and norms without means, also of what patches are embedded to."""
+    patches = _area(vision.image_size) // _area(vision.patch_size)
+    qkv, mlp = vision.qkv_bias, vision.mlp_bias
+    return Tower(
+        _stack(vision, gated=kind.gated, norm=RMS_NORM, qkv_bias=qkv, out_bias=qkv, mlp_bias=mlp),
+        patch=vision.num_channels * _area(vision.patch_size),
+        patch_bias=kind.patch_bias,
+        patches=patches,
+        positions=patches,
+        before=RMS_NORM,
+        after=RMS_NORM,
+    )
+
+
 def _scaled(vision: Any, kind: TowerKind) -> Tower:
     patches = _area(vision.image_size) // _area(vision.patch_size)
     stack = _stack(
@@ -130,6 +171,9 @@ def _normed(vision: Any, kind: TowerKind) -> Tower:
 
 SHAPES: dict[str, Callable[[Any, TowerKind], Tower]] = {
     "plain": _plain,
+    "rotated": _rotated,
+    "resampled": _resampled,
+    "root": _root,
     "scaled": _scaled,
     "sized": _sized,
     "fused": _fused,

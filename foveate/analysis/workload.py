@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import InputError
 from .architecture import Architecture
 from .operators import Precision
+
+if TYPE_CHECKING:
+    from .own import Own
 
 Convention = Literal["foveate", "llm-viewer"]
 
@@ -24,17 +27,19 @@ class Run:
     batch : prompts.
     pictures : pictures, tiles or frames of the whole batch, by the patches that enter the vision encoder.
     encoder : patches of a picture that each of the first encoder layers leaves, where they become fewer inside.
+    question : tokens of a prompt that the decoder reads alone before it reads the prompt, for methods that ask for that.
     """
 
     visual: tuple[float, ...]
     batch: int
     pictures: tuple[int, ...]
     encoder: tuple[int, ...] = ()
+    question: float = 0
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A run, the text and the new tokens of each prompt, and how all of it is computed."""
+    """A run, the text and the new tokens of each prompt, how all of it is computed, and what the method itself does."""
 
     run: Run
     text: int
@@ -42,6 +47,7 @@ class Workload:
     precision: Precision
     fused: bool
     convention: Convention
+    own: Own | None = None
 
     @property
     def tokens(self) -> list[float]:
@@ -56,6 +62,7 @@ class Workload:
             "precision_bits": vars(self.precision),
             "flash": self.fused,
             "convention": self.convention,
+            "method": None if self.own is None else vars(self.own),
         }
 
 
@@ -72,7 +79,12 @@ def whole_number(name: str, value: Any, least: int) -> int:
 
 
 def asked_for(
-    shape: Architecture, visual: int | Sequence[float] | None, batch: int | None, pictures: int | None, patches: int | None
+    shape: Architecture,
+    visual: int | Sequence[float] | None,
+    batch: int | None,
+    pictures: int | None,
+    patches: int | None,
+    question: int | None = None,
 ) -> Run:
     """A run by its numbers; see ``foveate.cost``.
 
@@ -81,6 +93,7 @@ def asked_for(
     InputError : one is out of range, or one that is needed is missing.
     """
     batch = 1 if batch is None else whole_number("batch", batch, 1)
+    question = 0 if question is None else whole_number("question", question, 0)
     layers = shape.decoder.stack.layers
     nothing = visual == 0 or shape.tower is None
     pictures = (0 if nothing else 1) if pictures is None else whole_number("pictures", pictures, 0)
@@ -92,13 +105,13 @@ def asked_for(
     if visual is None:
         visual = pictures * (_merged(shape, size) if patches or shape.picture_tokens is None else shape.picture_tokens)
     if isinstance(visual, int) or not isinstance(visual, Sequence):
-        return Run((whole_number("visual", visual, 0),) * layers, batch, (size,) * pictures * batch)
+        return Run((whole_number("visual", visual, 0),) * layers, batch, (size,) * pictures * batch, (), question)
     if len(visual) != layers:
         raise InputError(f"visual has {len(visual)} numbers; {shape.name} has {layers} decoder layers. Give one for each.")
     for count in visual:
         if isinstance(count, bool) or not isinstance(count, int | float) or not math.isfinite(count) or count < 0:
             raise InputError(f"visual holds {count!r}; expected numbers of tokens of 0 or more")
-    return Run(tuple(visual), batch, (size,) * pictures * batch)
+    return Run(tuple(visual), batch, (size,) * pictures * batch, (), question)
 
 
 def _merged(shape: Architecture, patches: int) -> int:
@@ -140,6 +153,7 @@ def reported(shape: Architecture, report: Any, batch: int | None, pictures: int 
         counts = [int(count) for count in document["layers"]]
         images = [(int(image["row"]), math.prod(image["grid"])) for image in document["images"]]
         encoder = [max(map(int, layer)) for layer in document["encoder_layers"]]
+        question = int(document.get("question_tokens", 0))  # reports of earlier versions have none
     except (KeyError, TypeError, ValueError) as error:
         kind = "a JSON object" if isinstance(report, Mapping) else type(report).__name__
         raise InputError(
@@ -165,11 +179,11 @@ def reported(shape: Architecture, report: Any, batch: int | None, pictures: int 
             )
         number = len(images) if pictures is None else batch * whole_number("pictures", pictures, 1)
         sizes = [patches or tower.patches] * number
-    return Run(tuple(count / batch for count in counts), batch, tuple(sizes), tuple(encoder))
+    return Run(tuple(count / batch for count in counts), batch, tuple(sizes), tuple(encoder), question / batch)
 
 
 def unreduced(document: Mapping[str, Any]) -> dict[str, Any]:
     """The report of the same run with all of its visual tokens, as far as ``reported`` reads it."""
     whole = document.get("items") or document["images"]  # items count tokens that are in no grid, too
     tokens = sum(int(each["before"]) for each in whole)
-    return {**document, "layers": [tokens] * len(document["layers"]), "encoder_layers": []}
+    return {**document, "layers": [tokens] * len(document["layers"]), "encoder_layers": [], "question_tokens": 0}

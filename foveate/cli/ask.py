@@ -29,7 +29,7 @@ EPILOG = (
 def ask_command(
     file: Annotated[Path, typer.Argument(help="Any picture or video file.")],
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    model: Annotated[str, typer.Option(help="Hub id, folder, or pocket, the shipped model.")] = POCKET,
+    model: Annotated[str, typer.Option(help="Hub id, folder, pocket or pocket-qwen.")] = POCKET,
     method: Annotated[
         str | None, typer.Option(help="As listed by 'foveate methods'; name:preset for a preset. Default: prumerge+.")
     ] = None,
@@ -141,16 +141,17 @@ def _table(answers: dict[str, Answer]) -> Table:
 
 
 def _unknown(loaded: Loaded, image: Image.Image, question: str) -> list[str]:
-    """What a model of the pocket world cannot know."""
-    from ..lab.exam import speaks_pocket
+    """What a model of a pocket world cannot know."""
+    from ..pocket.worlds import world_of
 
-    if not speaks_pocket(loaded):
+    world = world_of(loaded.processor)
+    if world is None:
         return []
     from ..pocket.scenes import SIDE
     from ..pocket.vocabulary import unknown_words
 
-    notes, words = [], ", ".join(repr(word) for word in unknown_words(question))
-    if image.size != (SIDE, SIDE):
+    notes, words = [], ", ".join(repr(word) for word in unknown_words(question, loaded.processor.tokenizer.get_vocab()))
+    if world == "pocket" and image.size != (SIDE, SIDE):
         notes.append("the pocket model knows only its own drawn scenes (foveate demo saves some); use --model for photos")
     if words:
         notes.append(f"the pocket model has never seen {words}; ask as in 'what color is the star ?'")

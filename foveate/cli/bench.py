@@ -50,7 +50,7 @@ class BenchOptions:
 
 
 def bench_command(
-    model: Annotated[str, typer.Option(help="Hub id, folder, or pocket, the shipped model.")] = POCKET,
+    model: Annotated[str, typer.Option(help="Hub id, folder, pocket or pocket-qwen.")] = POCKET,
     method: Annotated[
         list[str] | None, typer.Option(help="As listed by 'foveate methods'; may be given again. Default: prumerge+.")
     ] = None,

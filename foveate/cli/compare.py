@@ -33,13 +33,16 @@ def compare_command(
     ] = None,
     imports: Imports = None,
     budgets: Annotated[
-        str | None, typer.Option(help="Visual tokens of 576 to keep, separated by commas. Default: 16,36,64,144,288.")
+        str | None,
+        typer.Option(
+            help="Visual tokens of 576 to keep, separated by commas: 16,36,64,144,288; of pocket-qwen shares: 0.1,0.22,0.33,0.5."
+        ),
     ] = None,
     own: Annotated[bool, typer.Option("--own/--no-own", help="Also run the methods' own adaptive rules.")] = True,
     scenes: Annotated[int, typer.Option(min=1, help="Test scenes to draw.")] = 501,
     each: Annotated[int, typer.Option(min=1, help="Questions about each scene, at most; a scene has about 16.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of the test set.")] = 2403,
-    model: Annotated[str, typer.Option(help="Hub id, folder, or pocket, the shipped model.")] = POCKET,
+    model: Annotated[str, typer.Option(help="Hub id, folder, pocket or pocket-qwen.")] = POCKET,
     store: Annotated[Path, typer.Option(help="Results so far; an interrupted run goes on from there.")] = Path(
         "foveate-compare.jsonl"
     ),
@@ -84,10 +87,9 @@ class CompareOptions:
         return check_methods(given)
 
     @property
-    def counts(self) -> tuple[int, ...]:
-        from ..lab.compare import COUNTS
-
-        return COUNTS if self.budgets is None else parse_counts(self.budgets, self.model)
+    def counts(self) -> tuple[int | float, ...] | None:
+        """None = the usual ones of the model."""
+        return None if self.budgets is None else parse_counts(self.budgets, self.model)
 
     @property
     def command(self) -> str:
@@ -101,25 +103,30 @@ class CompareOptions:
         return shlex.join(map(str, [*chosen, "--scenes", self.scenes, "--each", self.each, "--seed", self.seed]))
 
 
-def parse_counts(text: str, model: str = POCKET) -> tuple[int, ...]:
-    """Counts in ascending order.
+def parse_counts(text: str, model: str = POCKET) -> tuple[int | float, ...]:
+    """Counts and shares in ascending order; what has a point is a share.
 
     Raises
     ------
-    InputError : the text is no list of counts that a picture of the model can have.
+    InputError : the text is no list of counts, or shares, that a picture of the model can have.
     """
     from ..errors import InputError
     from ..lab.compare import TOTAL
 
-    most = TOTAL if model.startswith(POCKET) else 2**31
+    most = TOTAL if model == POCKET or model.startswith(f"{POCKET}+") else 2**31
     try:
-        counts = [int(part) for part in text.split(",")]
+        budgets: set[int | float] = {float(part) if "." in part else int(part) for part in text.split(",")}
     except ValueError as error:
-        raise InputError(f"--budgets {text!r} is no list of whole numbers. Give counts of {TOTAL}, such as 64,144.") from error
-    wrong = [count for count in counts if not 1 <= count <= most]
-    if wrong:
-        raise InputError(f"--budgets {text!r}: {wrong[0]} is not between 1 and {TOTAL}, the visual tokens of a picture.")
-    return tuple(sorted(set(counts)))
+        raise InputError(
+            f"--budgets {text!r} is no list of whole numbers or shares. Give counts of {TOTAL}, such as 64,144, or shares, such as "
+            "0.1,0.33."
+        ) from error
+    for budget in sorted(budgets):
+        if isinstance(budget, float) and not 0 < budget <= 1:
+            raise InputError(f"--budgets {text!r}: {budget} is no share of the tokens of a picture. Give one above 0, up to 1.0.")
+        if isinstance(budget, int) and not 1 <= budget <= most:
+            raise InputError(f"--budgets {text!r}: {budget} is not between 1 and {TOTAL}, the visual tokens of a picture.")
+    return tuple(sorted(budgets))
 
 
 def checked(options: CompareOptions) -> CompareOptions:
@@ -159,15 +166,16 @@ def progress(console: Console) -> Iterator[Tell]:
 
 def run_compare(options: CompareOptions, console: Console) -> dict[str, Any]:
     """Run what the store does not hold, and return the report."""
-    from ..lab.compare import compare
+    from ..lab.compare import budgets_for, compare
     from ..lab.paper_tables import paper_table
     from ..lab.runner import Runner
 
     with console.status(escape(f"loading {options.model}")):
         runner = Runner(options.scenes, options.each, options.seed, options.store, model=options.model)
+    budgets = budgets_for(runner, options.counts, options.table)
     with progress(console) as tell:
         if options.table is None:
-            report = compare(runner, options.names, options.counts, own=options.own, tell=tell)
+            report = compare(runner, options.names, budgets, own=options.own, tell=tell)
         else:
             report = paper_table(options.table, runner, tell)
     return {"command": options.command, **report}

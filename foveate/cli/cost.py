@@ -16,7 +16,7 @@ from ..analysis.hardware import HARDWARE, Hardware
 from ..analysis.roofline import PARTS, Cost, Part
 from ..errors import InputError, first_line
 from ..jsonl import parsed
-from .common import POCKET, err, out, wide
+from .common import POCKET, Fields, err, method_of, out, wide
 
 CLOSE = 3.5  # percent
 WIDTH = 132  # of tables that go to a file or a pipe
@@ -40,6 +40,13 @@ def cost_command(
     text: Annotated[int | None, typer.Option(help="Other tokens of a prompt. Default: 40.")] = None,
     batch: Annotated[int | None, typer.Option(help="Prompts. Default: 1.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated for each; 1 is the prefill alone.")] = 64,
+    question: Annotated[int | None, typer.Option(help="Text tokens that the decoder reads alone first, as for quecc.")] = None,
+    method: Annotated[str | None, typer.Option(help="Counts what a method itself does, too, and the tokens it leaves.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Of --method: visual tokens to keep, a count or a share.")] = None,
+    fields: Fields = None,
+    exits: Annotated[
+        str | None, typer.Option(help="Shares of prompts whose visual tokens leave before a layer, as for dyvte: 2:0.4,5:0.3.")
+    ] = None,
     pictures: Annotated[int | None, typer.Option(help="Pictures, tiles or frames of a prompt. Default: 1.")] = None,
     patches: Annotated[int | None, typer.Option(help="Patches of a picture, for encoders that take any size.")] = None,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
@@ -74,12 +81,27 @@ def cost_command(
         "flash": flash,
         "convention": convention,
     }
+    if question is not None:
+        options["question"] = question
+    acting = None if method is None else method_of(method, budget, fields)
+    if acting is None and (budget is not None or fields):
+        raise InputError("--budget and --set belong to --method. Name one.")
     runs = _asked(visual, layers) if report is None else _reported(report, visual, layers)
     with err.status(escape(f"reading the config of {model}")), quiet_loading(bars=False):
         shape = read_architecture(source_of(model) if model.startswith(POCKET) else model)
-    costs = {}
-    for name, numbers in runs.items():
-        costs[name] = cost(shape, **{**options, "batch": batch, "pictures": pictures, "patches": patches, **numbers})
+    options |= {"batch": batch, "pictures": pictures, "patches": patches}
+    costs = {name: cost(shape, **{**options, **numbers}) for name, numbers in runs.items()}
+    more: dict[str, Any] = {} if acting is None else {"method": acting}
+    more |= {} if exits is None else {"exits": parse_exits(exits)}
+    if more and report is not None:
+        raise InputError("a report is about one run of one method. Leave out --method and --exits.")
+    if more:
+        name = "exits" if acting is None else acting.name
+        counted = [] if visual is None else [numbers["visual"] for numbers in runs.values() if isinstance(numbers["visual"], int)]
+        if not counted:
+            costs[name] = cost(shape, **{**options, **more})
+        for count in counted:
+            costs[f"{name}, {count}"] = cost(shape, **{**options, **more, "visual": count})
     if as_json:
         print(json.dumps({"runs": {name: each.to_dict() for name, each in costs.items()}, "picture": str(save) if save else None}))
     else:
@@ -128,6 +150,23 @@ def parse_layers(text: str) -> list[int]:
     return counts
 
 
+def parse_exits(text: str) -> dict[int, float]:
+    """The shares that "2:0.4,5:0.3" stands for.
+
+    Raises
+    ------
+    InputError : the text is no such list.
+    """
+    found: dict[int, float] = {}
+    for part in text.replace(" ", "").split(","):
+        layer, _, share = part.partition(":")
+        try:
+            found[int(layer)] = float(share)
+        except ValueError as error:
+            raise InputError(f"--exits {text!r} is no list of exits. Write layer:share, such as 2:0.4,5:0.3.") from error
+    return found
+
+
 def _reported(path: Path, visual: str | None, layers: str | None) -> dict[str, dict[str, Any]]:
     """The run of a report, and the same one with all of its visual tokens."""
     from ..analysis.workload import unreduced
@@ -165,7 +204,9 @@ def show(costs: Mapping[str, Cost], console: Console, operators: bool = True) ->
         if work.convention == "llm-viewer"
         else "The least time of operators that run one by one."
     )
-    console.print(f"{below} Launching kernels, and choosing tokens, comes on top.", style="dim", soft_wrap=True)
+    counted = any(each.work.own for each in costs.values())
+    rest = f"Launching kernels, and choosing tokens{' inside encoder and decoder' if counted else ''},"
+    console.print(f"{below} {rest} comes on top.", style="dim", soft_wrap=True)
 
 
 def operator_table(name: str, each: Cost) -> Table:
@@ -175,7 +216,7 @@ def operator_table(name: str, each: Cost) -> Table:
         table.add_column(head, justify="left" if head in ("operator", "bound by") else "right", no_wrap=True)
     for phase in ("prefill", "decode"):
         steps = f", {each.work.new_tokens - 1} steps" if phase == "decode" else ""
-        for part in ("vision tower", "projector", "decoder"):
+        for part in PARTS:
             lines = each.select(phase, part)
             if not lines:
                 continue

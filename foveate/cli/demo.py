@@ -61,10 +61,10 @@ def demo_command(
     fields: Fields = None,
     config: Configs = None,
     imports: Imports = None,
-    model: Annotated[str, typer.Option(help="Hub id, folder, or pocket, the shipped model.")] = POCKET,
+    model: Annotated[str, typer.Option(help="Hub id, folder, pocket or pocket-qwen.")] = POCKET,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
 ) -> None:
-    """The pocket model answers about three scenes, with all visual tokens and with a fraction of them."""
+    """A pocket model answers about three scenes, with all visual tokens and with a fraction of them."""
     methods = methods_of(method or ([] if config else SHOWN), None, fields, config, otherwise=BUDGET)
     with err.status("starting") as status:
         scenes, problem = run_demo(folder, seed, methods, lambda what: status.update(escape(what)), model)
@@ -89,7 +89,7 @@ def _show(scenes: list[Shown]) -> None:
 
 def _table(scene: Shown) -> Table:
     """The answers about one scene, and what they cost."""
-    title = f"{scene.level} scene: [bold]{escape(scene.question)}[/bold]  expected: [bold]{escape(scene.expected)}[/bold]"
+    title = f"{scene.level}: [bold]{escape(scene.question)}[/bold]  expected: [bold]{escape(scene.expected)}[/bold]"
     table = Table(title=title, title_justify="left")
     for column in ("", "answer", "visual tokens", "LLM prefill", "LLM FLOPs saved"):
         table.add_column(column, justify="left" if column in ("", "answer") else "right")
@@ -108,15 +108,12 @@ def run_demo(
     """Draw three scenes from plain to crowded, answer one question about each with all tokens and with each method, and save a
     picture of each. Beside them, why pictures are missing.
     """
-    from PIL import Image
-
-    from ..answering import ask
+    from ..answering import ask, save_kept
     from ..chat import make_inputs
+    from ..lab.examples import examples
     from ..loading import SPREAD, load
-    from ..pocket.questions import example
-    from ..pocket.scenes import LEVELS
-    from ..viz.frames import first_as_seen
-    from ..viz.overlay import picture_file, save_figure
+    from ..video import Video
+    from ..viz.overlay import picture_file
 
     ready_folder(folder)
     problem: FoveateError | None = None
@@ -128,30 +125,35 @@ def run_demo(
     loaded = load(model, device=SPREAD)
     ways: dict[str, Method | None] = {"full": None, **methods}
     shown: list[Shown] = []
-    for level, name in enumerate(LEVELS):
-        scene, question = example(level, seed)
-        progress(f"{name} scene: {question.text}")
-        picture = Image.fromarray(scene.image)
-        inputs, _ = make_inputs(loaded.processor, loaded.model, picture, question.text)
+    for number, (name, scene, question) in enumerate(examples(loaded, seed), 1):
+        progress(f"{name}: {question.text}")
+        inputs, _ = make_inputs(loaded.processor, loaded.model, scene, question.text)
         if not shown:
             ask(loaded.model, loaded.processor, inputs, None, new_tokens=2)  # warm-up, so that all prefills are timed alike
         answers = {}
         for key, method in ways.items():
             answers[key] = ask(loaded.model, loaded.processor, inputs, method, new_tokens=8, repeats=3)
-        file = folder / f"scene-{level + 1}-{name}.png"
+        file = folder / f"scene-{number}-{name}.{'gif' if isinstance(scene, Video) else 'png'}"
         scene_file: Path | None = file
         kept: Path | None = None
-        reports = {key: answer.report.images[0] for key, answer in answers.items() if answer.report}
         said = ", ".join(f"{key}: {answer.text}" for key, answer in answers.items())
         title = f"{question.text}   {question.answer}   ({said})"
-        layers = {key: answer.layers for key, answer in answers.items()}
         try:
             with writing(file):
-                picture.save(file)
+                _save(scene, file)
             if not isinstance(problem, MissingExtraError):
-                kept = folder / f"kept-{level + 1}-{name}.png"
-                save_figure(first_as_seen(inputs, loaded.processor, picture), reports, kept, title, layers)
+                kept = folder / f"kept-{number}-{name}.png"
+                save_kept(scene, loaded.processor, inputs, answers, kept, title)
         except FoveateError as error:
             problem, scene_file, kept = error, None, None
         shown.append(Shown(name, question.text, question.answer, answers, scene_file, kept))
     return shown, problem
+
+
+def _save(scene: Any, file: Path) -> None:
+    """Write a picture as PNG, a clip as a moving GIF."""
+    if hasattr(scene, "frames"):
+        first, *others = scene.frames
+        first.save(file, save_all=True, append_images=others, duration=round(1000 / scene.fps), loop=0)
+    else:
+        scene.save(file)

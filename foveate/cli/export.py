@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .common import err, out
+from .common import Config, Fields, err, method_of, out
 
 EPILOG = "Example:  foveate export llava-hf/llava-1.5-7b-hf llava-1.5-7b-text"
 
@@ -19,13 +19,20 @@ def export_command(
     model: Annotated[str, typer.Argument(help="Hub id or folder; 'pocket' is the shipped model.")],
     folder: Annotated[Path, typer.Argument(help="The folder to write.")],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as saved by default.")] = None,
+    method: Annotated[str | None, typer.Option(help="A method with weights of its own, which are exported, too.")] = None,
+    fields: Fields = None,
+    config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
 ) -> None:
     """Write the language model of a vision-language model as a folder that vLLM serves, with pictures as embeddings."""
-    from ..serving.export import export
+    from ..errors import InputError
+    from ..serving.export import METHOD, export
 
+    chosen = None if method is None and config is None else method_of(method, None, fields, config)
+    if chosen is None and fields:
+        raise InputError("--set belongs to --method. Name one.")
     with err.status(escape(f"exporting {model}")):
-        told = export(model, folder, dtype=dtype)
+        told = export(model, folder, dtype=dtype, method=chosen)
     if as_json:
         print(json.dumps(asdict(told)))
         return
@@ -38,3 +45,8 @@ def export_command(
         markup=False,
         soft_wrap=True,
     )
+    if chosen is not None:
+        gateway = (
+            f"foveate serve --model {model} --method {chosen.name} --set weights={folder / METHOD} --vllm-url http://127.0.0.1:8001"
+        )
+        out.print(f"with its method:  {gateway}", markup=False, soft_wrap=True)

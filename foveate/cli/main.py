@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Abort
 
-from . import ask, batch, bench, compare, cost, demo, export, methods, models, search, serve
+from . import ask, batch, bench, compare, cost, demo, export, law, methods, models, search, serve, train
 from . import eval as evaluation
 from .common import err, out, resumes
 
@@ -48,12 +48,14 @@ app.command("methods", epilog=methods.EPILOG)(methods.methods_command)
 app.command("search", epilog=search.EPILOG)(search.search_command)
 app.command("compare", epilog=compare.EPILOG)(compare.compare_command)
 app.command("cost", epilog=cost.EPILOG)(cost.cost_command)
+app.command("law", epilog=law.EPILOG)(law.law_command)
 app.command("bench", epilog=bench.EPILOG)(bench.bench_command)
 app.command("eval", epilog=evaluation.EPILOG)(evaluation.eval_command)
 app.command("models", epilog=models.EPILOG)(models.models_command)
 app.command("export", epilog=export.EPILOG)(export.export_command)
 app.command("serve", epilog=serve.EPILOG)(serve.serve_command)
 app.command("batch", epilog=batch.EPILOG)(batch.batch_command)
+app.command("train", epilog=train.EPILOG)(train.train_command)
 
 
 def run() -> None:

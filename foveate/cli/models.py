@@ -38,7 +38,8 @@ def models_command(
         table.add_row(info.model_type, *marks, escape(info.positions))
     out.print(table)
     out.print(
-        "Methods before the projector and inside the decoder work on every family; merge: before the projector, or after it. "
+        "Methods before the projector work on every family, those inside the decoder on all whose layers keep keys and values; "
+        "merge: before the projector, or after it. "
         "encoder: tome, ats, evit and crossget work, too. Without a [CLS] token, methods use the substitute that the report names. "
         "What proves a family: pytest tests/engine/model/test_families.py -k MODEL_TYPE",
         style="dim",

@@ -18,7 +18,7 @@ def search_command(
     plan: Annotated[Path, typer.Argument(help="The JSON file to write: plan= of g-search, heads= of yopo.")],
     method: Annotated[str, typer.Option(help="g-search, p-sigmoid or yopo.")] = "g-search",
     imports: Imports = None,
-    model: Annotated[str, typer.Option(help="Hub id, folder, or pocket, the shipped model.")] = POCKET,
+    model: Annotated[str, typer.Option(help="Hub id, folder, pocket or pocket-qwen.")] = POCKET,
     data: Annotated[
         Path | None, typer.Option(help='JSON lines such as {"image": "a.jpg", "question": "...", "answer": "..."}.')
     ] = None,

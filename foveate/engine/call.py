@@ -80,6 +80,7 @@ def read(parts: Anatomy, arguments: dict[str, Any], ids: Tensor, mask: Tensor | 
     if encodings is not None:
         return Call(parts, arguments, ids, mask, encodings.inputs, encodings)
     kinds = modalities(arguments)
+    parts.check_together(kinds)
     for modality in kinds:
         parts.of(modality).check_modality()
         check_sizes(parts.of(modality).arrangement, modality, arguments)

@@ -128,7 +128,7 @@ class Session:
             self._adoptable = False
             return self
         cuts = DecoderCuts(None, None)
-        if self.method.inside_decoder():
+        if self.method.inside_decoder() or self.method.first_tokens() is not None:
             cuts = DecoderCuts(parts.decoder, self.method, two_way=parts.family.two_way, levels=parts.deepstack_levels)
         installed = installed or Installation(self.model)
         for outer in installed.sessions[-1:]:

@@ -15,13 +15,16 @@ import numpy as np
 from ..errors import InputError, UnsupportedModelError
 from ..methods.base import EncoderReducer, Method
 from ..methods.baselines import BASELINES, BESIDE
+from ..methods.pixels import PixelReducer
 from ..methods.registry import get, look_up
-from ..pocket.questions import READING
-from .runner import Outcome, Runner, Tell, nearby
+from ..pocket.native.questions import READ
+from .runner import Outcome, Runner, Tell
 
 KINDS = ("baseline", "inside the encoder", "before the projector", "inside the decoder")
 COUNTS = (16, 36, 64, 144, 288)
+SHARES = (0.1, 0.22, 0.33, 0.5)  # where pictures have different numbers of tokens
 TOTAL = 576  # visual tokens of a picture of the pocket model
+Budget = int | float  # a count, or a share where pictures differ
 
 
 def check_methods(names: Sequence[str]) -> tuple[str, ...]:
@@ -49,7 +52,32 @@ def at_count(name: str, count: int, total: int = TOTAL, layers: int = 6) -> Meth
     return _built(name, count).per_image().at_budget(count, total, layers, at="last")
 
 
-def _built(name: str, budget: int | None) -> Method:
+def budgets_for(runner: Runner, asked: Sequence[Budget] | None, table: int | None = None) -> tuple[Budget, ...]:
+    """The budgets to run; the usual ones of the test set where none were asked for.
+
+    Raises
+    ------
+    InputError : pictures of this test set have different numbers of tokens, so that counts and tables of the paper mean nothing.
+    """
+    if runner.world != "native":
+        return COUNTS if asked is None else tuple(asked)
+    if table is not None:
+        raise InputError(
+            "the tables of the paper are in counts of 576 visual tokens; pictures of this model have different numbers."
+        )
+    if any(isinstance(budget, int) for budget in asked or ()):
+        raise InputError(
+            "pictures of this model have different numbers of tokens. Give shares of them, such as --budgets 0.1,0.33."
+        )
+    return SHARES if asked is None else tuple(asked)
+
+
+def at_share(name: str, share: float, layers: int) -> Method:
+    """As ``at_count``, with a share of the tokens of each picture."""
+    return _built(name, share).per_image().at_share(share, layers, at="last")
+
+
+def _built(name: str, budget: Budget | None) -> Method:
     if not name.endswith(".json"):
         return get(name, **({} if budget is None else {"budget": budget}))
     method = Method.load(name)
@@ -71,7 +99,8 @@ def kind_of(method: Method) -> str:
         return "baseline"
     if method.inside_decoder():
         return "inside the decoder"
-    return "inside the encoder" if isinstance(method.before_decoder(), EncoderReducer) else "before the projector"
+    inside = isinstance(method.before_decoder(), EncoderReducer | PixelReducer)
+    return "inside the encoder" if inside else "before the projector"
 
 
 @dataclass
@@ -79,20 +108,25 @@ class Table:
     """What was found: outcomes of cells (name, budget), and why others are empty. A budget of None is the method's own rule."""
 
     runner: Runner
-    methods: dict[tuple[str, int | None], Method] = field(default_factory=dict)
-    outcomes: dict[tuple[str, int | None], Outcome] = field(default_factory=dict)
-    missing: dict[tuple[str, int | None], str] = field(default_factory=dict)
+    methods: dict[tuple[str, Budget | None], Method] = field(default_factory=dict)
+    outcomes: dict[tuple[str, Budget | None], Outcome] = field(default_factory=dict)
+    missing: dict[tuple[str, Budget | None], str] = field(default_factory=dict)
 
-    def run(self, name: str, budget: int | None, method: Method | None = None) -> None:
+    def run(self, name: str, budget: Budget | None, method: Method | None = None) -> None:
         """Fill a cell, or say why it stays empty."""
         if (name, budget) in self.outcomes or (name, budget) in self.missing:
             return
         try:
-            method = method or at_count(name, budget or self.runner.total, self.runner.total, self.runner.layers)
+            method = method or self._at(name, budget or self.runner.total)
             self.outcomes[name, budget] = self.runner.outcome(method)
             self.methods[name, budget] = method
         except (InputError, UnsupportedModelError) as error:
             self.missing[name, budget] = str(error)
+
+    def _at(self, name: str, budget: Budget) -> Method:
+        if isinstance(budget, float):
+            return at_share(name, budget, self.runner.layers)
+        return at_count(name, budget, self.runner.total, self.runner.layers)
 
     def beside(self, name: str, mean: float) -> Outcome | None:
         """The run of a baseline nearest to a mean over layers; None where none is near."""
@@ -100,11 +134,11 @@ class Table:
         best = min(runs, key=lambda outcome: abs(outcome.mean - mean), default=None)
         return best if best is not None and abs(best.mean - mean) <= max(6.0, 0.1 * mean) else None
 
-    def row(self, name: str, budget: int | None) -> dict[str, Any]:
+    def row(self, name: str, budget: Budget | None) -> dict[str, Any]:
         """One line of the long table."""
         outcome, method, scores = self.outcomes[name, budget], self.methods[name, budget], self.runner.scores
         accuracy, low, high = scores.interval(outcome.right)
-        reading = np.isin(scores.families, READING)
+        reading = np.isin(scores.families, READ)
         row: dict[str, Any] = {
             "method": name,
             "kind": kind_of(method),
@@ -122,13 +156,14 @@ class Table:
             row[f"minus_{base}"] = None if other is None else scores.difference(outcome.right, other.right)
             row[f"{base}_tokens"] = None if other is None else other.mean
         row["families"] = scores.per_family(outcome.right)
+        row["parts"] = self.runner.parts(outcome)
         row["seconds"] = outcome.seconds
         row["settings"] = method.settings() | _seeds(method)
         return row
 
 
 def compare(
-    runner: Runner, names: Sequence[str], budgets: Sequence[int], *, own: bool = True, tell: Tell = lambda *_: None
+    runner: Runner, names: Sequence[str], budgets: Sequence[Budget], *, own: bool = True, tell: Tell = lambda *_: None
 ) -> dict[str, Any]:
     """All methods at all budgets and at their own rules, with baselines beside each; a JSON-able report.
 
@@ -136,12 +171,12 @@ def compare(
     ----------
     runner : with the test set and the store.
     names : as ``check_methods`` returned them.
-    budgets : visual tokens of ``TOTAL``.
+    budgets : visual tokens of ``TOTAL``, or shares of them.
     own : whether methods that have a rule of their own also follow it.
     tell : is told what comes next.
     """
     table, names = Table(runner), tuple(dict.fromkeys((*names, *BESIDE)))
-    jobs: list[tuple[str, int | None, Method | None]] = [(name, budget, None) for name in names for budget in budgets]
+    jobs: list[tuple[str, Budget | None, Method | None]] = [(name, budget, None) for name in names for budget in budgets]
     for name in names if own else ():
         rule = at_own_rule(name)
         if rule is not None:
@@ -152,7 +187,8 @@ def compare(
         tell(f"{name}, {budget or 'own rule'}", number, len(jobs) + 1)
         table.run(name, budget, method)
     means = [outcome.mean for (name, budget), outcome in table.outcomes.items() if outcome.mean != budget and name not in BASELINES]
-    counts = sorted({min(runner.total, nearby(mean)) for mean in means} - set(budgets))
+    near = {runner.nearby(mean) for mean in means}
+    counts = sorted(near - set(budgets))
     beside = [(name, count) for count in counts for name in BESIDE]
     for number, (name, count) in enumerate(beside):
         tell(f"{name} beside, {count}", len(jobs) + 1 + number, len(jobs) + 1 + len(beside))
@@ -163,8 +199,9 @@ def compare(
         **runner.setting,
         "questions": len(whole.right),
         "budgets": list(budgets),
+        "total": runner.total,
         "all": dict(zip(("accuracy", "low", "high"), runner.scores.interval(whole.right), strict=True))
-        | {"families": runner.scores.per_family(whole.right), "reading": _reading(runner, whole)},
+        | {"families": runner.scores.per_family(whole.right), "reading": _reading(runner, whole), "parts": runner.parts(whole)},
         "rows": [table.row(name, budget) | {"asked": (name, budget) in asked} for name, budget in table.outcomes],
         "missing": [
             {"method": name, "budget": budget, "reason": reason}
@@ -183,5 +220,5 @@ def _seeds(method: Method) -> dict[str, Any]:
 
 
 def _reading(runner: Runner, outcome: Outcome) -> float | None:
-    reading = np.isin(runner.scores.families, READING)
+    reading = np.isin(runner.scores.families, READ)
     return float(outcome.right[reading].mean()) if reading.any() else None

@@ -1,4 +1,5 @@
-"""Accuracy of the pocket model against kept tokens: ``python -m foveate.lab.evaluate``.
+"""Accuracy of a pocket model against kept tokens: ``python -m foveate.lab.evaluate``; of the second one with all tokens:
+``python -m foveate.lab.evaluate --model pocket-qwen --scenes 800``.
 
 The paper's comparison of sampling strategies and of its two modules (Tables 4 and 5 of arXiv 2403.15388) in small, at equal counts,
 on unseen scenes. Pictures are encoded and reduced by the engine; all questions of a picture are then answered in one forward,
@@ -20,12 +21,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ..loading import POCKET
+from ..errors import InputError
+from ..loading import POCKET, load
 from ..methods.prumerge import PruMerge
 from ..methods.registry import get
 from ..places import write_text
 from ..pocket.scenes import LEVELS, Scene
+from ..pocket.worlds import world_of
 from .exam import Evaluator
+from .native_exam import NativeEvaluator
 from .runner import Outcome, Runner
 from .scores import majority
 from .testset import SEED
@@ -90,8 +94,10 @@ def _kinds(scene: Scene) -> NDArray[np.int64]:
 
 def compare(runner: Runner, budgets: Sequence[int], console: Console) -> dict[str, Any]:
     """All methods at all budgets, adaptive methods, and baselines at the counts that adaptive methods chose."""
-    data, scores = runner.data, runner.scores
-    full, blind = runner.outcome(None), runner.evaluator.run(None, wrong_picture=True)
+    data, scores, evaluator = runner.data, runner.scores, runner.evaluator
+    if not isinstance(evaluator, Evaluator):
+        raise InputError("these tables are of the first pocket model")
+    full, blind = runner.outcome(None), evaluator.run(None, wrong_picture=True)
     results: dict[tuple[str, int | None], Outcome] = {}
     jobs: list[tuple[Variant, int | None]] = [(variant, None) for variant in ADAPTIVE]
     jobs += [(variant, budget) for budget in budgets for variant in COMPARED]
@@ -132,8 +138,25 @@ def compare(runner: Runner, budgets: Sequence[int], console: Console) -> dict[st
             "prumerge_minus_prune_only": {str(b or "adaptive"): d for b, d in unmerged.items()},
             "prumerge_plus_minus_prune_only_plus": {str(b or "adaptive"): d for b, d in unmerged_plus.items()},
         },
-        "attention": attention_facts(runner.evaluator),
+        "attention": attention_facts(evaluator),
         "methods": rows,
+    }
+
+
+def families(runner: Runner) -> dict[str, Any]:
+    """The second pocket model with all tokens, about a wrong picture or clip, and what the most frequent answers give."""
+    full, scores = runner.outcome(None), runner.scores
+    blind = NativeEvaluator(runner.loaded, runner.data.wrong()).run(None)
+    return {
+        "scenes": len(runner.data.scenes),
+        "questions": len(full.right),
+        "tokens": full.tokens,
+        "full": scores.per_family(full.right),
+        "full_accuracy": scores.interval(full.right),
+        "blind": scores.per_family(blind.right),
+        "blind_accuracy": scores.interval(blind.right),
+        "majority": majority(runner.data),
+        "asked": {family: int((scores.families == family).sum()) for family in scores.per_family(full.right)},
     }
 
 
@@ -170,15 +193,20 @@ def evaluate(
     scenes: Annotated[int, typer.Option(help="Test scenes to draw.")] = 501,
     budgets: Annotated[str, typer.Option(help="Visual tokens to keep, separated by commas.")] = ",".join(map(str, BUDGETS)),
     seed: Annotated[int, typer.Option(help="Seed of the test set.")] = SEED,
-    model: Annotated[str, typer.Option(help="Folder of another pocket model.")] = POCKET,
+    model: Annotated[str, typer.Option(help="pocket, pocket-qwen, or the folder of another pocket model.")] = POCKET,
     save: Annotated[Path | None, typer.Option(help="Write the curves as a PNG.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers as JSON; - prints them.")] = None,
 ) -> None:
     """Accuracy per question family, and of every method against kept tokens."""
     console = Console(stderr=str(json_file) == "-")
-    report = compare(Runner(scenes, EVERY, seed, model=model), [int(b) for b in budgets.split(",")], console)
-    console.print(family_table(report), method_table(report), sep="\n")
-    if save:
+    loaded = load(model)
+    native = world_of(loaded.processor) == "native"
+    runner = Runner(scenes, EVERY, seed, model=loaded)
+    report = families(runner) if native else compare(runner, [int(b) for b in budgets.split(",")], console)
+    console.print(family_table(report))
+    if not native:
+        console.print(method_table(report))
+    if save and not native:
         from ..viz.curves import save_accuracy_curves
 
         save_accuracy_curves(report, save)

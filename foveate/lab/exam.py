@@ -7,6 +7,7 @@ method, and any model.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,17 +19,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..chat import Prompt, collate
+from ..chat import collate, question_about
 from ..engine.model.anatomy import innermost
 from ..errors import InputError
 from ..loading import Loaded
 from ..methods.base import FrontReducer, KeepAll, Method
 from ..pictures import Pictures
 from ..pocket.answers import text_states
-from ..pocket.batches import IGNORE, collate_text, normalise, text_rows
+from ..pocket.batches import LANGUAGE, normalise, text_rows
+from ..pocket.native.clips import RATE, Clip
 from ..pocket.questions import PocketQuestion
-from ..pocket.vocabulary import TOKEN_ID
-from .testset import TestSet
+from ..pocket.rows import IGNORE
+from ..pocket.scenes import Scene
+from ..pocket.worlds import world_of
+from ..video import Video
+from .testset import Shown, TestSet
 
 LONGEST = 5  # tokens of an answer of the pocket model, its end included
 WORDS = 32  # tokens of an answer of another model
@@ -61,7 +66,7 @@ class Evaluator:
     chunk : scenes at a time.
     """
 
-    def __init__(self, model: Any, data: TestSet, chunk: int = 12) -> None:
+    def __init__(self, model: Any, data: TestSet[Scene], chunk: int = 12) -> None:
         self.model: Any = innermost(model)
         self.data, self.chunk = data, chunk
         self.depth = int(model.config.get_text_config().num_hidden_layers)
@@ -70,7 +75,7 @@ class Evaluator:
         for part in data.chunks(chunk):
             pixels = normalise([scene.image for scene in data.scenes[part]]).to(model.device, model.dtype)
             self.pictures.append(Pictures(model, pixel_values=pixels))
-            rows = collate_text([text_rows(asked) for asked in data.questions[part]])
+            rows = LANGUAGE.collated([text_rows(asked) for asked in data.questions[part]])
             self.text.append({name: value.to(model.device) for name, value in rows.items()})
 
     @torch.no_grad()
@@ -121,32 +126,40 @@ class Asker:
     chunk : questions at a time.
     """
 
-    def __init__(self, loaded: Loaded, data: TestSet, chunk: int = 16) -> None:
+    def __init__(self, loaded: Loaded, data: TestSet[Any], chunk: int = 16) -> None:
         self.loaded, self.asked, self.chunk = loaded, data.asked, chunk
-        self.images = [Image.fromarray(scene.image) for scene in data.scenes]
-        self.exact = speaks_pocket(loaded)
+        self.shown = [as_shown(scene) for scene in data.scenes]
+        self.exact = world_of(loaded.processor) is not None
         self._encoded: dict[int, dict[str, Any]] = {}
         self._size = 0
 
+    @property
+    def parts(self) -> list[slice]:
+        """Questions that are asked together: about pictures, or about clips."""
+        kinds = [isinstance(self.shown[number], Video) for number, _ in self.asked]
+        ends = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
+        found = []
+        for begin, end in itertools.pairwise([0, *ends, len(kinds)]):
+            found += [slice(start, min(start + self.chunk, end)) for start in range(begin, end, self.chunk)]
+        return found
+
     def inputs(self, part: Sequence[tuple[int, PocketQuestion]]) -> dict[str, Any]:
         """Prompts of some questions, padded on the left."""
-        prompts = []
-        for number, question in part:
-            image = self.images[number]
-            content = [{"type": "image", "image": image}, {"type": "text", "text": question.text}]
-            prompts.append(Prompt([{"role": "user", "content": content}], question.text, [image], []))
-        return collate(self.loaded, prompts)
+        model, processor = self.loaded.model, self.loaded.processor
+        return collate(
+            self.loaded, [question_about(processor, model, self.shown[number], question.text) for number, question in part]
+        )
 
-    def encoded(self, start: int) -> dict[str, Any]:
-        """The prompts of the chunk that begins at ``start``, their pictures encoded if there is room to keep them."""
-        if start not in self._encoded:
-            inputs = self.inputs(self.asked[start : start + self.chunk])
+    def encoded(self, part: slice) -> dict[str, Any]:
+        """The prompts of a part, their pictures encoded if there is room to keep them."""
+        if part.start not in self._encoded:
+            inputs = self.inputs(self.asked[part])
             if self._size >= HELD:
                 return inputs
             pictures = Pictures(self.loaded.model, **inputs)
             self._size += 3 * sum(each.nbytes for each in pictures.embeds)  # features, and what is after the projector
-            self._encoded[start] = pictures.inputs
-        return self._encoded[start]
+            self._encoded[part.start] = pictures.inputs
+        return self._encoded[part.start]
 
     def run(self, method: Method) -> Result:
         """Answer everything with a method attached.
@@ -159,8 +172,8 @@ class Asker:
         right: list[bool] = []
         layers = np.zeros(int(model.config.get_text_config().num_hidden_layers))
         with method(model) as session:
-            for start in range(0, len(self.asked), self.chunk):
-                inputs, part = self.encoded(start), self.asked[start : start + self.chunk]
+            for each in self.parts:
+                inputs, part = self.encoded(each), self.asked[each]
                 longest = LONGEST if self.exact else WORDS
                 out = model.generate(**inputs, max_new_tokens=longest, do_sample=False)[:, inputs["input_ids"].shape[1] :]
                 texts = processor.batch_decode(out, skip_special_tokens=True)
@@ -173,9 +186,13 @@ class Asker:
         return text == answer if self.exact else said(text, answer)
 
 
-def speaks_pocket(loaded: Loaded) -> bool:
-    """Whether a model has the words of the pocket world and no others, so that its answers can be taken word by word."""
-    return bool(loaded.processor.tokenizer.get_vocab() == TOKEN_ID)
+def as_shown(scene: Shown) -> Image.Image | Video:
+    """A scene as a question can be about it."""
+    if isinstance(scene, Clip):
+        frames = tuple(Image.fromarray(frame) for frame in scene.frames)
+        times = tuple(number / RATE for number in range(len(frames)))
+        return Video(frames, times, RATE, len(frames) / RATE, ())
+    return Image.fromarray(scene.image)
 
 
 def said(text: str, answer: str) -> bool:

@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 
 from ..loading import POCKET, Loaded, load
 from ..methods.base import KeepAll, Method
-from .exam import Asker, Evaluator, Result, speaks_pocket
+from ..pocket.native.clips import Clip
+from ..pocket.worlds import world_of
+from .exam import Asker, Evaluator, Result
+from .native_exam import NativeEvaluator
 from .scores import Scores
 from .store import Store, key_of
 from .testset import SEED, TestSet
@@ -74,7 +77,9 @@ class Runner:
         test = {"scenes": scenes, "each": each, "seed": seed, "split": split}
         self.setting: dict[str, Any] = {**test, "foveate": __version__, "model": self.loaded.name, "weights": self.loaded.weights}
         self.store = Store(store, self.setting)
-        self.data = TestSet.draw(scenes, seed, split).picked(each, seed)
+        self.world = world_of(self.loaded.processor)
+        draw: Callable[..., TestSet[Any]] = TestSet.draw_native if self.world == "native" else TestSet.draw
+        self.data = draw(scenes, seed, split).picked(each, seed)
         self.scores = Scores.of(self.data)
         self.asker = Asker(self.loaded, self.data)
 
@@ -88,9 +93,25 @@ class Runner:
         """Visual tokens of a picture without reduction."""
         return round(self.outcome(None).tokens)
 
+    def parts(self, outcome: Outcome) -> dict[str, tuple[float, float, float]]:
+        """Accuracies with intervals of pictures and of clips, where the test set has both."""
+        clips = np.array([isinstance(self.data.scenes[number], Clip) for number, _ in self.data.asked])
+        if not clips.any() or clips.all():
+            return {}
+        masks = {"pictures": ~clips, "clips": clips}
+        return {name: self.scores.part(mask).interval(outcome.right[mask]) for name, mask in masks.items()}
+
+    def nearby(self, mean: float) -> int | float:
+        """The budget at which baselines are run beside a mean over layers: a count, or a share where pictures differ."""
+        if self.world != "native":
+            return min(self.total, nearby(mean))
+        return min(1.0, max(0.02, round(mean / self.total * 25) / 25))
+
     @functools.cached_property
-    def evaluator(self) -> Evaluator:
+    def evaluator(self) -> Evaluator | NativeEvaluator:
         """Has encoded all pictures."""
+        if self.world == "native":
+            return NativeEvaluator(self.loaded, self.data)
         made = Evaluator(self.loaded.model, self.data)
         _ = [pictures.embeds for pictures in made.pictures]
         return made
@@ -115,7 +136,7 @@ class Runner:
         return Outcome(right, tuple(layers.tolist()), float(np.mean([result["seconds"] for result in found])))
 
     def _answer(self, method: Method) -> dict[str, Any]:
-        fast = self.sees_no_question(method) and speaks_pocket(self.loaded)
+        fast = self.sees_no_question(method) and self.world is not None
         _ = self.evaluator if fast else None  # encoding once is nobody's time
         begin = time.perf_counter()
         result: Result = self.evaluator.run(method.before_decoder()) if fast else self.asker.run(method)
@@ -126,7 +147,8 @@ class Runner:
     def sees_no_question(method: Method) -> bool:
         """Whether all questions about a picture get the same tokens, at the places that the evaluator gives them."""
         front = method.before_decoder()
-        return not method.inside_decoder() and not front.reads_question and front.positions == "compact"
+        inside = bool(method.inside_decoder()) or method.first_tokens() is not None
+        return not inside and not front.reads_question and front.positions == "compact"
 
 
 def nearby(mean: float) -> int:

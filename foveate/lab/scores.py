@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pocket.questions import QUESTION_KINDS
+from ..pocket.native.questions import FAMILIES
 from .testset import TestSet
 
 FEW = 40  # scenes below which resampling them says too little
@@ -25,7 +25,7 @@ class Scores:
     resamples: NDArray[np.int64]  # [R, scenes] how often each scene was drawn
 
     @classmethod
-    def of(cls, data: TestSet, resamples: int = 2000) -> Scores:
+    def of(cls, data: TestSet[Any], resamples: int = 2000) -> Scores:
         number = len(data.scenes)
         drawn = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=resamples)
         return cls(data.column(lambda _, q: q.family), data.column(lambda i, _: i), drawn)
@@ -35,7 +35,7 @@ class Scores:
         return Scores(self.families[mask], self.scene[mask], self.resamples)
 
     def per_family(self, right: NDArray[Any]) -> dict[str, float]:
-        return {f: float(right[self.families == f].mean()) for f in QUESTION_KINDS if (self.families == f).any()}
+        return {f: float(right[self.families == f].mean()) for f in FAMILIES if (self.families == f).any()}
 
     def interval(self, values: NDArray[Any], *, paired: bool = False) -> tuple[float, float, float]:
         """Mean over questions, and its 95 % interval; ``paired`` values are differences of shares.
@@ -75,11 +75,11 @@ def few_values(values: NDArray[Any], observations: int, *, paired: bool) -> tupl
     return max(-1.0, more - fewer - half), min(1.0, more - fewer + half)
 
 
-def majority(data: TestSet) -> dict[str, float]:
+def majority(data: TestSet[Any]) -> dict[str, float]:
     """Accuracy of always giving the most frequent answer of a family."""
     families, answers = data.column(lambda _, q: q.family), data.column(lambda _, q: q.answer)
     found = {}
-    for family in QUESTION_KINDS:
+    for family in FAMILIES:
         mine = Counter(answers[families == family].tolist())
         if mine:
             found[family] = max(mine.values()) / sum(mine.values())

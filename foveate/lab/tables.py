@@ -78,6 +78,26 @@ def rank_rows(report: Row) -> list[tuple[str, list[str]]]:
     return [(SECTIONS[section], shown) for section, _, _, shown in sorted(lines)]
 
 
+def budget_text(budget: int | float | None) -> str:
+    """A count, a share in %, or the method's own rule."""
+    return "own rule" if budget is None else f"{100 * budget:g}%" if isinstance(budget, float) else str(budget)
+
+
+def part_rows(report: Row, part: str) -> list[list[str]]:
+    """Accuracies of a part of the test set with intervals, a line for each method, the best at the smallest budget first."""
+    found: dict[str, dict[Any, Sequence[float]]] = {}
+    for row in report["rows"]:
+        if row["asked"]:
+            found.setdefault(row["method"], {})[row["budget"]] = row["parts"][part]
+    columns = (*report["budgets"], None)
+
+    def text(value: Sequence[float] | None) -> str:
+        return "" if value is None else "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * each for each in value))
+
+    ordered = sorted(found.items(), key=lambda item: -next((item[1][b][0] for b in columns if b in item[1]), 0.0))
+    return [[name, *(text(values.get(budget)) for budget in columns)] for name, values in ordered]
+
+
 def _cell(row: Row | None, rank: int | None) -> str:
     if row is None:
         return "-"
@@ -86,7 +106,7 @@ def _cell(row: Row | None, rank: int | None) -> str:
 
 
 def heads(report: Row) -> list[str]:
-    return ["method", "kind", *map(str, report["budgets"]), "own rule", "mean rank"]
+    return ["method", "kind", *map(budget_text, report["budgets"]), "own rule", "mean rank"]
 
 
 def about(report: Row) -> str:
@@ -94,8 +114,8 @@ def about(report: Row) -> str:
     whole = report["all"]
     reading = "" if whole["reading"] is None else f", reading {100 * whole['reading']:.1f}"
     return (
-        f"{report['questions']} questions about {report['scenes']} unseen scenes (seed {report['seed']}); all 576 tokens: "
-        f"{percent(whole)} % right{reading}"
+        f"{report['questions']} questions about {report['scenes']} unseen scenes (seed {report['seed']}); "
+        f"all {report['total']} tokens: {percent(whole)} % right{reading}"
     )
 
 
@@ -117,7 +137,7 @@ def reasons(report: Row) -> list[str]:
     """Why cells are empty; budgets of a method whose reasons differ in their number only stand together, with the first."""
     found: dict[tuple[str, str], tuple[str, list[str]]] = {}
     for entry in report["missing"]:
-        method, budget = entry["method"], str(entry["budget"] or "own rule")
+        method, budget = entry["method"], budget_text(entry["budget"])
         reason = entry["reason"].removeprefix(f"{method}: ")
         alike = re.sub(rf"\b{budget}\b", "", reason)
         found.setdefault((method, alike), (reason, []))[1].append(budget)
@@ -135,6 +155,10 @@ def markdown(report: Row) -> str:
     lines = ["# Methods on the pocket test set", "", about(report) + ".", "", "```bash", report["command"], "```", ""]
     lines += [f"foveate {report['foveate']}, weights of the pocket model {report['weights']}.", ""]
     lines += [*markdown_table(heads(report), [cells for _, cells in rank_rows(report)], 2), "", RANKED, ""]
+    for part, (mean, low, high) in report["all"].get("parts", {}).items():
+        lines += [f"## {part.capitalize()} alone", "", f"All tokens: {100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}] %.", ""]
+        columns = ("method", *map(budget_text, report["budgets"]), "own rule")
+        lines += [*markdown_table(columns, part_rows(report, part)), ""]
     if report["missing"]:
         lines += ["Empty cells:", "", *(f"- {reason}" for reason in reasons(report)), ""]
     lines += [
@@ -154,7 +178,7 @@ def markdown(report: Row) -> str:
         "minus spatial",
     )
     rows = [
-        [row["method"], str(row["budget"] or "own"), f"{row['tokens']:.0f}", f"{row['mean_tokens']:.0f}", percent(row)]
+        [row["method"], budget_text(row["budget"]), f"{row['tokens']:.0f}", f"{row['mean_tokens']:.0f}", percent(row)]
         + [points(row[part]) for part in ("minus_all", "minus_random", "minus_spatial", "minus_resize")]
         + ["" if row["reading"] is None else f"{100 * row['reading']:.1f}"]
         for row in sorted(report["rows"], key=lambda row: (row["mean_tokens"], row["method"]))

@@ -234,8 +234,19 @@ def _timed(encode: Callable[..., Any], clock: Clock) -> Callable[..., Any]:
     return call
 
 
+STATES = ("conv_states", "recurrent_states")  # of layers that hold a state, beside keys and values or in their place
+
+
+def _held(layer: Any) -> list[Any]:
+    """What a layer of a cache holds: keys and values, and the states that it has, as far as they are there."""
+    found = [layer.keys, layer.values] if hasattr(layer, "keys") else []
+    for states in (getattr(layer, name, None) for name in STATES):
+        found += [state for state in (states or {}).values() if state is not None]
+    return found
+
+
 def cache_bytes(cache: Any) -> list[int]:
-    """Bytes of memory that the keys and values of each layer of a cache hold on to.
+    """Bytes of memory that the keys and values of each layer of a cache hold on to, or its states.
 
     Raises
     ------
@@ -246,7 +257,7 @@ def cache_bytes(cache: Any) -> list[int]:
     found, seen = [], set()
     for layer in cache.layers:
         held = 0
-        for tensor in (layer.keys, layer.values):
+        for tensor in _held(layer) or [None]:
             if not isinstance(tensor, Tensor):
                 raise CacheError("this cache does not show its keys and values, so its size is not known. Use a dynamic cache.")
             storage = tensor.untyped_storage()  # what is held is all of it, even where the layer sees a part

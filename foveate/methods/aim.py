@@ -150,6 +150,11 @@ class AIM(Method, name="aim", paper=PAPER, adaptive=False):
         """As of any method; no visual token is left in the last layer, so that what enters the decoder is meant there."""
         return self.with_budget(round(tokens)) if at == "last" else super().at_budget(tokens, total, layers)
 
+    def at_share(self, share: float, layers: int, at: Literal["mean", "last"] = "mean") -> Self:
+        """As ``at_budget``, with a share."""
+        whole = super().at_share(share, layers)
+        return self.with_budget(float(share)) if at == "last" else whole
+
     def before_decoder(self) -> FrontReducer:
         return AIMMerge(budget=self.budget, order=self.order, positions=self.positions)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import FoveateError
 from ..tokens import BlockTokens, Regroup, resolve_budget
 from .base import EncoderReducer
+from .fields import check_per_block, for_each_block
 from .tools.plans import quarters, staged_plan
 from .tools.scoring import cls_attention, cls_attention_by_head
 from .tools.selection import order_keys, ranks, take_in_order
@@ -49,7 +50,7 @@ class ATS(EncoderReducer, name="ats", paper="https://arxiv.org/abs/2111.15667"):
     min_tokens: int = 8
 
     def __post_init__(self) -> None:
-        self.drawing = self.check_per_block("points", least=1)
+        self.drawing = check_per_block(self, "points", least=1)
         super().__post_init__()
         self.check_layers()
         self.check_range(min_tokens=1)
@@ -60,7 +61,7 @@ class ATS(EncoderReducer, name="ats", paper="https://arxiv.org/abs/2111.15667"):
         goal = resolve_budget(self.budget, patches)
         if goal is not None:
             return staged_plan(patches, goal, blocks)
-        return dict(zip(blocks, self.for_each_block("points", self.drawing or (patches,), blocks), strict=True))
+        return dict(zip(blocks, for_each_block(self, "points", self.drawing or (patches,), blocks), strict=True))
 
     def shrink(self, tokens: BlockTokens) -> Regroup:
         scores = self.significance(tokens)

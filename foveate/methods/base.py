@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
+from torch import Tensor
 from typing_extensions import Self
 
 from ..cuts import Cut, Pattern, PromptTokens
 from ..errors import InputError
-from ..tokens import BlockTokens, Budget, EncoderLayer, Reduction, Regroup, VisualTokens, check_budget, resolve_budget
-from .budgets import budgeted
-from .fields import check_declared, check_fields, check_tuple
+from ..tokens import BlockTokens, Budget, EncoderLayer, Escort, Reduction, Regroup, VisualTokens, check_budget, resolve_budget
+from .budgets import budgeted, shared
+from .fields import check_declared, check_fields
 from .registry import REGISTRY, UNLISTED
 from .saved import Saved
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
     from ..engine.session import Session
     from .trained import Trained
+
+
+FirstTokens: TypeAlias = Callable[[int, Tensor], Tensor]  # a decoder layer and states [B, D] -> [B, D]
 
 
 @dataclass(kw_only=True)
@@ -121,6 +126,15 @@ class Method(Saved):
         """What acts between decoder layers."""
         return ()
 
+    def first_tokens(self, tokens: int | None = None) -> FirstTokens | None:
+        """What a prompt's first token becomes before each decoder layer while a prompt with pictures is read. None = it stays.
+
+        Parameters
+        ----------
+        tokens : visual tokens of the pictures; None = it is asked for pictures of any size.
+        """
+        return None
+
     def trained(self) -> tuple[Trained, ...]:
         """The parts that have weights of their own."""
         return ()
@@ -211,6 +225,10 @@ class Method(Saved):
         """
         return budgeted(self, tokens, total, layers, at)
 
+    def at_share(self, share: float, layers: int, at: Literal["mean", "last"] = "mean") -> Self:
+        """As ``at_budget``, for pictures of any size: decoder layers run a ``share`` of their visual tokens, in (0, 1]."""
+        return shared(self, share, layers, at)
+
     def repeats(self) -> tuple[Self, ...]:
         """The settings whose results are averaged when the method is measured: the method itself, or several seeds of it."""
         return (self,)
@@ -241,8 +259,11 @@ class FrontReducer(Method):
 
     reads_projected: ClassVar[bool] = False  # asks for the features after the projector, too
     reads_question: ClassVar[bool] = False  # asks for the question
+    reads_question_state: ClassVar[bool] = False  # and for what the decoder makes of it alone, at the price of that pass
     reads_cls: ClassVar[bool] = False  # scores by the [CLS] token of the encoder, where it has one
     without_cls: ClassVar[str] = "the mean attention that each token receives stands for that of [CLS]"
+    whole_video: ClassVar[bool] = False  # decides over all frames of a video at once; else over each frame by itself
+    joins_encoder: ClassVar[bool] = False  # runs tokens of its own through the encoder, beside the patches
 
     temporal: float | None = None
 
@@ -308,32 +329,20 @@ class EncoderReducer(FrontReducer):
     """
 
     stage: ClassVar[str] = "inside the vision encoder"
+    escorts: ClassVar[bool] = False  # one more token runs along, and is the last that the decoder gets of a picture
     order: Literal["raster", "encoder"] = "raster"
 
     def plan(self, depth: int, patches: int) -> dict[int, int]:
         """The blocks to act in, of the ``depth`` ones that make the features, each with the most patches it may leave."""
         raise TypeError(f"{type(self).__name__} does not implement plan(depth, patches)")
 
-    def check_per_block(self, field: str, least: int) -> tuple[int, ...]:
-        """The numbers of a field that holds one for all blocks, or one for each; raise ``InputError`` if they are none."""
-        value = getattr(self, field)
-        check_tuple(self, field, (value,) if isinstance(value, Integral) else value, int)
-        found: tuple[int, ...] = getattr(self, field)
-        if any(number < least for number in found):
-            raise InputError(f"{self.name}: {field}={found}; each must be at least {least}")
-        if self.budget is not None and found:
-            raise InputError(f"{self.name}: budget={self.budget} and {field}={found}; give one of them")
-        return found
-
-    def for_each_block(self, field: str, numbers: tuple[int, ...], blocks: list[int]) -> tuple[int, ...]:
-        """One number for each of ``blocks``; raise ``InputError`` if there are others."""
-        if len(numbers) not in (1, len(blocks)):
-            raise InputError(f"{self.name}: {field} has {len(numbers)} numbers; expected one, or {len(blocks)}, one for each block")
-        return numbers * len(blocks) if len(numbers) == 1 else numbers
-
     def counts_sizes(self) -> bool:
         """Whether attention weighs a token by the number of patches it stands for (proportional attention of ToMe)."""
         return False
+
+    def escort(self, token: Escort) -> Tensor:
+        """[B, C] what the token that runs along becomes before a layer, where the method ``escorts``."""
+        raise TypeError(f"{type(self).__name__} does not implement escort(token)")
 
     def shrink(self, tokens: BlockTokens) -> Regroup:
         """Leave ``tokens.goal`` patches or fewer. Row b of a batch must equal the same image alone."""

@@ -26,12 +26,12 @@ BESIDE = BASELINES[:3]  # run beside every method at the same cost
 SEEDS = (0, 1, 2)  # of a random choice that stands in a table, which is their mean
 
 
-def _count(method: ProjectorReducer, tokens: VisualTokens) -> int:
+def count_of(method: ProjectorReducer, tokens: VisualTokens) -> int:
     """The number of tokens to keep; baselines always have one."""
     return resolve_budget(method.budget, tokens.number) or tokens.number
 
 
-def _same_for_all(index: Tensor, tokens: VisualTokens) -> Reduction:
+def same_for_all(index: Tensor, tokens: VisualTokens) -> Reduction:
     index = index.to(tokens.features.device, non_blocking=True)
     return Reduction(index.expand(len(tokens.features), -1))
 
@@ -54,7 +54,7 @@ class Random(ProjectorReducer, name="random", paper="https://arxiv.org/abs/2511.
     def reduce(self, tokens: VisualTokens) -> Reduction:
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(tokens.number, generator=generator)
-        return _same_for_all(order[: _count(self, tokens)].sort().values, tokens)
+        return same_for_all(order[: count_of(self, tokens)].sort().values, tokens)
 
 
 @dataclass(kw_only=True)
@@ -80,11 +80,11 @@ class Spatial(ProjectorReducer, name="spatial", paper="https://arxiv.org/abs/240
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         if self.shape is None:
-            return _same_for_all(uniform_lattice(*tokens.grid, _count(self, tokens)), tokens)
+            return same_for_all(uniform_lattice(*tokens.grid, count_of(self, tokens)), tokens)
         (rows, columns), (r, c) = tokens.grid, self.shape
         if r > rows or c > columns:
             raise InputError(f"{self.name}: a pattern of {r} x {c} does not fit on a grid of {rows} x {columns}")
-        return _same_for_all(grid_middles(rows, columns, r, c), tokens)
+        return same_for_all(grid_middles(rows, columns, r, c), tokens)
 
 
 @dataclass(kw_only=True)
@@ -92,7 +92,7 @@ class Sequential(ProjectorReducer, name="sequential", paper="https://arxiv.org/a
     """The first tokens of the flattened grid (Table 4, "sequential")."""
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
-        return _same_for_all(torch.arange(_count(self, tokens)), tokens)
+        return same_for_all(torch.arange(count_of(self, tokens)), tokens)
 
 
 @dataclass(kw_only=True)
@@ -101,13 +101,13 @@ class Pool(ProjectorReducer, name="pool", paper="https://arxiv.org/abs/2405.2098
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         rows, columns = tokens.grid
-        count = _count(self, tokens)
+        count = count_of(self, tokens)
         owner, share = torch.zeros(rows, columns, dtype=torch.long), torch.zeros(rows, columns)
         for number, (top, end, left, right) in enumerate(lattice_blocks(rows, columns, count)):
             owner[top:end, left:right], share[top:end, left:right] = number, 1 / ((end - top) * (right - left))
         batch, device = len(tokens.features), tokens.features.device
         links = links_of(*(each.view(1, -1).to(device, non_blocking=True).expand(batch, -1) for each in (owner, share)))
-        return Reduction(_same_for_all(uniform_lattice(rows, columns, count), tokens).index, **links._asdict())
+        return Reduction(same_for_all(uniform_lattice(rows, columns, count), tokens).index, **links._asdict())
 
 
 @dataclass(kw_only=True)
@@ -151,4 +151,4 @@ class Resize(ProjectorReducer, name="resize", paper="https://arxiv.org/abs/2510.
         every = torch.eye(tokens.number).view(tokens.number, 1, rows, columns)
         weights = F.interpolate(every, (r, c), mode="bicubic", antialias=True, align_corners=False).view(tokens.number, r * c)
         weights = weights.T.to(tokens.features.device, non_blocking=True).expand(len(tokens.features), -1, -1)
-        return Reduction(_same_for_all(grid_middles(rows, columns, r, c), tokens).index, weights=weights)
+        return Reduction(same_for_all(grid_middles(rows, columns, r, c), tokens).index, weights=weights)

@@ -44,19 +44,20 @@ class CDPruner(ProjectorReducer, name="cdpruner", paper="https://arxiv.org/abs/2
         return self.text_tower
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
-        if tokens.question is None or tokens.projected is None:
+        question = tokens.question
+        if question is None or question.visual is None or tokens.projected is None:
             raise FoveateError(f"{self.name}: the question or the projected features are missing. This is a fault of the engine.")
         count = resolve_budget(self.budget, tokens.number) or tokens.number
-        scores = self._relevance(tokens.question)
+        scores = self._relevance(question, question.visual)
         chosen = determinant_first(cosine_rows(tokens.projected), scores.square(), count)
         return Reduction(chosen.sort(-1).values, scores=scores)
 
     @torch.no_grad()
-    def _relevance(self, question: Question) -> Tensor:
+    def _relevance(self, question: Question, visual: Tensor) -> Tensor:
         """[B, N] in [0, 1]."""
         words = F.normalize(question.text.float(), dim=-1).masked_fill(~question.valid[..., None], 0).sum(1)
         words = words / question.valid.sum(1, keepdim=True).clamp(min=1)
-        cosine = (F.normalize(question.visual.float(), dim=-1) * words[:, None]).sum(-1)
+        cosine = (F.normalize(visual.float(), dim=-1) * words[:, None]).sum(-1)
         negative = question.paired if self.relevance == "auto" else self.relevance == "negative"
         cosine = -cosine if negative else cosine
         low, high = cosine.aminmax(dim=-1, keepdim=True)

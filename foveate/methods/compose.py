@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from ..errors import InputError
 from ..tokens import Budget
-from .base import DecoderReducer, FrontReducer, KeepAll, Method
+from .base import DecoderReducer, FirstTokens, FrontReducer, KeepAll, Method
 
 if TYPE_CHECKING:
     from .trained import Trained
@@ -46,6 +46,10 @@ class Compose(Method, name="compose", listed=False):
 
     def inside_decoder(self) -> tuple[DecoderReducer, ...]:
         return tuple(reducer for method in self.methods for reducer in method.inside_decoder())
+
+    def first_tokens(self, tokens: int | None = None) -> FirstTokens | None:
+        found = [change for method in self.methods if (change := method.first_tokens(tokens)) is not None]
+        return found[0] if found else None
 
     def trained(self) -> tuple[Trained, ...]:
         return tuple(part for method in self.methods for part in method.trained())

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from ..tokens import BlockTokens, Regroup, resolve_budget
+from ..tokens import BlockTokens, EncoderTap, Regroup, resolve_budget
 from .base import EncoderReducer
 from .tools.merging import best_partners
 from .tools.plans import even_plan, outputs_of, paired_plan
@@ -27,6 +28,7 @@ class CrossGET(EncoderReducer, name="crossget", paper="https://arxiv.org/abs/230
     The cross token is a copy of [CLS] with a learnt offset. Without training the offset is zero, so [CLS] takes its place in the
     importance. There is no copy here: attention counts [CLS] once (the code twice, as itself and its copy, so that it merges other
     patches even untrained), and the decoder gets no cross token (the code hands it over: 277 patches and 1).
+    ``crossget+`` has both.
 
     Parameters
     ----------
@@ -53,8 +55,17 @@ class CrossGET(EncoderReducer, name="crossget", paper="https://arxiv.org/abs/230
         blocks = list(range(depth)) if self.layers is None else list(self.layers)
         goal = resolve_budget(self.budget, patches)
         if goal is not None:
-            return even_plan(self.name, patches, goal, blocks, at_most_half=True)
+            return even_plan(self.name, patches, self.patches_of(goal), blocks, at_most_half=True)
         return paired_plan(patches, [self.r] * len(blocks), blocks)
+
+    def patches_of(self, tokens: int) -> int:
+        """How many of so many tokens for the decoder are patches."""
+        return tokens
+
+    def importance(self, tap: EncoderTap) -> Tensor:
+        """[B, n] float32 of the patches of a block."""
+        received = received_attention(tap, cls_looks=True)
+        return received if tap.query is None else received + cls_attention(tap)
 
     def shrink(self, tokens: BlockTokens) -> Regroup:
         tap, number = tokens.tap, tokens.valid.shape[1]
@@ -63,8 +74,7 @@ class CrossGET(EncoderReducer, name="crossget", paper="https://arxiv.org/abs/230
         alike, _ = best_partners(unit, unit, lambda part: every[part, None] != every)
         place = ranks(alike)
         ahead, _ = best_partners(unit, unit, lambda part: place[:, part, None] < place[:, None])
-        importance = received_attention(tap, cls_looks=True)
-        importance = importance if tap.query is None else importance + cls_attention(tap)
+        importance = self.importance(tap)
         merged = (importance - ahead).argsort(dim=-1, stable=True)[:, : number - tokens.goal]
         stays = torch.ones_like(tokens.valid).scatter(1, merged, False)
         index = (~stays).long().argsort(dim=-1, stable=True)[:, : tokens.goal]

@@ -110,6 +110,25 @@ def check_tuple(method: Method, field: str, value: Any, element: Any) -> None:
     setattr(method, field, tuple(plain(each) for each in value))
 
 
+def check_per_block(method: Method, field: str, least: int) -> tuple[int, ...]:
+    """The numbers of a field that holds one for all blocks, or one for each; raise ``InputError`` if they are none."""
+    value = getattr(method, field)
+    check_tuple(method, field, (value,) if isinstance(value, Integral) else value, int)
+    found: tuple[int, ...] = getattr(method, field)
+    if any(number < least for number in found):
+        raise InputError(f"{method.name}: {field}={found}; each must be at least {least}")
+    if method.budget is not None and found:
+        raise InputError(f"{method.name}: budget={method.budget} and {field}={found}; give one of them")
+    return found
+
+
+def for_each_block(method: Method, field: str, numbers: tuple[int, ...], blocks: list[int]) -> tuple[int, ...]:
+    """One number for each of ``blocks``; raise ``InputError`` if there are others."""
+    if len(numbers) not in (1, len(blocks)):
+        raise InputError(f"{method.name}: {field} has {len(numbers)} numbers; expected one, or {len(blocks)}, one for each block")
+    return numbers * len(blocks) if len(numbers) == 1 else numbers
+
+
 def plain(value: Any) -> Any:
     """A number of NumPy's as Python's own, which can be written as JSON; anything else as it is."""
     if isinstance(value, int | float) or not isinstance(value, Real):

@@ -82,9 +82,9 @@ def get(name: str, **fields: Any) -> Method:
 
     Parameters
     ----------
-    name : as listed by ``foveate.methods()``; ``name:preset`` uses a preset, e.g. ``"prumerge:released"``; ``"full"`` keeps all
-        visual tokens.
-    **fields : hyper-parameters of the method.
+    name : as listed by ``foveate.methods()``; ``name:preset`` uses a preset, e.g. ``"prumerge:released"``, or the weights that are
+        shipped for the pocket model, ``"dyvte:pocket"``; ``"full"`` keeps all visual tokens.
+    **fields : hyper-parameters of the method; ``weights=`` also sets those that were saved with them.
 
     Raises
     ------
@@ -95,7 +95,14 @@ def get(name: str, **fields: Any) -> Method:
     unknown = [field for field in fields if field not in allowed]
     if unknown:
         raise InputError(f"{cls.name!r} has no field {unknown[0]!r}{_near(unknown[0], allowed)}; its fields: {', '.join(allowed)}")
-    method: Method = (getattr(cls, preset) if preset else cls)(**fields)
+    if preset in shipped(cls):
+        fields, preset = {"weights": shipped(cls)[preset], **fields}, ""
+    build: Any = getattr(cls, preset) if preset else cls
+    if fields.get("weights") is not None and hasattr(cls, "from_pretrained"):
+        build = cls.from_pretrained  # with the fields that were saved with them
+        fields = {**fields, "name": fields["weights"]}
+        del fields["weights"]
+    method: Method = build(**fields)
     return method
 
 
@@ -117,8 +124,9 @@ def look_up(name: str) -> tuple[type[Method], str]:
             if failed
             else f"unknown method {shown(base)}{_near(base, [*known, *UNLISTED])}; available: {', '.join(known)}"
         )
-    if preset and preset not in presets(known[base]):
-        raise InputError(f"{base!r} has no preset {shown(preset)}; available: {', '.join(presets(known[base])) or 'none'}")
+    available = (*presets(known[base]), *shipped(known[base]))
+    if preset and preset not in available:
+        raise InputError(f"{base!r} has no preset {shown(preset)}; available: {', '.join(available) or 'none'}")
     return known[base], preset
 
 
@@ -131,6 +139,15 @@ def _near(name: str, known: Sequence[str]) -> str:
 def presets(cls: type[Method]) -> tuple[str, ...]:
     """Names of the presets of a method: its class methods ``paper`` and ``released``, where it has them."""
     return tuple(preset for preset in ("paper", "released") if inspect.ismethod(getattr(cls, preset, None)))
+
+
+def shipped(cls: type[Method]) -> dict[str, str]:
+    """Weights of a method that come with the package, by what stands for them in place of a preset: "pocket", "pocket-guided"."""
+    from .weights import POCKET, SHIPPED
+
+    folders = SHIPPED.iterdir() if SHIPPED.is_dir() and hasattr(cls, "from_pretrained") else ()
+    mine = sorted(path.name for path in folders if path.name == cls.name or path.name.startswith(f"{cls.name}-"))
+    return {f"{POCKET}{name.removeprefix(cls.name)}": f"{POCKET}/{name}" for name in mine}
 
 
 @dataclass(frozen=True)

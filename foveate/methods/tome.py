@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ..tokens import BlockTokens, Regroup, resolve_budget
 from .base import EncoderReducer
+from .fields import check_per_block, for_each_block
 from .tools.merging import best_partners
 from .tools.plans import even_plan, outputs_of, paired_plan
 
@@ -40,7 +41,7 @@ class ToMe(EncoderReducer, name="tome", paper="https://arxiv.org/abs/2210.09461"
     proportional: bool = True
 
     def __post_init__(self) -> None:
-        self.pairs = self.check_per_block("r", least=0)
+        self.pairs = check_per_block(self, "r", least=0)
         super().__post_init__()
         self.check_layers()
 
@@ -55,7 +56,7 @@ class ToMe(EncoderReducer, name="tome", paper="https://arxiv.org/abs/2210.09461"
         goal = resolve_budget(self.budget, patches)
         if goal is not None:
             return even_plan(self.name, patches, goal, blocks, at_most_half=True)
-        return paired_plan(patches, self.for_each_block("r", self.pairs, blocks), blocks)
+        return paired_plan(patches, for_each_block(self, "r", self.pairs, blocks), blocks)
 
     def shrink(self, tokens: BlockTokens) -> Regroup:
         tap, number = tokens.tap, tokens.valid.shape[1]

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,7 +18,9 @@ from typing_extensions import Self
 
 from ..errors import InputError, first_line
 from ..fingerprint import same_signature
-from .weights import Weights, state_digest, write
+from .host import Host as Host
+from .host import ModelShape as ModelShape
+from .weights import SHIPPED, Weights, named, state_digest, write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,48 +28,6 @@ if TYPE_CHECKING:
     from .base import Method
 else:
     Method = object  # at run time a mixin, which leaves the defaults of fields to the class it is mixed into
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a model that a trained method depends on.
-
-    Attributes
-    ----------
-    model_type : ``config.model_type``.
-    features : C, channels of ``VisualTokens.features``.
-    width : D, channels of the decoder.
-    encoder_width, encoder_heads, encoder_layers : of the vision encoder.
-    feature_layer : index of the encoder layer that makes the features; None where a config names none of its layers.
-    decoder_layers : layers of the decoder.
-    grid : rows and columns of patches of a picture; None where pictures keep their own sizes.
-    """
-
-    model_type: str
-    features: int
-    width: int
-    encoder_width: int
-    encoder_heads: int
-    encoder_layers: int
-    feature_layer: int | None
-    decoder_layers: int
-    grid: tuple[int, int] | None
-
-
-@dataclass(frozen=True)
-class Host:
-    """The model that a method is about to act on.
-
-    Attributes
-    ----------
-    shape : its sizes.
-    device : of its features.
-    signature : samples of its weights, by which others of the same sizes are told apart (``fingerprint.signature``).
-    """
-
-    shape: ModelShape
-    device: torch.device
-    signature: Callable[[], dict[str, list[float]]]
 
 
 class _State:
@@ -112,10 +72,14 @@ class Trained(Method):
 
     Parameters
     ----------
-    weights : folder or Hub id (``id@revision``) of what ``save_pretrained`` wrote; None = ``fresh()`` makes random ones.
+    weights : folder or Hub id (``id@revision``) of what ``save_pretrained`` wrote; "pocket" = those shipped for the pocket model;
+        None = ``fresh()`` makes random ones.
     """
 
     belongs_to_weights: ClassVar[tuple[str, ...]] = ()  # fields that the folder of weights decides
+    learns: ClassVar[tuple[str, ...]] = ("module",)  # what ``foveate train`` trains; also "projector" and "lora" of the decoder
+    single_turns: ClassVar[bool] = False  # every question of a conversation needs a prompt of its own in training
+    needs_answers: ClassVar[bool] = True  # False: where data have no answers, those of the model with all tokens teach
 
     weights: str | None = None
 
@@ -129,7 +93,7 @@ class Trained(Method):
         super().__post_init__()
 
     def _opened(self, name: str) -> Weights:
-        source = Weights(name)
+        source: Weights = vars(self).pop("_given", None) or Weights(named(name, self.name))
         if source.method != self.name:
             raise InputError(f"{name} holds weights of {source.method!r}, and this is {self.name!r}. Give a folder of its own.")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
@@ -148,6 +112,51 @@ class Trained(Method):
     def build(self, shape: ModelShape) -> nn.Module:
         """A module with random weights for a model of these sizes."""
         raise TypeError(f"{type(self).__name__} does not implement build(shape)")
+
+    def initialise(self, model: Any, batches: Iterable[dict[str, Tensor]]) -> None:
+        """Set first values from training data, once, before the first step; by default they stay random.
+
+        Parameters
+        ----------
+        model : with this method attached for training.
+        batches : of training data, as ``objective`` gets them; only as many as are needed are taken.
+        """
+
+    def objective(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """The loss of one training step, and numbers for the log.
+
+        Parameters
+        ----------
+        model : with this method attached for training. What it runs within ``with other_method(model):`` is run by the other one.
+        batch : arguments of its forward: ``input_ids``, ``attention_mask`` [B, S], ``labels`` [B, S], -100 outside the answers,
+            pictures.
+        """
+        return model(**batch).loss, {}
+
+    def prepare(self, model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """What is learnt from a batch, where that costs much and does not change in training: it is kept for all epochs.
+
+        Parameters
+        ----------
+        model, batch : as for ``objective``, with pictures that are encoded already.
+
+        Returns
+        -------
+        Tensors with a row for each conversation, or each picture; ``objective`` and ``calibrate`` then get batches of these rows.
+        None = they get the conversations.
+        """
+        return None
+
+    def calibrate(self, model: Any, batches: list[dict[str, Tensor]], tolerance: float) -> dict[str, Any]:
+        """Fields to be saved with the weights, chosen after training; none by default.
+
+        Parameters
+        ----------
+        model : with this method attached.
+        batches : of validation data, as ``objective`` gets them.
+        tolerance : share of the answers that may be lost.
+        """
+        return {}
 
     # -- the module
 
@@ -193,16 +202,17 @@ class Trained(Method):
             state.module = self._made(host).float().eval().requires_grad_(False)
             state.shape, state.kept = host.shape, None
             state.signature = host.signature() if state.source is None else {}
-            state.warnings = self._strange(host)
+        state.warnings = self._strange(host)  # also where another model has the same sizes
         if any(value.device != host.device for value in state.module.state_dict().values()):
             state.module.to(host.device)
 
     def _made(self, host: Host) -> nn.Module:
         state = self._state
         if state.source is None and state.kept is None and state.module is None and state.seed is None:
+            shipped = ' Shipped for the pocket model: weights="pocket".' if (SHIPPED / self.name).is_dir() else ""
             raise InputError(
-                f"{self.name} has to be trained and has no weights. Give weights=, a folder or an id of the Hub, or train it: "
-                "fresh() begins with random ones."
+                f"{self.name} has to be trained and has no weights. Give weights=, a folder or an id of the Hub, or train it with "
+                f"'foveate train {self.name}'; fresh() begins with random ones.{shipped}"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(state.seed or 0)
@@ -223,12 +233,21 @@ class Trained(Method):
         return module
 
     def _strange(self, host: Host) -> list[str]:
-        """A warning where the weights were trained on another model of the same sizes."""
-        source = self._state.source
-        known = {} if source is None else source.config.get("signature") or {}
-        if not known or same_signature(known, host.signature()):
+        """Warnings where the weights were trained on another model of the same sizes, or with an adapter that is not there."""
+        source, found = self._state.source, []
+        if source is None:
             return []
-        return [f"{self.name}: its weights were trained on another model than this one; what they choose may be no good here"]
+        known = source.config.get("signature") or {}
+        if known and not same_signature(known, host.signature()):
+            found.append(
+                f"{self.name}: its weights were trained on another model than this one; what they choose may be no good here"
+            )
+        if (source.config.get("training") or {}).get("adapter") and not host.adapted:
+            found.append(
+                f"{self.name}: its weights were trained together with an adapter of the model, and this one has none. Load the "
+                "model with it, unless it is merged already."
+            )
+        return found
 
     # -- training
 
@@ -306,8 +325,11 @@ class Trained(Method):
         """
         place = str(name) if revision is None else f"{name}@{revision}"
         known = {field.name for field in dataclasses.fields(cls)}
-        stored = {field: value for field, value in Weights(place).fields.items() if field in known}
-        return cls(**{**stored, **fields, "weights": place})
+        source, made = Weights(named(place, cls.name)), cls.__new__(cls)
+        stored = {field: value for field, value in source.fields.items() if field in known and field != "weights"}
+        vars(made)["_given"] = source  # so that it is opened once
+        made.__init__(**{**stored, **fields, "weights": place})  # type: ignore[misc]
+        return made
 
     def push_to_hub(self, name: str, *, private: bool = True, training: dict[str, Any] | None = None) -> str:
         """Upload the weights with a model card, and return the address. Nothing is uploaded without this call.
@@ -323,12 +345,13 @@ class Trained(Method):
         api = HfApi()
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, training=training)
-            (Path(folder) / "README.md").write_text(self._card(name), encoding="utf-8")
+            (Path(folder) / "README.md").write_text(self.card(name), encoding="utf-8")
             address = str(api.create_repo(name, private=private, exist_ok=True))
             api.upload_folder(repo_id=name, folder_path=folder)
         return address
 
-    def _card(self, name: str) -> str:
+    def card(self, name: str) -> str:
+        """A model card; ``name`` is the folder or Hub id that the weights are at."""
         lines = ["---", "library_name: foveate", "tags: [visual-tokens, vision-language-models]", "---", f"# {name}", ""]
         lines += [f"Weights of the method `{self.name}` of foveate. Paper: {self.reference or 'none'}.", "", "```python"]
         lines += ["import foveate", "", f'foveate.attach(model, "{self.name}", weights="{name}")', "```", ""]

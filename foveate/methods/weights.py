@@ -19,6 +19,8 @@ from ..jsonl import parsed
 
 FORMAT = 1
 CONFIG, TENSORS = "config.json", "model.safetensors"
+POCKET = "pocket"
+SHIPPED = Path(__file__).parents[1] / POCKET / "methods"  # weights that come with the package, trained on the pocket model
 
 
 class Weights:
@@ -77,6 +79,23 @@ class Weights:
         if broken:
             raise InputError(f"{self.name}: {broken[0]} holds NaN or infinite values. These weights cannot be used.")
         return found
+
+
+def named(name: str, method: str) -> str:
+    """The folder or Hub id that a name of weights stands for: "pocket" are those shipped for a method, "pocket/..." others.
+
+    Raises
+    ------
+    InputError : none of that name are shipped.
+    """
+    first, _, rest = name.partition("/")
+    if first != POCKET or Path(name).is_dir():
+        return name
+    folder = SHIPPED / (rest or method)
+    if folder.parent != SHIPPED or not folder.is_dir():
+        known = ", ".join(sorted(path.name for path in SHIPPED.iterdir())) if SHIPPED.is_dir() else ""
+        raise InputError(f"no weights {name!r} are shipped for {method!r}. Shipped are those of: {known or 'no method'}.")
+    return str(folder)
 
 
 def _folder(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The pocket model: a small LLaVA, really trained, that comes with the package, and the world of pictures it knows."""
+"""The pocket models: small, really trained, in the package, with the worlds of pictures and clips that they know."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-NAME = "pocket"  # the name of the model, where one is asked for
+NAME, QWEN = "pocket", "pocket-qwen"  # the names of the models, where one is asked for
 WEIGHTS = Path(__file__).with_name("weights")
-ADAPTERS = Path(__file__).with_name("adapters")  # one folder for each method that the model was fine-tuned with
+MODELS = {NAME: WEIGHTS, QWEN: Path(__file__).parent / "native/weights"}
+SHORT = {"qwen": QWEN}
+ADAPTERS = Path(__file__).with_name("adapters")  # one folder for each method that the first model was fine-tuned with
 
 
-def load_pocket(folder: str | Path = WEIGHTS, **options: Any) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The pocket model and its processor: stock Hugging Face classes, no download.
+def load_pocket(
+    folder: str | Path = NAME, **options: Any
+) -> tuple[LlavaForConditionalGeneration | Qwen2_5_VLForConditionalGeneration, LlavaProcessor | Qwen2_5_VLProcessor]:
+    """A pocket model and its processor: stock Hugging Face classes, no download.
 
     Parameters
     ----------
-    folder : another pocket model, for example one of your own training; the shipped one by default.
+    folder : "pocket", a LLaVA with [CLS] and 576 visual tokens, the default; "qwen" or "pocket-qwen", a Qwen2.5-VL for pictures of
+        any size and clips; or the folder of another one, for example of your own training.
     **options : passed to ``from_pretrained``, for example ``attn_implementation="eager"``. Weights are loaded as float32 unless
         ``dtype`` says otherwise.
 
@@ -29,11 +34,14 @@ def load_pocket(folder: str | Path = WEIGHTS, **options: Any) -> tuple[LlavaForC
     InputError : the folder holds no readable model.
     """
     from safetensors import SafetensorError
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
+
+    from ..frames import load_processor
 
     options = {"dtype": "float32", **options}
+    source = MODELS.get(SHORT.get(str(folder), str(folder)), folder)
     try:
-        model = LlavaForConditionalGeneration.from_pretrained(folder, local_files_only=True, **options).eval()
-        return model, AutoProcessor.from_pretrained(folder, local_files_only=True)
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, local_files_only=True, **options)
+        return model.eval(), load_processor(source, local_files_only=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder} holds no readable pocket model: {error}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from random import Random
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,10 +17,10 @@ from torch.utils.data import Dataset
 
 from .build import PIXEL_MEAN, PIXEL_STD
 from .questions import QUESTION_KINDS, PocketQuestion, ask
+from .rows import IGNORE, Language, Targets
 from .scenes import PATCH, SIDE, Scene, SceneItem, draw_scene
-from .vocabulary import CHARACTERS, COLORS, EOS, PAD, SHAPES, WORDS, encode
+from .vocabulary import CHARACTERS, COLORS, EOS, PAD, SHAPES, TOKEN_ID, WORDS
 
-IGNORE = -100
 BINS = 12  # places along each side of the picture for the position targets
 COLOR_NAMES = tuple(COLORS)
 # what each patch is asked about, and with how many classes
@@ -38,6 +39,17 @@ PATCH_TARGETS = {
 # a caption is the set of these facts
 CAPTION_SIZE = len(SHAPES) * len(COLORS) + len(WORDS) + 10 + 20
 HARD_NEGATIVES = 6
+
+
+class Phase(Protocol):
+    """A phase of training."""
+
+    @property
+    def steps(self) -> int: ...
+
+
+B = TypeVar("B")
+P = TypeVar("P", bound=Phase)
 
 
 @dataclass
@@ -143,9 +155,9 @@ def captions(scene: Scene, random: Random) -> tuple[np.ndarray, np.ndarray]:
     return caption, wrong
 
 
-def _grounding(text: str, scene: Scene) -> list[tuple[int, int, int]]:
+def _grounding(text: str, scene: Scene) -> Targets:
     """For each word of a question that names an object ("star", "red star", "red object"): where it is, if there is just one."""
-    words, found = text.split(), []
+    words, found = text.split(), Targets()
     for i, word in enumerate(words):
         before = words[i - 1] if i else ""
         color = before if before in COLORS else None
@@ -158,28 +170,12 @@ def _grounding(text: str, scene: Scene) -> list[tuple[int, int, int]]:
     return found
 
 
+LANGUAGE = Language(TOKEN_ID, "assistant:", PAD, EOS, QUESTION_KINDS, 3)
+
+
 def text_rows(questions: Sequence[PocketQuestion], scene: Scene | None = None) -> dict[str, list]:
-    """All questions of one scene as token rows: ids, block, offset, labels, family and grounding."""
-    rows: dict[str, list] = {name: [] for name in ("ids", "block", "offset", "labels", "family", "grounding")}
-    for number, question in enumerate(questions):
-        prompt = encode(question.text + " assistant:")
-        answer = [*encode(question.answer), EOS]
-        ids = prompt + answer[:-1]
-        rows["ids"] += ids
-        rows["block"] += [number] * len(ids)
-        rows["offset"] += range(len(ids))
-        rows["labels"] += [IGNORE] * (len(prompt) - 1) + answer
-        rows["family"] += [QUESTION_KINDS.index(question.family)] * len(ids)
-        ground = _grounding(question.text, scene) if scene else []
-        rows["grounding"] += ground + [(IGNORE,) * 3] * (len(ids) - len(ground))
-    return rows
-
-
-def collate_text(rows: Sequence[dict[str, list]]) -> dict[str, Tensor]:
-    """Rows of several scenes as rectangular tensors [B, T] (grounding [B, T, 3])."""
-    fill = {"ids": PAD, "block": -1, "offset": 0, "labels": IGNORE, "family": 0, "grounding": (IGNORE,) * 3}
-    length = -(-max(len(row["ids"]) for row in rows) // 16) * 16
-    return {name: torch.tensor([row[name] + [value] * (length - len(row[name])) for row in rows]) for name, value in fill.items()}
+    """All questions of one scene as a row of tokens, with where what they name is."""
+    return LANGUAGE.rows([(question, _grounding(question.text, scene) if scene else []) for question in questions])
 
 
 def make_batch(random: Random, *, size: int, side: int, questions: int, hard: bool) -> Batch:
@@ -199,7 +195,7 @@ def make_batch(random: Random, *, size: int, side: int, questions: int, hard: bo
         patches=torch.from_numpy(np.stack([patch_targets(scene) for scene in scenes])),
         caption=torch.from_numpy(np.stack([right for right, _ in told])),
         wrong_captions=torch.from_numpy(np.stack([wrong for _, wrong in told])),
-        **collate_text([text_rows(found, scene) for found, scene in zip(asked, scenes, strict=True)]),
+        **LANGUAGE.collated([text_rows(found, scene) for found, scene in zip(asked, scenes, strict=True)]),
     )
 
 
@@ -217,21 +213,31 @@ class Mix:
 QUESTIONS = {8: 10, 12: 14, 16: 22, 24: 36}
 
 
-class PocketBatches(Dataset[Batch]):
-    """Batch ``step`` for this process. Every process draws the same window in the same step, so that none waits for another."""
+class Phased(Dataset[B], Generic[B, P]):
+    """Batches of several phases, one after the other, of this process."""
 
-    def __init__(self, phases: Sequence[Mix], seed: int, rank: int) -> None:
+    def __init__(self, phases: Sequence[P], seed: int, rank: int) -> None:
         self.phases, self.seed, self.rank = phases, seed, rank
 
     def __len__(self) -> int:
         return sum(phase.steps for phase in self.phases)
 
-    def phase(self, step: int) -> Mix:
+    def phase(self, step: int) -> P:
+        """The phase that a step belongs to."""
         for phase in self.phases:
             if step < phase.steps:
                 return phase
             step -= phase.steps
         return self.phases[-1]
+
+
+class PocketBatches(Phased[Batch, Mix]):
+    """Batch ``step`` for this process. Every process draws the same window in the same step, so that none waits for another."""
+
+    def options(self, step: int) -> dict[str, bool]:
+        """What a step trains, and how."""
+        phase = self.phase(step)
+        return {"language": phase.language, "calm": phase.calm}
 
     def __getitem__(self, step: int) -> Batch:
         phase = self.phase(step)

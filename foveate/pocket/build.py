@@ -7,10 +7,13 @@ neighbouring patches, and decoder heads that begin by copying from tokens with s
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessor,
@@ -91,11 +94,7 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
         model = LlavaForConditionalGeneration(pocket_config())
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.6 * module.in_features**-0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        spread_linear(model)
         _initialise_encoder(model.model.vision_tower, seed)
         _initialise_decoder(model.model.language_model)
         nn.init.zeros_(model.lm_head.weight)
@@ -127,19 +126,39 @@ def _shift(row: int, column: int) -> Tensor:
     return rotation
 
 
-def _whitening(channels: int, seed: int) -> Tensor:
-    """[channels, 3 * PATCH * PATCH] principal directions of patches that show something, scaled to equal strength."""
-    random = Random(seed)
+def spread_linear(model: nn.Module) -> None:
+    """Weights of linear layers by what they read, and no biases."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.6 * module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def whitening(images: Iterable[tuple[NDArray[np.uint8], NDArray[np.bool_]]], channels: int) -> Tensor:
+    """[channels, 3 * PATCH * PATCH] principal directions of patches, scaled to equal strength.
+
+    Parameters
+    ----------
+    images : pictures [h, w, 3], and which of their patches count [h / PATCH * w / PATCH], those that show something.
+    """
     patches = []
-    for _ in range(500):
-        scene = draw_scene(random, side=8, level=2)
-        pixels = (torch.from_numpy(scene.image).permute(2, 0, 1).float() / 255 - PIXEL_MEAN) / PIXEL_STD
-        grid = pixels.view(3, 8, PATCH, 8, PATCH).permute(1, 3, 0, 2, 4).reshape(64, -1)
-        patches.append(grid[torch.from_numpy(scene.owner >= 0)])
+    for image, shown in images:
+        rows, columns = image.shape[0] // PATCH, image.shape[1] // PATCH
+        pixels = (torch.from_numpy(image).permute(2, 0, 1).float() / 255 - PIXEL_MEAN) / PIXEL_STD
+        grid = pixels.view(3, rows, PATCH, columns, PATCH).permute(1, 3, 0, 2, 4).reshape(rows * columns, -1)
+        patches.append(grid[torch.from_numpy(shown)])
     samples = torch.cat(patches)
     values, vectors = torch.linalg.eigh(samples.T @ samples / len(samples))
     values, vectors = values.flip(0), vectors.flip(1)
     return (vectors / (values + 2e-3 * values[0]).sqrt()).T[:channels]
+
+
+def _scenes(seed: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.bool_]]]:
+    random = Random(seed)
+    for _ in range(500):
+        scene = draw_scene(random, side=8, level=2)
+        yield scene.image, scene.owner >= 0
 
 
 def _initialise_encoder(tower: Any, seed: int) -> None:
@@ -149,7 +168,7 @@ def _initialise_encoder(tower: Any, seed: int) -> None:
     embeddings.position_embedding.weight.copy_(_position_table(width) * 1.2)
     weight = embeddings.patch_embedding.weight
     nn.init.normal_(weight, std=0.06 * weight[0].numel() ** -0.5)
-    weight[POSITION_CHANNELS:] = 0.75 * _whitening(width - POSITION_CHANNELS, seed).view(-1, *weight.shape[1:])
+    weight[POSITION_CHANNELS:] = 0.75 * whitening(_scenes(seed), width - POSITION_CHANNELS).view(-1, *weight.shape[1:])
     for layer in tower.encoder.layers:
         layer.self_attn.out_proj.weight.mul_(0.5)
         layer.mlp.fc2.weight.mul_(0.3)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from .answers import text_states
-from .batches import BINS, CAPTION_SIZE, IGNORE, PATCH_TARGETS, Batch
+from .batches import BINS, CAPTION_SIZE, PATCH_TARGETS, Batch
 from .questions import QUESTION_KINDS
+from .rows import IGNORE
 from .vocabulary import COLORS, COLUMNS, DIGITS, EOS, ROWS, SHAPES, TOKEN_ID, WORDS
 
 PATCH_WEIGHTS = dict(zip(PATCH_TARGETS, (1, 0.7, 1.2, 1, 0.7, 0.7, 0.2, 1.2, 0.4, 0.4), strict=True))

@@ -17,11 +17,12 @@ pair                   one true and one false statement of a scene   MME
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
+from typing import Protocol, TypeVar
 
-from .scenes import SIDE, Scene, SceneItem, draw_scene
+from .scenes import Scene, SceneItem, draw_scene
 from .vocabulary import COLORS, COLUMNS, LETTERS, ROWS, SHAPES, WORDS
 
 QUESTION_KINDS = (
@@ -51,10 +52,23 @@ class PocketQuestion:
     answer: str
 
 
-class _Facts:
+F = TypeVar("F")
+
+
+class Drawn(Protocol):
+    """A picture of the pocket world."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+    def of(self, kind: str) -> list[SceneItem]: ...
+
+
+class Facts:
     """What can be asked about a scene without ambiguity."""
 
-    def __init__(self, scene: Scene) -> None:
+    def __init__(self, scene: Drawn) -> None:
+        self.size = scene.size
         self.shapes = scene.of("shape")
         names, colors = Counter(i.name for i in self.shapes), Counter(i.color for i in self.shapes)
         self.pairs = Counter((i.color, i.name) for i in self.shapes)
@@ -64,13 +78,18 @@ class _Facts:
         self.signs = {kind: next(iter(scene.of(kind)), None) for kind in READING}
 
 
-def place(item: SceneItem) -> str | None:
-    """Give one of nine places, "top left" to "bottom right", or None within ``MARGIN`` pixels of a border between two thirds."""
-    third = SIDE / 3
-    if any(abs(c - border) < MARGIN for c in item.center for border in (third, 2 * third)):
+def place(center: tuple[float, float], size: tuple[int, int]) -> str | None:
+    """Give one of nine places, "top left" to "bottom right", or None within ``MARGIN`` pixels of a border between two thirds.
+
+    Parameters
+    ----------
+    center : x and y in pixels.
+    size : width and height of the picture.
+    """
+    if any(abs(c - border * side / 3) < MARGIN for c, side in zip(center, size, strict=True) for border in (1, 2)):
         return None
-    x, y = item.center
-    return f"{ROWS[int(y // third)]} {COLUMNS[int(x // third)]}"
+    column, row = (int(3 * c / side) for c, side in zip(center, size, strict=True))
+    return f"{ROWS[row]} {COLUMNS[column]}"
 
 
 def _similar_word(word: str, random: Random) -> str:
@@ -81,7 +100,7 @@ def _similar_word(word: str, random: Random) -> str:
     return random.choice([w for w, s in zip(others, shared, strict=True) if s >= best - 1])
 
 
-def _existence_random(f: _Facts, r: Random) -> PocketQuestion | None:
+def _existence_random(f: Facts, r: Random) -> PocketQuestion | None:
     if r.random() < 0.5:
         if not f.shapes:
             return None
@@ -97,7 +116,7 @@ def _existence_random(f: _Facts, r: Random) -> PocketQuestion | None:
     return PocketQuestion("existence_random", f"is there a {color} {shape} in the image ?", answer)
 
 
-def _existence_adversarial(f: _Facts, r: Random) -> PocketQuestion | None:
+def _existence_adversarial(f: Facts, r: Random) -> PocketQuestion | None:
     sign, positive = f.signs["word"], r.random() < 0.5
     if sign and r.random() < 0.2:
         word = sign.name if positive else _similar_word(sign.name, r)
@@ -117,21 +136,21 @@ def _existence_adversarial(f: _Facts, r: Random) -> PocketQuestion | None:
     return PocketQuestion("existence_adversarial", f"is there a {color} {shape} in the image ?", "no")
 
 
-def _color(f: _Facts, r: Random) -> PocketQuestion | None:
+def _color(f: Facts, r: Random) -> PocketQuestion | None:
     if not f.one_of_shape:
         return None
     item = r.choice(f.one_of_shape)
     return PocketQuestion("color", f"what color is the {item.name} ?", str(item.color))
 
 
-def _shape(f: _Facts, r: Random) -> PocketQuestion | None:
+def _shape(f: Facts, r: Random) -> PocketQuestion | None:
     if not f.one_of_color:
         return None
     item = r.choice(f.one_of_color)
     return PocketQuestion("shape", f"what shape is the {item.color} object ?", item.name)
 
 
-def _count(f: _Facts, r: Random) -> PocketQuestion | None:
+def _count(f: Facts, r: Random) -> PocketQuestion | None:
     draw = r.random()
     present = r.choice(f.shapes) if f.shapes and r.random() < 0.85 else None
     if draw < 0.4:
@@ -143,15 +162,15 @@ def _count(f: _Facts, r: Random) -> PocketQuestion | None:
     return PocketQuestion("count", "how many objects are there ?", str(len(f.shapes)))
 
 
-def _where(f: _Facts, r: Random) -> PocketQuestion | None:
+def _where(f: Facts, r: Random) -> PocketQuestion | None:
     if not f.unique:
         return None
     item = r.choice(f.unique)
-    answer = place(item)
+    answer = place(item.center, f.size)
     return PocketQuestion("where", f"where is the {item.color} {item.name} ?", answer) if answer else None
 
 
-def _relation(f: _Facts, r: Random) -> PocketQuestion | None:
+def _relation(f: Facts, r: Random) -> PocketQuestion | None:
     if len(f.unique) < 2:
         return None
     a, b = r.sample(f.unique, 2)
@@ -172,8 +191,8 @@ READ = {
 }
 
 
-def _reading(kind: str) -> Callable[[_Facts, Random], PocketQuestion | None]:
-    def ask(f: _Facts, r: Random) -> PocketQuestion | None:
+def _reading(kind: str) -> Callable[[Facts, Random], PocketQuestion | None]:
+    def ask(f: Facts, r: Random) -> PocketQuestion | None:
         sign = f.signs[kind]
         if sign is None:
             return None
@@ -182,7 +201,7 @@ def _reading(kind: str) -> Callable[[_Facts, Random], PocketQuestion | None]:
     return ask
 
 
-def _choice(f: _Facts, r: Random) -> PocketQuestion | None:
+def _choice(f: Facts, r: Random) -> PocketQuestion | None:
     draw, sign = r.random(), f.signs["word"]
     pool: tuple[str, ...] | list[str]
     if draw < 0.45 and f.one_of_shape:
@@ -202,7 +221,7 @@ def _choice(f: _Facts, r: Random) -> PocketQuestion | None:
     return PocketQuestion("choice", f"{text} {listed}", LETTERS[right])
 
 
-def _pair(f: _Facts, r: Random) -> PocketQuestion | None:
+def _pair(f: Facts, r: Random) -> PocketQuestion | None:
     if not f.one_of_shape:
         return None
     item, truth = r.choice(f.one_of_shape), r.random() < 0.5
@@ -210,7 +229,7 @@ def _pair(f: _Facts, r: Random) -> PocketQuestion | None:
     return PocketQuestion("pair", f"is the {item.name} {color} ?", "yes" if truth else "no")
 
 
-_ASK: dict[str, Callable[[_Facts, Random], PocketQuestion | None]] = {
+ASK: dict[str, Callable[[Facts, Random], PocketQuestion | None]] = {
     "existence_random": _existence_random,
     "existence_adversarial": _existence_adversarial,
     "color": _color,
@@ -229,13 +248,23 @@ WEIGHTS = dict(zip(QUESTION_KINDS, (7, 9, 8, 7, 11, 13, 13, 8, 8, 7, 9, 4), stri
 
 def ask(scene: Scene, random: Random, number: int) -> list[PocketQuestion]:
     """Up to ``number`` different questions about a scene, families drawn by ``WEIGHTS``; fewer where the scene has less to ask."""
-    facts, families = _Facts(scene), list(QUESTION_KINDS)
+    return drawn_questions(Facts(scene), ASK, WEIGHTS, random, number)
+
+
+def drawn_questions(
+    facts: F,
+    asks: Mapping[str, Callable[[F, Random], PocketQuestion | None]],
+    weights: Mapping[str, float],
+    random: Random,
+    number: int,
+) -> list[PocketQuestion]:
+    """Up to ``number`` different questions of families that are drawn by ``weights``."""
     found: dict[str, PocketQuestion] = {}
-    weights = [WEIGHTS[family] for family in families]
+    families, shares = list(weights), list(weights.values())
     for _ in range(number * 4):
         if len(found) == number:
             break
-        question = _ASK[random.choices(families, weights)[0]](facts, random)
+        question = asks[random.choices(families, shares)[0]](facts, random)
         if question is not None:
             found.setdefault(question.text, question)
     return list(found.values())
@@ -246,14 +275,14 @@ def exam(scene: Scene, random: Random) -> list[PocketQuestion]:
 
     The two of ``pair`` are about the same object, one true and one false, as MME scores them.
     """
-    facts = _Facts(scene)
+    facts = Facts(scene)
     found: dict[str, PocketQuestion] = {}
     for family in QUESTION_KINDS:
         if family == "pair":
             continue
         kept = 0
         for _ in range(12):
-            question = _ASK[family](facts, random)
+            question = ASK[family](facts, random)
             if question is not None and question.text not in found:
                 found[question.text] = question
                 kept += 1

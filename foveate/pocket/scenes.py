@@ -69,6 +69,11 @@ class Scene:
     def side(self) -> int:
         return self.image.shape[0] // PATCH
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the whole picture in pixels, a window of which this may be."""
+        return SIDE, SIDE
+
     def of(self, kind: str) -> list[SceneItem]:
         return [item for item in self.items if item.kind == kind]
 
@@ -153,7 +158,7 @@ def _digit_mask(random: Random, split: str, side: int) -> tuple[Array, str]:
 
 
 @dataclass(frozen=True)
-class _Draft:
+class Draft:
     """An item before it has a place: what to paint (``mask``) and with which ink on which plate (None: straight on the scene)."""
 
     kind: str
@@ -166,44 +171,55 @@ class _Draft:
     character_starts: tuple[float, ...] = ()
 
 
-def _draft(kind: str, random: Random, split: str, shapes: list[SceneItem]) -> _Draft:
+def draft_item(kind: str, random: Random, split: str, shapes: list[SceneItem]) -> Draft:
+    """Something of a kind; shapes that are there already give their name or colour to some new ones."""
     if kind == "shape":
         name = random.choice(shapes).name if shapes and random.random() < 0.35 else random.choice(SHAPES)
         color = random.choice(shapes).color if shapes and random.random() < 0.3 else random.choice(list(COLORS))
         large = random.random() < 0.45
         mask = sprite(name, random.randint(20, 26) if large else random.randint(13, 16))
         ink = tuple(c + random.uniform(-14, 14) for c in COLORS[color or ""])
-        return _Draft(kind, name, mask, ink, color=color, large=large)
+        return Draft(kind, name, mask, ink, color=color, large=large)
     if kind == "digit":
         mask, name = _digit_mask(random, split, random.randint(22, 28))
         light, dark = (235,) * 3, (45,) * 3
         ink, plate = (light, dark) if random.random() < 0.5 else (dark, light)
-        return _Draft(kind, name, mask, ink, plate)
+        return Draft(kind, name, mask, ink, plate)
     name = random.choice(WORDS) if kind == "word" else "".join(random.choice("0123456789") for _ in range(random.choice((1, 2, 2))))
     mask, starts = text_mask(name, random.randrange(len(FONTS)), random.randint(13, 17))
     ink, plate_color = random.choice(INKS)
     if random.random() < 0.3:  # no plate: written straight on the background
-        return _Draft(kind, name, mask, random.choice(((10,) * 3, (250,) * 3)), None, character_starts=starts)
-    return _Draft(kind, name, mask, ink, plate_color, character_starts=starts)
+        return Draft(kind, name, mask, random.choice(((10,) * 3, (250,) * 3)), None, character_starts=starts)
+    return Draft(kind, name, mask, ink, plate_color, character_starts=starts)
 
 
-def _free_spot(occupied: NDArray[np.bool_], w: int, h: int, random: Random) -> tuple[int, int] | None:
-    side = occupied.shape[0]
-    if w > side or h > side:
+def free_spot(occupied: NDArray[np.bool_], w: int, h: int, random: Random) -> tuple[int, int] | None:
+    """Where a thing of ``w`` x ``h`` pixels covers nothing that is there already, or None."""
+    height, width = occupied.shape
+    if w > width or h > height:
         return None
     for _ in range(40):
-        x, y = random.randint(0, side - w), random.randint(0, side - h)
+        x, y = random.randint(0, width - w), random.randint(0, height - h)
         if not occupied[max(0, y - 2) : y + h + 2, max(0, x - 2) : x + w + 2].any():
             return x, y
     return None
 
 
-def _owners(item_map: NDArray[np.int64], items: int) -> NDArray[np.int64]:
-    """Which item has the most pixels in each patch, at least 10 of 64; -1 = none."""
-    n = item_map.shape[0] // PATCH
-    patches = item_map.reshape(n, PATCH, n, PATCH).swapaxes(1, 2).reshape(n * n, PATCH * PATCH)
+def owners(item_map: NDArray[np.int64], items: int, cell: int = PATCH) -> NDArray[np.int64]:
+    """Which item has the most pixels in each square of ``cell`` pixels, at least 10 of 64; -1 = none. Row by row."""
+    rows, columns = (side // cell for side in item_map.shape)
+    patches = item_map.reshape(rows, cell, columns, cell).swapaxes(1, 2).reshape(rows * columns, cell * cell)
     pixels = np.stack([(patches == i).sum(1) for i in range(items)], 1)
-    return np.where(pixels.max(1) >= 10, pixels.argmax(1), -1)
+    return np.where(pixels.max(1) * 64 >= 10 * cell * cell, pixels.argmax(1), -1)
+
+
+def paint(canvas: Array, draft: Draft, x: int, y: int) -> None:
+    """Paint a draft into a picture [h, w, 3] in place, its upper left corner at ``x``, ``y``."""
+    h, w = draft.mask.shape
+    area = np.s_[y : y + h, x : x + w]
+    under = canvas[area] if draft.plate is None else np.broadcast_to(np.asarray(draft.plate, np.float32), (h, w, 3))
+    cover = draft.mask[..., None]
+    canvas[area] = under * (1 - cover) + np.asarray(draft.ink, np.float32) * cover
 
 
 def draw_scene(random: Random, *, side: int = GRID, split: str = "train", level: int | None = None) -> Scene:
@@ -232,17 +248,15 @@ def draw_scene(random: Random, *, side: int = GRID, split: str = "train", level:
     item_map = np.full((pixels, pixels), -1, np.int64)
     items: list[SceneItem] = []
     for kind in [*signs, *["shape"] * (total - len(signs))]:
-        draft = _draft(kind, random, split, [item for item in items if item.kind == "shape"])
+        draft = draft_item(kind, random, split, [item for item in items if item.kind == "shape"])
         h, w = draft.mask.shape
-        spot = _free_spot(occupied, w, h, random)
+        spot = free_spot(occupied, w, h, random)
         if spot is None:
             continue
         x, y = spot
         area = np.s_[y : y + h, x : x + w]
         occupied[area] = True
-        under = canvas[area] if draft.plate is None else np.broadcast_to(np.asarray(draft.plate, np.float32), (h, w, 3))
-        cover = draft.mask[..., None]
-        canvas[area] = under * (1 - cover) + np.asarray(draft.ink, np.float32) * cover
+        paint(canvas, draft, x, y)
         item_map[area][(draft.mask > 0.5) | (kind != "shape")] = len(items)
         box = (corner[1] * PATCH + x, corner[0] * PATCH + y, w, h)
         items.append(SceneItem(kind, draft.name, draft.color, draft.large, box, draft.character_starts))
@@ -250,4 +264,4 @@ def draw_scene(random: Random, *, side: int = GRID, split: str = "train", level:
         return draw_scene(random, side=side, split=split, level=level)
     canvas = canvas + noise.randn(pixels, pixels, 1).astype(np.float32) * random.choice((0, 2, 5))
     image = np.clip(canvas, 0, 255).astype(np.uint8)
-    return Scene(image, tuple(items), _owners(item_map, len(items)), corner, level)
+    return Scene(image, tuple(items), owners(item_map, len(items)), corner, level)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+from typing import Any
+
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -55,32 +58,30 @@ CHAT_TEMPLATE = (
 )
 
 
-def encode(text: str) -> list[int]:
-    """Token ids of a text that uses only the vocabulary, as the tokenizer gives them (no special tokens added)."""
-    return [TOKEN_ID[word] for word in text.split()]
-
-
-def unknown_words(text: str) -> list[str]:
-    """The words of ``text`` that the pocket model has never seen, in order, without repetition."""
+def unknown_words(text: str, known: Container[str] = TOKEN_ID) -> list[str]:
+    """The words of ``text`` that a pocket model has never seen, in order, without repetition; ``known`` are its words."""
     words = text.lower().replace("?", " ? ").replace(",", " , ").split()
-    return list(dict.fromkeys(word for word in words if word not in TOKEN_ID))
+    return list(dict.fromkeys(word for word in words if word not in known))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: one token per word, lower case, ``?`` and ``,`` split off."""
-    tokenizer = Tokenizer(models.WordLevel(TOKEN_ID, unk_token="<unk>"))
+    """The tokenizer of the first pocket model."""
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": ["<image>"]}
+    return word_tokenizer(TOKEN_ID, model_max_length=4096, **special)
+
+
+def word_tokenizer(ids: dict[str, int], **options: Any) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: one token per word, lower case, ``?`` and ``,`` split off; padding on the left.
+
+    Parameters
+    ----------
+    ids : of the words; "<unk>" is what others become.
+    **options : special tokens, and how long a text may be.
+    """
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace("?", " ? "), normalizers.Replace(",", " , ")]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # joins the words with single blanks
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        additional_special_tokens=["<image>"],
-        padding_side="left",
-        model_max_length=4096,
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", padding_side="left", **options)

@@ -1,11 +1,28 @@
-"""Embeddings are checked before they reach an engine: it would stop for all requests, or give NaN to others."""
+"""Models and embeddings are checked before they reach an engine, which would stop for all requests, or give NaN to others."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..engine.model.anatomy import Anatomy
+from ..errors import InputError, UnsupportedModelError
+from ..loading import check_plain_positions
+
+
+def check_servable(parts: Anatomy) -> None:
+    """Refuse models whose decoder needs more than embeddings of words and pictures in their order.
+
+    Raises
+    ------
+    UnsupportedModelError : as ``loading.check_plain_positions``, or the model embeds some words in another way beside pictures.
+    """
+    check_plain_positions(parts)
+    if parts.family.marks is not None:
+        raise UnsupportedModelError(
+            f"{parts.family.name} cannot be served from embeddings: beside pictures it replaces the embeddings of some words, "
+            "which another engine would look up."
+        )
 
 
 def check_embeds(embeds: object, width: int, what: str = "image_embeds") -> None:

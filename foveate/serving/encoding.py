@@ -15,11 +15,11 @@ from ..chat import Prompt, collate
 from ..engine.model.anatomy import anatomy
 from ..engine.vision.front import prepare
 from ..errors import InputError
-from ..loading import Loaded, check_plain_positions, usable_device
+from ..loading import Loaded, usable_device
 from ..methods.base import Method
 from ..methods.saved import named
 from ..pictures import Pictures
-from .checks import check_embeds
+from .checks import check_embeds, check_servable
 from .scaling import encodes_apart, scales_first
 
 
@@ -68,7 +68,7 @@ def servable(method: Method) -> Method:
     ------
     InputError : it acts inside the language model, or keeps places of dropped tokens in the prompt.
     """
-    if method.inside_decoder():
+    if method.inside_decoder() or method.first_tokens() is not None:
         raise InputError(
             f"{method.name!r} acts inside the language model, which another engine runs here. Use a method that acts before it, "
             "such as 'prumerge+'."
@@ -95,7 +95,7 @@ class PictureEncoder:
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded, self.parts = loaded, anatomy(loaded.model)
-        check_plain_positions(self.parts)
+        check_servable(self.parts)
         self.width = int(loaded.model.config.get_text_config().hidden_size)
 
     @functools.cached_property

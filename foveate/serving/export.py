@@ -15,14 +15,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..engine.model.anatomy import Anatomy, anatomy
+from ..engine.vision.front import prepare
 from ..errors import FoveateError, InputError, first_line
 from ..jsonl import parsed
-from ..loading import Loaded, check_plain_positions, load, merged, quiet_loading
+from ..loading import Loaded, is_adapter, load, merged, quiet_loading
+from ..methods.base import Method
+from ..methods.trained import Trained
 from ..places import ready_folder, writing
+from .checks import check_servable
 from .files import fingerprint
 from .template import PLACEHOLDER, chat_template, collapsed, placeholder
 
-MARK = "foveate_export.json"
+MARK, METHOD = "foveate_export.json", "method"
 # settings of a tokenizer that are of its processor, or of the place it was loaded from
 STALE = ("chat_template", "processor_class", "image_token", "model_specific_special_tokens", "is_local", "local_files_only")
 
@@ -47,6 +51,7 @@ class Exported:
     conversations : how many were compared, token by token, with what the processor makes of them.
     no_chat : why there is no chat template, "" where there is one; without it, prompts have to come as tokens.
     foveate : version that wrote it.
+    method : whose weights are in the folder ``method`` beside, with their digest; "" = none are.
     """
 
     source: str
@@ -59,9 +64,10 @@ class Exported:
     conversations: int
     no_chat: str
     foveate: str
+    method: str = ""
 
 
-def export(name: str, out: Path, *, dtype: str | None = None) -> Exported:
+def export(name: str, out: Path, *, dtype: str | None = None, method: Method | None = None) -> Exported:
     """Write the language model of a checkpoint as a folder for vLLM: weights, tokenizer, chat template.
 
     Where a chat template of the model writes a picture, the new one writes the word for embeddings in a prompt of vLLM,
@@ -72,10 +78,11 @@ def export(name: str, out: Path, *, dtype: str | None = None) -> Exported:
     name : as for ``foveate.loading.load``; an adapter is merged into its model.
     out : a folder that is new, empty, or an earlier export.
     dtype : of the weights; None = as saved.
+    method : with weights of its own, which are written into the folder ``method`` there; None = none are.
 
     Raises
     ------
-    InputError : the model cannot be loaded, or ``out`` holds something else.
+    InputError : the model cannot be loaded, ``out`` holds something else, or the method has no weights or those of another model.
     UnsupportedModelError : its language model needs more than embeddings.
     ExportError : what was written does not do what the model does; nothing is left in ``out`` then.
     """
@@ -85,16 +92,33 @@ def export(name: str, out: Path, *, dtype: str | None = None) -> Exported:
     with quiet_loading(bars=False):
         loaded = merged(load(name, dtype=dtype, device="cpu"))
     model, parts = loaded.model, anatomy(loaded.model)
-    check_plain_positions(parts)
+    check_servable(parts)
     if getattr(model, "is_quantized", False):
         raise InputError(f"the weights of {name!r} are quantised. Export the unquantised model, and let vLLM quantise it.")
+    if method is not None:
+        _check_method(parts, method, is_adapter(name))
     text = language_model(parts)
     difference = compared(model, text)
     with writing(out):
-        return _written(loaded, parts, text, difference, name, out)
+        return _written(loaded, parts, text, difference, name, out, method)
 
 
-def _written(loaded: Loaded, parts: Anatomy, text: Any, difference: float, name: str, out: Path) -> Exported:
+def parts_of(method: Method | None) -> tuple[Trained, ...]:
+    """Those with weights."""
+    return () if method is None else method.trained()
+
+
+def _check_method(parts: Anatomy, method: Method, merged: bool) -> None:
+    """Raise ``InputError`` unless a method has weights, and those of this model, whose adapter may be merged."""
+    prepare(parts, method)
+    if len(parts_of(method)) != 1:
+        raise InputError(f"{method.name} has no weights, or several, and one folder is exported. Name it when you serve.")
+    strange = [warning for part in parts_of(method) for warning in part.warnings if not (merged and "adapter" in warning)]
+    if strange:
+        raise InputError(strange[0])
+
+
+def _written(loaded: Loaded, parts: Anatomy, text: Any, difference: float, name: str, out: Path, method: Method | None) -> Exported:
     """The folder, which is there in whole or not at all."""
     from .. import __version__
 
@@ -103,6 +127,8 @@ def _written(loaded: Loaded, parts: Anatomy, text: Any, difference: float, name:
         with quiet_loading(bars=False):
             text.save_pretrained(made)
         no_chat = write_tokenizer(loaded.processor, made)
+        for part in parts_of(method):
+            part.save_pretrained(made / METHOD)
         number = 0 if no_chat else check_conversations(loaded.processor, parts, made)
         told = Exported(
             source=name,
@@ -115,11 +141,11 @@ def _written(loaded: Loaded, parts: Anatomy, text: Any, difference: float, name:
             conversations=number,
             no_chat=no_chat,
             foveate=__version__,
+            method=" ".join(f"{part.name} {part.settings()['weights']}" for part in parts_of(method)),
         )
         (made / MARK).write_text(json.dumps(asdict(told), indent=1) + "\n")
-        made.chmod(0o755)
-        for file in made.iterdir():
-            file.chmod(0o644)  # the engine may run as somebody else
+        for path in (made, *made.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # the engine may run as somebody else
         if out.exists():
             shutil.rmtree(out)
         made.rename(out)

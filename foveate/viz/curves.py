@@ -88,7 +88,8 @@ def save_comparison(report: dict[str, Any], path: str | Path) -> None:
     for line in grid:
         line[0].set_ylabel("answers right, %")
     figure.supxlabel("visual tokens per image, mean over decoder layers (stars: the method's own rule)", fontsize=10)
-    figure.suptitle(f"pocket model, {report['questions']} questions about {report['scenes']} unseen scenes", fontsize=12)
+    name = "pocket model" if report["model"] == "pocket" else report["model"]
+    figure.suptitle(f"{name}, {report['questions']} questions about {report['scenes']} unseen scenes", fontsize=12)
     write_figure(figure, path, 140)
 
 
@@ -124,27 +125,33 @@ def _panel(axes: Any, report: dict[str, Any], names: Sequence[str]) -> None:
     axes.legend(fontsize=7.5, loc="lower right", ncols=2, framealpha=0.85)
 
 
-def save_training_curve(log: Sequence[dict[str, Any]], path: str | Path, side: int = 24) -> None:
-    """Draw the log of ``foveate.pocket.train``: accuracy of answers on whole pictures, per family, over the steps.
+def save_training_curve(log: Sequence[dict[str, Any]], path: str | Path, labels: Sequence[str] = ("24",)) -> None:
+    """Draw the log of ``foveate.pocket.train``: accuracy of answers on fresh pictures, per family, over the steps.
+
+    Parameters
+    ----------
+    labels : of the batches that are drawn: "24" are whole pictures of the first model; the second has "picture" and "clip".
 
     Raises
     ------
     MissingExtraError : matplotlib is not installed.
     """
     figure, axes = _figure((9, 5.2))
-    names = sorted({key for line in log for key in line if key.startswith(f"{side}/answer/")})
-    window = 5  # lines of the log, 50 steps each
-    for number, name in enumerate(names):
-        steps = [line["step"] for line in log if name in line]
-        values = [100 * line[name] for line in log if name in line]
-        smooth = [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
-        style = "-" if number < 6 else "--"
-        axes.plot(steps, smooth, style, linewidth=1.4, label=name.removeprefix(f"{side}/answer/"))
+    window, number = 5, 0  # lines of the log, 50 steps each
+    for label in labels:
+        begin = f"{label}/answer/"
+        for name in sorted({key for line in log for key, value in line.items() if key.startswith(begin) and value is not None}):
+            known = [(line["step"], 100 * line[name]) for line in log if line.get(name) is not None]
+            values = [value for _, value in known]
+            smooth = [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+            style = ("-", "--", ":")[number // 10 % 3]
+            axes.plot([step for step, _ in known], smooth, style, linewidth=1.4, label=name.removeprefix(begin))
+            number += 1
     axes.set_xlabel("step")
-    axes.set_ylabel("answer tokens right on fresh whole pictures, % (mean of 250 steps)")
+    axes.set_ylabel("answer tokens right on fresh pictures, % (mean of 250 steps)")
     axes.set_ylim(0, 101)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, ncols=2)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right upper")  # beside the curves, not on them
     write_figure(figure, path, 120)
 
 

@@ -178,6 +178,6 @@ def _draw_scores(axis: Any, scored: list[tuple[str, ImageReport]]) -> None:
         axis.axhline(fence, color="black", linestyle="--", linewidth=1, label="threshold")
     axis.set_xscale("log")
     axis.set_xlabel("visual tokens, sorted")
-    axis.set_title("[CLS] attention")
+    axis.set_title(f"scores of {scored[0][0]}")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=7)

@@ -15,6 +15,7 @@ LOWER = 0.6  # of the speed, per run, so that points of several runs can be told
 GROUPS = {  # what a line belongs to: its marker, and its shade in the bars
     "vision tower": ("^", "#f1c40f"),
     "projector": ("P", "#e67e22"),
+    "question": ("v", "#d98880"),
     "linear layers": ("o", "#34495e"),
     "attention": ("s", "#16a2b8"),
     "lm_head": ("D", "#b39ddb"),

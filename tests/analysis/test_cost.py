@@ -10,7 +10,7 @@ import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from foveate.analysis.configs import read_architecture, read_config
 from foveate.analysis.cost import cost
@@ -18,6 +18,7 @@ from foveate.analysis.flops import prefill_flops
 from foveate.analysis.hardware import Hardware
 from foveate.analysis.operators import block_pairs, prompt_span
 from foveate.analysis.table2 import COLUMNS, ROWS, table2
+from foveate.errors import InputError
 from foveate.families import FAMILIES
 
 from .. import families, zoo
@@ -32,13 +33,25 @@ def products(each, phase=None) -> float:
 
 
 def counted(function):
+    """Operations of a call, without those of states beside linear layers: PyTorch computes these in another way than kernels do."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         out = function()
-    return counter.get_total_flops(), out
+    counts = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
+    states = [name for name in counts if name.endswith((".linear_attn", ".conv"))]
+    linear = [
+        name for name in counts if name.rpartition(".")[0] in states and name.endswith(("proj", "proj_qkv", "_z", "_a", "_b"))
+    ]
+    return counter.get_total_flops() - sum(counts[name] for name in states) + sum(counts[name] for name in linear), out
+
+
+def held(layer) -> list[torch.Tensor]:
+    if hasattr(layer, "recurrent_states"):
+        return [each for states in (layer.conv_states, layer.recurrent_states) for each in states.values() if each is not None]
+    return [layer.keys, layer.values]
 
 
 def cache_bytes(cache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return sum(each.nbytes for layer in cache.layers for each in held(layer))
 
 
 # -- the paper's table, and the tool that made it ------------------------------------------------------------------------------
@@ -198,6 +211,19 @@ CONFIGS = {
     "smolvlm": lambda: of_family("smolvlm"),
     "mistral3": lambda: of_family("mistral3"),
     "mistral3, biases": lambda: of_family("mistral3", multimodal_projector_bias=True, tie_word_embeddings=False),
+    "qianfan_ocr": lambda: of_family("qianfan_ocr"),
+    "lighton_ocr": lambda: of_family("lighton_ocr"),
+    "cohere2_vision": lambda: of_family("cohere2_vision"),
+    "qwen3_vl_moe": lambda: of_family("qwen3_vl_moe"),
+    "qwen3_5": lambda: of_family("qwen3_5"),
+    "qwen3_5_moe": lambda: of_family("qwen3_5_moe"),
+    "glm4v_moe": lambda: of_family("glm4v_moe"),
+    "glm46v": lambda: of_family("glm46v"),
+    "paddleocr_vl": lambda: of_family("paddleocr_vl"),
+    "lfm2_vl": lambda: of_family("lfm2_vl"),
+    "lfm2_vl, pooled": lambda: of_family("lfm2_vl", dict(vision_use_head=True), projector_use_layernorm=False),
+    "ovis2": lambda: of_family("ovis2"),
+    "ovis2, biases": lambda: of_family("ovis2", dict(qkv_bias=True, mlp_bias=True)),
     "aya_vision": lambda: of_family("aya_vision"),
     "aya_vision, wide": lambda: of_family("aya_vision", alignment_intermediate_size=200),
 }
@@ -226,6 +252,9 @@ def test_a_loaded_model_knows_better_than_its_config_whether_the_head_is_tied():
 
 SEEN = dict.fromkeys(("idefics3", "smolvlm", "aya_vision"), (3, None))  # tiles of a family's first row; patches where they vary
 SEEN |= {"internvl": (2, None), "glm4v": (1, 12 * 8), "mistral3": (1, 8 * 6)}
+SEEN |= {"qianfan_ocr": (2, None), "lighton_ocr": (1, 8 * 6), "cohere2_vision": (3, None)}
+SEEN |= dict.fromkeys(("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v_moe", "glm46v", "paddleocr_vl"), (1, 12 * 8))
+SEEN |= {"ovis2": (3, None), "lfm2_vl": (1, 8 * 8)}
 
 
 def prompts(name):
@@ -251,7 +280,8 @@ def prompts(name):
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in NO_FORWARD])
 def test_whole_models_against_counted_operations(name):
-    model = AutoModelForImageTextToText.from_config(CONFIGS[name](), attn_implementation="eager").eval()
+    model = AutoModelForImageTextToText.from_config(CONFIGS[name](), attn_implementation="eager", experts_implementation="eager")
+    model.eval()
     inputs, numbers = prompts(name)
     pictured = inputs["input_ids"] == IMAGE
     batch, text = len(pictured), int((~pictured[0]).sum())
@@ -312,6 +342,11 @@ HAND = {  # operations and parameters of a picture (36 patches, [CLS] with Inter
     ("glm4v", "vision tower", "post norm"): (4 * 24 * 32, 32),
     ("glm4v", "projector", "projector activation"): (4 * 6 * 64 + 5 * 6 * 64, 0),
     ("mistral3", "projector", "projector norm"): (4 * 24 * 48, 48),
+    ("qwen3_5", "decoder", "state"): (3 * 7 * 17 * 4 * 12 * 8, 0),  # three layers with four heads of 12 x 8
+    ("qwen3_5", "decoder", "convolution"): (3 * 2 * 4 * 17 * 80, 3 * 2 * (80 * 4 + 20)),  # of 80 channels over 4 tokens
+    ("qwen3_5", "decoder", "attention gate"): (5 * 17 * 64, 0),
+    ("qwen3_vl_moe", "decoder", "routing"): (5 * 5 * 17 * 6, 0),  # five layers have six experts
+    ("qwen3_vl_moe", "decoder", "expert sum"): (5 * 2 * 17 * 2 * 64, 0),
     ("aya_vision", "projector", "projector activation"): (5 * 9 * 32, 0),
     ("aya_vision", "decoder", "rotation"): (3 * 3 * (19 + 1) * (64 + 32), 0),  # of 4 layers, 3 have a window
     ("aya_vision", "decoder", "attention norm"): (4 * 6 * (19 + 1) * 64, 2 * 4 * 64),  # read twice
@@ -320,9 +355,37 @@ HAND = {  # operations and parameters of a picture (36 patches, [CLS] with Inter
 
 @pytest.mark.parametrize(("family", "part", "operator"), HAND)
 def test_operators_that_are_no_products_by_hand(family, part, operator):
-    found = cost(of_family(family), text=10, patches=24 if family in ("glm4v", "mistral3") else None, new_tokens=2)
+    _, any_size = SEEN.get(family, (1, None))
+    found = cost(of_family(family), text=10, patches=24 if any_size else None, new_tokens=2)
     lines = [line for line in found.select(part=part) if line.name == operator]
     assert (sum(line.flops for line in lines), sum(line.weights for line in lines) / 2) == HAND[family, part, operator]
+
+
+def test_weights_of_experts_are_read_as_tokens_choose_them():
+    once, many = (cost(of_family("qwen3_vl_moe"), text=text, patches=24, new_tokens=2) for text in (1, 100_000))
+    expert, layers = 2 * 64 * 48, 5  # bytes of a matrix
+    read = {line.name: line.weights for line in once.select("decode")}
+    assert read["expert up_proj"] == pytest.approx(layers * 2 * expert)
+    read = {line.name: line.weights for line in many.select("prefill")}
+    assert read["expert up_proj"] == pytest.approx(layers * 6 * expert)
+
+
+STATED = ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v_moe", "paddleocr_vl", "lfm2_vl")
+
+
+@pytest.mark.parametrize("kind", STATED)
+def test_sizes_of_default_configs(kind):
+    config = AutoConfig.for_model(kind)
+    if hasattr(config.vision_config, "out_hidden_size"):  # the defaults of some do not fit together
+        config.vision_config.out_hidden_size = config.text_config.hidden_size
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    assert sum(read_architecture(config).parameters.values()) == model.num_parameters()
+
+
+def test_the_tool_of_the_paper_knows_no_experts():
+    with pytest.raises(InputError, match="no experts"):
+        cost(of_family("qwen3_vl_moe"), patches=24, convention="llm-viewer")
 
 
 @given(tokens=st.integers(1, 40), window=st.none() | st.integers(2, 50))

@@ -9,7 +9,7 @@ from PIL import Image
 from foveate import loading
 from foveate.errors import InputError
 from foveate.lab import runner
-from foveate.loading import ADAPTERS, WEIGHTS
+from foveate.pocket import ADAPTERS, WEIGHTS
 from foveate.serving import export
 from foveate.serving.batch import engines
 
@@ -72,7 +72,10 @@ def test_every_command_hands_the_name_to_the_one_loader(commands, command, name,
 @pytest.mark.parametrize("command", ["ask", "demo", "bench", "search", "compare", "batch", "eval", "serve", "export", "cost"])
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("pocket+nonsense", "there is no model 'pocket+nonsense'. Shipped are pocket, pocket+"), ("./nowhere", "there is no ")],
+    [
+        ("pocket+nonsense", "there is no model 'pocket+nonsense'. Shipped are pocket, pocket-qwen, pocket+"),
+        ("./nowhere", "there is no "),
+    ],
 )
 def test_names_that_are_nothing(commands, command, name, message, capsys, monkeypatch):
     if command == "eval":

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from random import Random
 
@@ -187,20 +186,21 @@ def test_errors_of_the_command_line_name_the_command():
     assert "ask --help shows how" in done.stderr
 
 
-def test_interrupted_while_it_starts(tmp_path):
-    for after in (0.05, 0.4, 1.0):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "foveate", "demo", "--folder", str(tmp_path)],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it is ignored, and inherited so
-        )
-        time.sleep(after)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode in (130, -signal.SIGINT)
-        assert "foveate/cli" not in err, err  # before our first line Python itself says what it likes
+@pytest.mark.parametrize("imported", ["foveate.errors", "typer.main", "foveate.cli.common"])
+def test_interrupted_while_it_starts(tmp_path, imported):
+    """As soon as a module has been read, from our first line on; before that Python itself says what it likes."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "foveate", "demo", "--folder", str(tmp_path)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it is ignored, and inherited so
+    )
+    assert any(line.rpartition("|")[2].strip() == imported for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert "foveate/cli" not in err, err
 
 
 def test_an_interrupted_comparison_says_how_it_goes_on(tmp_path, capsys, monkeypatch):

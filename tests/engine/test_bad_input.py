@@ -297,7 +297,8 @@ def test_pictures_without_matplotlib(monkeypatch):
         new_figure()
 
 
-SIZED = [name for name in families.USABLE if any(key in families.batch(name) for key in ("image_grid_thw", "image_sizes"))]
+SIZES = ("image_grid_thw", "video_grid_thw", "image_sizes", "spatial_shapes")
+SIZED = [name for name in families.USABLE if any(key in families.batch(name) for key in SIZES)]
 
 
 def calls_of(model, inputs):
@@ -332,7 +333,7 @@ def test_pixels_of_no_picture(name):
 @pytest.mark.parametrize("name", SIZED)
 def test_pictures_without_their_sizes(name):
     model, inputs = families.load(name), families.batch(name)
-    for missing in [key for key in ("image_grid_thw", "video_grid_thw", "image_sizes") if key in inputs]:
+    for missing in [key for key in SIZES if key in inputs]:
         some = {key: value for key, value in inputs.items() if key != missing}
         with foveate.PruMergePlus()(model):
             for call in calls_of(model, some):

@@ -145,7 +145,7 @@ KNOWN = {
             "image_sizes",
             "image_sizes_videos",
         ),
-        *("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "batch_num_images", "mm_encoder_outputs"),
+        *("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "batch_num_images", "mm_encoder_outputs", "spatial_shapes"),
         *("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"),
     },
     "of the call": {"self", "kwargs", "cache", "past_key_values", "use_cache", "logits_to_keep", "cache_position", "return_dict"}

@@ -7,6 +7,7 @@ import io
 import itertools
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,6 +231,31 @@ def test_cache_bytes_count_what_each_layer_holds():
     cut = run.inspect(both)
     assert cut.cache == [rows * (text + visual + new - 1) * token for visual in (32, 32, 8, 8)]
     assert cut.report.layers == [rows * visual for visual in (32, 32, 8, 8)]
+
+
+def test_cache_bytes_of_layers_with_states():
+    """Qwen3.5: every fourth layer has keys and values, the others a state of the same size for any prompt, counted by hand."""
+    model, inputs = families.load("qwen3_5"), families.batch("qwen3_5", rows=[0])
+    config = model.config.get_text_config()
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    state = 4 * ((2 * keys + values) * config.linear_conv_kernel_dim + values * config.linear_key_head_dim)
+    whole = runs.TimedRunner(model, inputs, 3)
+    length = inputs["input_ids"].shape[1] + 2
+    for method, tokens in ((None, length), (foveate.get("spatial", budget=0.5), None)):
+        run = whole.inspect(method)
+        left = tokens if run.report is None else length - sum(run.report.before) + sum(run.report.after)
+        assert run.cache == [state if kind == "linear_attention" else left * per_token(model) for kind in config.layer_types]
+    assert {"linear_attention", "full_attention"} <= set(config.layer_types)
+
+
+def test_cache_bytes_of_layers_with_both_and_with_neither():
+    both = SimpleNamespace(
+        keys=torch.zeros(3), values=torch.zeros(5), conv_states={0: torch.zeros(7), 1: None}, recurrent_states={}
+    )
+    assert runs.cache_bytes(SimpleNamespace(layers=[both])) == [4 * (3 + 5 + 7)]
+    with pytest.raises(foveate.CacheError, match="does not show"):
+        runs.cache_bytes(SimpleNamespace(layers=[SimpleNamespace()]))
 
 
 def test_cache_bytes_of_sliding_layers_and_of_views():

@@ -287,7 +287,9 @@ def test_methods_lists_every_method_with_its_paper():
     assert table["prumerge"].reads_cls
     assert not table["pool"].reads_cls
     assert table["prumerge+"].presets == ("paper", "released")
-    assert all(info.paper.startswith("https://arxiv.org/") and info.summary for info in table.values())
+    ours = {"fovea"}  # whose page says how it works
+    assert all(info.paper.startswith("https://arxiv.org/") for name, info in table.items() if name not in ours)
+    assert all(info.paper.startswith("https://") and info.summary for info in table.values())
 
 
 def test_source_map_of_a_merge():

@@ -29,7 +29,7 @@ from foveate.methods.tools.scoring import cls_attention, page_rank, prompt_atten
 from foveate.methods.vtc_cls import FasterVLM, VTCCls
 from foveate.tokens import EncoderTap, VisualTokens
 
-from .. import reference
+from .. import reference, selector_reference
 
 HEADS, GROUPS, WIDTH = 4, 2, 8
 
@@ -322,6 +322,8 @@ def slow_inflection(scores: list[float], detector: str, slope: float) -> int:
     if detector == "knee":
         below = [1 - i / (number - 1) - (s - curve[-1]) / (curve[0] - curve[-1]) for i, s in enumerate(curve)]
         return below.index(max(below)) + 1 if max(below) > 1e-6 else number
+    if detector == "log-knee":
+        return slow_inflection([math.log(max(s, 1e-6 * curve[0])) for s in scores], "knee", slope)
     if detector == "derivative":
         half = number // 40
         smooth = [float(np.mean(curve[max(0, i - half) : i + half + 1])) for i in range(number)]
@@ -338,7 +340,7 @@ def slow_inflection(scores: list[float], detector: str, slope: float) -> int:
     return max(1, sum(f > 1.5 for f in factor))
 
 
-@pytest.mark.parametrize("detector", ["cumulative", "knee", "derivative", "lof", "iqr"])
+@pytest.mark.parametrize("detector", ["cumulative", "knee", "log-knee", "derivative", "lof", "iqr"])
 @given(
     values=hnp.arrays(np.float32, st.integers(2, 90), elements=st.integers(0, 400).map(lambda x: np.float32(x / 16)), unique=True),
     padding=st.integers(0, 5),
@@ -360,9 +362,10 @@ def test_inflection_detectors(detector, values, padding):
         mean = [float(np.mean(smooth[max(0, i - half) : i + half + 1])) for i in range(len(smooth))]
         falls = [a - b for a, b in itertools.pairwise(mean)]
         assert falls[int(found) - 1] == pytest.approx(max(falls), rel=1e-5)
-    elif detector == "knee" and int(found) != wanted:  # nor need two points equally far below the chord be told apart
+    elif "knee" in detector and int(found) != wanted:  # nor need two points equally far below the chord be told apart
         steps = len(values) - 1
         curve = sorted(values.astype(float), reverse=True)
+        curve = curve if detector == "knee" else [math.log(max(value, 1e-6 * curve[0])) for value in curve]
         below = [1 - i / steps - (value - curve[-1]) / (curve[0] - curve[-1]) for i, value in enumerate(curve)]
         assert below[int(found) - 1] == pytest.approx(max(below), abs=1e-5)
     elif detector == "cumulative" and int(found) != wanted:  # nor a score from the bound it lies on
@@ -372,7 +375,7 @@ def test_inflection_detectors(detector, values, padding):
         assert int(found) == wanted
 
 
-@pytest.mark.parametrize("detector", ["cumulative", "knee", "derivative", "lof", "iqr"])
+@pytest.mark.parametrize("detector", ["cumulative", "knee", "log-knee", "derivative", "lof", "iqr"])
 def test_inflection_of_nothing(detector):
     flat = torch.full((2, 30), 0.25)
     assert inflection_counts(flat, flat > 0, detector).tolist() == [30, 30], "a constant curve has no bend"
@@ -427,6 +430,28 @@ def test_iti_second_stage():
     literal = TextRelevanceCut(slope=1.0, min_tokens=1, prune_text=True)
     assert literal.removes_text
     assert [at for at in words if literal.cut(tokens).keep[0, at]] == stay
+
+
+@pytest.mark.parametrize("budget", [0.5, 9])
+def test_iti_second_stage_by_coverage(budget):
+    """Each image by itself, its own tokens alone cover it; images of different sizes do not disturb each other."""
+    tokens = prompt(TWO)
+    cut = TextRelevanceCut(budget=budget, choice="coverage").cut(tokens)
+    scores, wanted = slow_relevance(tokens), []
+    for image in range(2):
+        mine = [at for at, c in enumerate(TWO) if c == str(image)]
+        count = budget if budget == 9 else len(mine) // 2
+        found = selector_reference.scope(tokens.hidden[0, mine], [scores[at] ** 0.3 for at in mine], count)
+        wanted += sorted(mine[place] for place in found)
+    assert kept(cut, tokens) == wanted != kept(TextRelevanceCut(budget=budget).cut(tokens), tokens)
+
+
+def test_iti_coverage_of_tokens_that_are_all_alike():
+    """After the first nothing is left to cover; the count is kept all the same, and of each image."""
+    tokens = prompt(TWO)
+    alike = dataclasses.replace(tokens, hidden=torch.ones_like(tokens.hidden))
+    places = kept(TextRelevanceCut(budget=7, choice="coverage").cut(alike), alike)
+    assert [TWO[at] for at in places] == ["0"] * 7 + ["1"] * 7
 
 
 def test_iti_without_a_question_asks_the_last_token():
@@ -506,6 +531,7 @@ def test_schedules_and_layers_are_checked():
         (VTCCls, dict(budget=3, layers=2.0)),
         (ITI, dict(second=1.5)),
         (ITI, dict(budget=1.0, second=0.5)),
+        (ITI, dict(alpha=-1.0)),
     ):
         with pytest.raises(foveate.InputError):
             build(**fields)

@@ -7,9 +7,12 @@ import torch
 
 import foveate
 from foveate.cuts import DecoderTap, PromptTokens
+from foveate.engine.model.anatomy import anatomy
+from foveate.engine.vision import beside
 from foveate.methods.base import EncoderReducer
 from foveate.tokens import BlockTokens, EncoderTap, Question, VisualTokens
 
+from .. import zoo
 from .test_conformance import VARIANTS, _build
 
 ROWS, NUMBER, GRID, WIDTH, HEADS = 8, 576, (24, 24), 512, 8
@@ -40,9 +43,19 @@ def visual_tokens(generator, method):
     question = None
     if method.reads_question:
         text = draw(generator, ROWS, TEXT, DECODER)
-        question = Question(projected, text, torch.arange(TEXT) < torch.randint(4, TEXT, (ROWS, 1), generator=generator))
+        valid = torch.arange(TEXT) < torch.randint(4, TEXT, (ROWS, 1), generator=generator)
+        state = draw(generator, ROWS, DECODER) if method.reads_question_state else None
+        question = Question(projected, text, valid, state=state)
     taps = {name: encoder_tap(generator, NUMBER) for name in method.encoder_layers(24)}
-    return VisualTokens(draw(generator, ROWS, NUMBER, WIDTH), GRID, taps, projected, question)
+    joined = encoder(generator) if method.joins_encoder else None
+    return VisualTokens(draw(generator, ROWS, NUMBER, WIDTH), GRID, taps, projected, question, joined)
+
+
+def encoder(generator):
+    """Two layers that tokens run through beside the patches."""
+    parts = zoo.build_llava("llama", tower=zoo.clip_config(hidden_size=WIDTH, num_attention_heads=HEADS))
+    taps = {layer: encoder_tap(generator, NUMBER, inside=True) for layer in range(2)}
+    return beside.beside(anatomy(parts), taps, draw(generator, ROWS, NUMBER, WIDTH))
 
 
 def prompt_tokens(generator, reducer):
@@ -99,7 +112,7 @@ def test_a_row_alone_and_in_batches(variant, part):
     method = _build(variant)
     for trained in method.trained():
         shape = foveate.ModelShape("llava", WIDTH, DECODER, WIDTH, HEADS, 24, 22, LAYERS, GRID)
-        trained._state.module = trained.build(shape)
+        trained._state.module = trained.build(shape).eval()
     if part != "front":
         reducer = method.inside_decoder()[part]
         tokens, ask = prompt_tokens(generator, reducer), reducer.cut

@@ -353,3 +353,12 @@ def test_anchors(batch, outputs, more, seed):
 def test_trained_leaves_defaults_to_the_class_it_is_mixed_into():
     assert (Gate().positions, Learnt().positions) == ("original", "compact")
     assert issubclass(Gate, Trained)
+
+
+def test_weights_that_are_no_numbers_are_named(model):
+    """As those of a training that has failed; the encoder is not to blame."""
+    method = Learnt().fresh(1)
+    with foveate.attach(model, method):
+        next(method.module.parameters()).data.fill_(float("nan"))
+        with pytest.raises(foveate.InputError, match="learnt: its weights hold NaN"):
+            model.generate(**zoo.batch(), max_new_tokens=1)

@@ -21,7 +21,7 @@ from foveate.pocket.answers import answer_mask
 from foveate.pocket.assets import load_assets, text_mask
 from foveate.pocket.questions import QUESTION_KINDS, PocketQuestion
 from foveate.pocket.scenes import GRID, PATCH, SPLITS, backgrounds, draw_scene
-from foveate.pocket.vocabulary import COLORS, SHAPES, VOCABULARY, WORDS, encode
+from foveate.pocket.vocabulary import COLORS, SHAPES, VOCABULARY, WORDS
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +111,8 @@ def test_answers_are_true_unambiguous_and_in_the_vocabulary():
         scene = draw_scene(random, split="test")
         for question in [*questions.exam(scene, random), *questions.ask(scene, random, 30)]:
             assert _check(question, scene) == question.answer, question
-            encode(question.text)
-            encode(question.answer)
+            batches.LANGUAGE.encode(question.text)
+            batches.LANGUAGE.encode(question.answer)
             seen[question.family] += 1
     assert min(seen.values()) > 60, seen
 
@@ -177,7 +177,11 @@ def test_the_processor_gives_what_training_used(pocket):
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What color is the star?"}]}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     inputs = processor(text=text, images=Image.fromarray(scene.image), return_tensors="pt")
-    ids = [*encode("<s> user:"), *encode("<image>") * 576, *encode("what color is the star ? assistant:")]
+    ids = [
+        *batches.LANGUAGE.encode("<s> user:"),
+        *batches.LANGUAGE.encode("<image>") * 576,
+        *batches.LANGUAGE.encode("what color is the star ? assistant:"),
+    ]
     assert inputs["input_ids"][0].tolist() == ids
     torch.testing.assert_close(inputs["pixel_values"], batches.normalise([scene.image]))
 

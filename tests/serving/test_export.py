@@ -14,21 +14,23 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaNextProcessor, LlavaProcessor
 from typer.testing import CliRunner
 
+import foveate
 from foveate import UnsupportedModelError
 from foveate.chat import Prompt, collate
 from foveate.cli.main import app
 from foveate.engine.model.anatomy import anatomy, innermost
 from foveate.errors import InputError
 from foveate.families import FAMILIES
-from foveate.loading import check_plain_positions, load, load_encoder
+from foveate.loading import load, load_encoder
 from foveate.pocket import WEIGHTS, load_pocket
+from foveate.serving.checks import check_servable
 from foveate.serving.encoding import PictureEncoder, method_of
 from foveate.serving.export import MARK, ExportError, compared, described, export, language_model, ready_export, write_tokenizer
 from foveate.serving.template import PLACEHOLDER, chat_template, collapsed
 
 from .. import families
 
-SERVED = {kind for kind, family in FAMILIES.items() if not (family.mrope or family.two_way)}
+SERVED = {kind for kind, family in FAMILIES.items() if not (family.mrope or family.two_way or family.marks)}
 # as many people have it in their folders: all pictures of a message first, no first token, text in capitals
 LLAVA = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
@@ -54,10 +56,10 @@ def test_every_family_is_exported_exactly_or_refused(kind: str, tmp_path: Path) 
     model = families.load(kind)
     parts = anatomy(model)
     if kind not in SERVED:
-        with pytest.raises(UnsupportedModelError, match=r"positions|both directions"):
-            check_plain_positions(parts)
+        with pytest.raises(UnsupportedModelError, match=r"positions|both directions|embeddings of some words"):
+            check_servable(parts)
         return
-    check_plain_positions(parts)
+    check_servable(parts)
     text = language_model(parts)
     assert compared(model, text) == 0
     text.save_pretrained(tmp_path)
@@ -274,3 +276,39 @@ def test_command(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["export", "pocket", str(tmp_path / "lm")])
     assert "6 conversations" in shown.stdout
     assert "--enable-prompt-embeds" in shown.stdout
+
+
+def test_a_method_with_weights_goes_along(tmp_path: Path) -> None:
+    told = export("pocket", tmp_path / "out", method=foveate.get("fovea:pocket"))
+    weights = tmp_path / "out" / "method"
+    assert told.method.split() == ["fovea", foveate.get("fovea:pocket").settings()["weights"]]
+    assert described(tmp_path / "out") == told
+    model, processor = foveate.load_pocket()
+    inputs = processor(images=Image.new("RGB", (192, 192), "red"), text="<image> what color is it ?", return_tensors="pt")
+    ours, shipped = (
+        foveate.encode(model, foveate.get("fovea", weights=name, budget=36), **inputs).embeds[0]
+        for name in (str(weights), "pocket")
+    )
+    assert torch.equal(ours, shipped)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    plain = export("pocket", tmp_path / "plain")
+    assert plain.method == ""
+    for method, message in (
+        (foveate.get("prumerge"), "has no weights"),
+        (foveate.get("fovea"), "has no weights"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export("pocket", tmp_path / "none", method=method)
+    assert not (tmp_path / "none").exists()
+
+
+def test_weights_of_another_model_are_not_exported(tmp_path: Path) -> None:
+    model, processor = foveate.load_pocket()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    model.save_pretrained(tmp_path / "other")
+    processor.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="another model"):
+        export(str(tmp_path / "other"), tmp_path / "out", method=foveate.get("fovea:pocket"))
+    assert not (tmp_path / "out").exists()

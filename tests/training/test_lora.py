@@ -1,4 +1,4 @@
-"""Fine-tuning with a method attached: its data, its Trainer, the adapter that is shipped, and loading adapters."""
+"""LoRA with a method attached: what is trained, going on, the adapter that is shipped, and loading adapters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,20 +18,14 @@ from foveate.lab.studies import tuned
 from foveate.lab.testset import SEED
 from foveate.loading import load
 from foveate.pocket import ADAPTERS, WEIGHTS
-from foveate.pocket.questions import PocketQuestion
 from foveate.pocket.scenes import draw_scene
-from foveate.training import lora as finetune
+from foveate.training.batches import Collator
+from foveate.training.drawn import DrawnSamples
+from foveate.training.lora import adapted
+from foveate.training.run import train
+from foveate.training.settings import TrainSettings
 
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
-    """One core, and steps that take a part of a second."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for name, value in {"BATCH": 2, "TURNS": 3, "CHECKED": 2, "SAVE_EVERY": 2}.items():
-        monkeypatch.setattr(finetune, name, value)
-    yield
-    torch.set_num_threads(threads)
+SMALL = TrainSettings(batch=2, turns=3, checked=2, save_every=2, steps=4, rank=4, lora_lr=1e-3, seed=5)
 
 
 def adapter(folder) -> dict[str, torch.Tensor]:
@@ -41,55 +35,23 @@ def adapter(folder) -> dict[str, torch.Tensor]:
 # -- training
 
 
-def test_conversations_are_what_the_chat_template_writes():
-    processor = foveate.load_pocket()[1]
-    asked = [
-        PocketQuestion("count", "how many red objects are there ?", "3"),
-        PocketQuestion("where", "where is the red star ?", "top left"),
-    ]
-    messages = []
-    for number, question in enumerate(asked):
-        shown = [] if number else [{"type": "image"}]
-        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question.text}]})
-        messages.append({"role": "assistant", "content": question.answer})
-    picture, text = Image.fromarray(draw_scene(Random(0)).image), processor.apply_chat_template(messages)
-    made = finetune.conversation(asked)
-    assert torch.equal(made["input_ids"], processor(images=[picture], text=text, return_tensors="pt")["input_ids"][0])
-    taught = made["labels"] != -100
-    assert torch.equal(made["labels"][taught], made["input_ids"][taught])
-    assert processor.decode(made["input_ids"][taught]) == "3 </s> top left </s>"
-
-
-def test_data_is_a_function_of_its_seed_and_of_its_own_streams():
-    one, again = (finetune.Conversations(3, 0, 3)[1] for _ in range(2))
-    assert all(torch.equal(one[name], again[name]) for name in one)
-    others = [
-        finetune.Conversations(3, 0, 3)[2],
-        finetune.Conversations(3, 1, 3)[1],
-        finetune.Conversations(3, 0, 3, "validation")[1],
-    ]
-    assert all(not torch.equal(one["pixel_values"], other["pixel_values"]) for other in others)
-    batch = finetune.collate([one, others[0]])
-    assert batch["attention_mask"].sum(1).tolist() == [len(one["input_ids"]), len(others[0]["input_ids"])]
-    assert batch["labels"][batch["attention_mask"] == 0].eq(-100).all()
-
-
-def test_steps_lower_the_loss_and_change_adapters_only(monkeypatch, tmp_path):
+def test_steps_lower_the_loss_and_change_adapters_only():
     """Two conversations over and over, on shortened prompts."""
-    rows = finetune.collate([finetune.Conversations(2, 0, 3)[index] for index in range(2)])
-    original = finetune.Conversations.__getitem__
-    monkeypatch.setattr(finetune.Conversations, "__getitem__", lambda self, index: original(self, index % 2))
-    monkeypatch.setattr(finetune, "SAVE_EVERY", 20)
-    model = finetune.adapted()
+    loaded = load("pocket")
+    batch = Collator(loaded)([DrawnSamples(2, 0, 3)[index] for index in range(2)])
+    model = adapted(loaded.model, 8)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], 2e-3)
+    losses = []
     with foveate.attach(model, "prumerge") as session:
-        with torch.no_grad():
-            first = float(model(**rows).loss)
-        finetune.trainer(model, tmp_path, 20, 0).train()
-        with torch.no_grad():
-            last = float(model.eval()(**rows).loss)
+        for _ in range(20):
+            loss = model(**batch).loss
+            losses.append(loss.item())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
         assert max(session.report.after) < 150
-    assert last < 0.5 * first
+    assert losses[-1] < 0.5 * losses[0]
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     own = {name for name in before if "lora_" in name or "modules_to_save" in name}
     assert changed == own
@@ -97,45 +59,41 @@ def test_steps_lower_the_loss_and_change_adapters_only(monkeypatch, tmp_path):
     assert all("language_model.layers" in name or "multi_modal_projector" in name for name in own)
 
 
+def test_adapters_begin_as_nothing():
+    plain, loaded = load("pocket"), load("pocket")
+    batch = Collator(plain)([DrawnSamples(2, 0, 3)[0]])
+    with torch.no_grad():
+        torch.testing.assert_close(plain.model(**batch).logits, adapted(loaded.model, 4)(**batch).logits)
+
+
 class Stopped(Exception):
     pass
 
 
-def test_an_interrupted_run_ends_as_one_that_was_not(monkeypatch, tmp_path, capsys):
-    finetune.finetune("prumerge", 4, tmp_path / "whole", 5)
-    seen, limit, original = [], 6, finetune.Conversations.__getitem__
+def test_an_interrupted_run_ends_as_one_that_was_not(monkeypatch, tmp_path):
+    told: list[str] = []
+    train(foveate.PruMerge(), SMALL, tmp_path / "whole", told.append)
+    seen, original = [], DrawnSamples.__getitem__
 
     def breaks(self, index):
         seen.extend([index] if self.split == "train" else [])
-        if len(seen) > limit:  # the fourth batch is drawn while the third waits: two steps are done, and saved
+        if len(seen) > 6:  # the fourth batch is drawn while the third waits: two steps are done, and saved
             raise Stopped
         return original(self, index)
 
-    monkeypatch.setattr(finetune.Conversations, "__getitem__", breaks)
+    monkeypatch.setattr(DrawnSamples, "__getitem__", breaks)
     with pytest.raises(Stopped):
-        finetune.finetune("prumerge", 4, tmp_path / "parts", 5)
+        train(foveate.PruMerge(), SMALL, tmp_path / "parts", told.append)
     assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["checkpoint-2"]
-    first = seen[:4]
-    seen.clear()
-    finetune.finetune("prumerge", 4, tmp_path / "parts", 5)
-    assert sorted(first + seen) == [*range(8)]  # the first two steps were not done again
-    whole, parts = (
-        load_file(tmp_path / name / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors") for name in ("whole", "parts")
-    )
+    monkeypatch.setattr(DrawnSamples, "__getitem__", original)
+    train(foveate.PruMerge(), SMALL, tmp_path / "parts", told.append)
+    whole, parts = (adapter(tmp_path / name) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    new = get_peft_model_state_dict(finetune.adapted(5), save_embedding_layers=False)
-    assert new.keys() == whole.keys()
-    assert not any(torch.equal(whole[name], tensor) for name, tensor in new.items())
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "step 4/4: loss on validation scenes" in err
-    # what is written is the best of the checkpoints, and loads
-    saved = adapter(tmp_path / "parts")
+    # what is written is the best of the checkpoints
     state = json.loads((tmp_path / "parts" / "checkpoints" / "checkpoint-4" / "trainer_state.json").read_text())
     best = adapter(tmp_path / "parts" / "checkpoints" / f"checkpoint-{state['best_global_step']}")
-    assert all(torch.equal(saved[name], tensor.bfloat16()) for name, tensor in best.items())
-    assert len(load(str(tmp_path / "parts")).model.peft_config) == 1
+    assert all(torch.equal(parts[name], tensor.bfloat16()) for name, tensor in best.items())
 
 
 # -- adapters
@@ -185,7 +143,7 @@ def test_adapters_of_ones_own(tmp_path, base):
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("pocket+nonsense", None, r"no model 'pocket\+nonsense'. Shipped are pocket, pocket\+prumerge"),
+        ("pocket+nonsense", None, r"no model 'pocket\+nonsense'. Shipped are pocket, .*pocket\+prumerge"),
         (None, {"peft_type": "LORA"}, "does not name its model"),
         (None, {"peft_type": "LORA", "base_model_name_or_path": "/no/such/model"}, "there is no folder"),
         (None, "{", "cannot be loaded"),
@@ -200,6 +158,6 @@ def test_adapters_that_cannot_be_loaded(tmp_path, name, config, message):
 
 def test_without_peft(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    for call in (finetune.adapted, lambda: load("pocket+prumerge")):
+    for call in (lambda: adapted(foveate.load_pocket()[0], 4), lambda: load("pocket+prumerge")):
         with pytest.raises(MissingExtraError, match=r"peft is not installed. Install it with: pip install 'foveate\[peft\]'"):
             call()

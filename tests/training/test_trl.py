@@ -15,26 +15,14 @@ from foveate.pocket.questions import ask
 from foveate.pocket.scenes import draw_scene
 from foveate.pocket.vocabulary import EOS, TOKEN_ID
 
+from .steps import RATE, SGD
+
 datasets, trl, peft = (pytest.importorskip(name) for name in ("datasets", "trl", "peft"))
 
-RATE, STEPS, KEPT = 0.05, 2, 48
+STEPS, KEPT = 2, 48
 IMAGE = TOKEN_ID["<image>"]
 # Mistakes in what is kept show in the loss of the second step, mistakes in gradients, too
-SETTINGS = dict(
-    max_steps=STEPS,
-    learning_rate=RATE,
-    optim="sgd",
-    lr_scheduler_type="constant",
-    max_grad_norm=0,
-    per_device_train_batch_size=2,
-    report_to=[],
-    use_cpu=True,
-    bf16=False,
-    save_strategy="no",
-    logging_steps=1,
-    disable_tqdm=True,
-    gradient_checkpointing=False,
-)
+SETTINGS = dict(max_steps=STEPS, save_strategy="no", gradient_checkpointing=False, **SGD)
 
 
 def method() -> foveate.Method:

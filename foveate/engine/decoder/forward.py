@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...cuts import Cut, PromptTokens
 from ...errors import UnsupportedModelError
-from ...methods.base import DecoderReducer
+from ...methods.base import DecoderReducer, FirstTokens
 from ...report import Report
 from ..model.seams import layer_kinds, layer_windows, reads_positions, rotary
 from .attention import Recorded
@@ -27,7 +27,11 @@ class DecoderKind:
         self.reads_positions = reads_positions(decoder.layers[0])
         strange = sorted({*self.kinds} - {"full_attention", "sliding_attention"})
         if strange:
-            raise UnsupportedModelError(f"{type(decoder).__name__} has layers of kind {', '.join(strange)}, which cannot be cut.")
+            raise UnsupportedModelError(
+                f"{type(decoder).__name__} has layers of kind {', '.join(strange)}: what they hold of a token cannot be told apart "
+                "from what they hold of others, so that none can leave between layers. Use a method that acts before the decoder, "
+                "such as 'prumerge+'."
+            )
 
     @property
     def implementation(self) -> str:
@@ -141,6 +145,7 @@ class Prefill(Forward):
     plan : the reducer that acts before a layer, of those that the budget leaves anything to do.
     patterned : whether the computation of visual tokens is changed.
     several : tokens have several positions each (M-RoPE), which they keep.
+    first_tokens : what the first token of a prompt becomes before each layer; None = it stays.
     given : the masks of the layers whose queries and keys are read.
     stages : what runs from a layer on, by that layer; ``mixes`` tokens that change there.
     decided : layers before which the method has been asked already.
@@ -154,6 +159,7 @@ class Prefill(Forward):
     plan: dict[int, DecoderReducer] = field(kw_only=True)
     patterned: bool = field(kw_only=True)
     several: bool = field(kw_only=True)
+    first_tokens: FirstTokens | None = field(kw_only=True, default=None)
     given: dict[int, Tensor | None] = field(default_factory=dict)
     stages: dict[int, Stage] = field(default_factory=dict)
     mixes: dict[int, Cut] = field(default_factory=dict)
@@ -178,6 +184,18 @@ class Prefill(Forward):
             self.memo[key] = take(self.prompt.image, stage.index).masked_fill(~stage.valid, -1)
         found: Tensor = self.memo[key]
         return found
+
+    def with_first_tokens(self, layer: int, hidden: Tensor) -> Tensor:
+        """Hidden states [B, M, D] before a layer, with the first token of each prompt with pictures as the method makes it."""
+        before = self.stage(layer - 1)
+        valid = self.prompt.valid if before is None else before.valid
+        if "pictures" not in self.memo:
+            self.memo["pictures"] = (self.prompt.image >= 0).any(1).nonzero().flatten()
+        rows = self.memo["pictures"].to(hidden.device)
+        place = rows, valid.long().argmax(1).to(hidden.device)[rows]
+        if self.first_tokens is None or not len(rows):
+            return hidden
+        return hidden.index_put(place, self.first_tokens(layer, hidden[place]).to(hidden))
 
     def sees_pictures(self, layer: int) -> bool:
         """Whether a layer runs any visual token; known without waiting for the device."""

@@ -48,14 +48,15 @@ class DecoderCuts:
     def __init__(self, decoder: Any, method: Method | None, *, two_way: bool = False, levels: int = 0) -> None:
         self.levels = levels
         reducers = () if method is None else method.inside_decoder()
-        self.decoder, self.method, self.active = decoder, method, bool(reducers)
+        self.changes = method is not None and method.first_tokens() is not None  # something of the first tokens of prompts
+        self.decoder, self.method, self.active = decoder, method, bool(reducers) or self.changes
         self.layers: Any = decoder.layers if self.active else ()
         self.places: dict[int, int] = {}  # which reducer acts before a layer
         self.plan = self._planned(reducers)
         self.first = min(self.plan, default=len(self.layers))
         reading = {layer - (reducer.reads == "previous") for layer, reducer in self.plan.items() if reducer.reads != "nothing"}
-        self.tapped = {layer: attention_of(self.layers[layer]) for layer in sorted(reading)}
         self.kind: Any = DecoderKind(decoder, two_way) if self.active else None
+        self.tapped = {layer: attention_of(self.layers[layer]) for layer in sorted(reading)}
         self.pattern = self._patterned(reducers)
         self._handles: list[RemovableHandle] = []
         self._taps: list[Tap] = []
@@ -111,12 +112,12 @@ class DecoderCuts:
 
     def install(self) -> None:
         """Put the hooks on the model."""
-        if self._handles or not (self.plan or self.pattern):
+        if self._handles or not (self.plan or self.pattern or self.changes):
             return
         hook = self.decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._handles = [hook, self.decoder.register_forward_hook(self._end, always_call=True)]
         for number, layer in enumerate(self.layers):
-            if number >= self.first or number in self.tapped or self.pattern is not None:
+            if number >= self.first or number in self.tapped or self.pattern is not None or self.changes:
                 before = functools.partial(self._before_layer, number)
                 self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(self.layers[-1].register_forward_hook(self._restore))
@@ -236,6 +237,7 @@ class DecoderCuts:
                 plan={layer: reducer for layer, reducer in self.plan.items() if acting[self.places[layer]]},
                 several=positions.ndim == 3,
                 patterned=self.pattern is not None and acting[self.patterning],
+                first_tokens=None if self.method is None else self.method.first_tokens(max(report.before)),
             )
         elif earlier is not None:
             self._runs[thread] = Forward(*common)
@@ -243,13 +245,16 @@ class DecoderCuts:
     def _check(self, cache: Any, mask: Any, prompt: DecoderPrompt, past: int, width: int) -> None:
         """Raise where a prompt comes in a form that cannot be cut."""
         name = self.settings["name"]
-        if getattr(cache, "is_compileable", False):
+        cuts = bool(self.plan or self.pattern)
+        if cuts and getattr(cache, "is_compileable", False):
             raise InputError(
                 f"{name!r} removes tokens between decoder layers, and a static cache has one length for all layers. "
                 "Leave cache_implementation out (a dynamic cache)."
             )
         if past != prompt.past or width < prompt.width:
             raise InputError(f"{name!r} has to see the whole prompt at once, and it came in pieces.")
+        if not cuts:
+            return
         if mask is not None and not self.kind.two_way and not (isinstance(mask, Tensor) and mask.ndim == 2):
             raise InputError(f"{name!r} makes the masks of decoder layers itself and needs attention_mask as [batch, tokens].")
         checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers) and self.decoder.training
@@ -293,15 +298,19 @@ class DecoderCuts:
         if not isinstance(run, Prefill):
             changed = run.continued(layer, hidden)
             return None if changed is None else (args, {**kwargs, **changed})
+        given = hidden
+        if run.first_tokens is not None:
+            hidden = run.with_first_tokens(layer, hidden)
         if layer in run.plan:
             hidden = cut_before(run, layer, run.plan[layer], module, hidden, kwargs)
-        run.note_columns(layer)
+        if self.plan or self.pattern is not None:
+            run.note_columns(layer)
         if layer in self.tapped:
             run.given[layer] = run.mask_before(layer, run.stage(layer), hidden, kwargs["attention_mask"])
         if layer == len(self.layers) - 1:
             self._restoring[threading.get_ident()] = run
         stage, window = run.stage(layer), self.pattern.pattern.window if self.pattern and run.patterned else None
-        if stage is None and window is None:
+        if stage is None and window is None and hidden is given:
             return None
         whole = kwargs["attention_mask"]
         if stage is not None:

@@ -13,8 +13,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...errors import UnsupportedModelError
-from ...families import FAMILIES, REFUSED, TOWERS, Family, TowerKind
+from ...errors import InputError, UnsupportedModelError
+from ...families import ANY_SIZE, FAMILIES, REFUSED, TOWERS, Family, TowerKind
 from ...fingerprint import signature
 from ...methods.trained import Host, ModelShape
 from ...tokens import EncoderLayer
@@ -65,6 +65,8 @@ class Block:
     mlp: nn.Module
     heads: int
     fused: bool = False  # one projection makes queries, keys and values, side by side
+    joined: nn.Module | None = None  # the norm before attention, and the projection after it, where tokens can join the patches
+    out: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,20 @@ class Anatomy:
                 f"{self.family.name}: {self.modality}s are not supported by foveate. Detach the method for them."
             )
 
+    def check_together(self, modalities: Sequence[str]) -> None:
+        """Raise ``InputError`` where a call brings pictures and videos that the prompt does not tell apart."""
+        if self.family.one_placeholder and len(modalities) > 1:
+            raise InputError(
+                f"{self.family.name} has one placeholder for pictures and videos, and takes either in a call. Give the videos as "
+                "pictures of their frames, or ask about each in a call of its own."
+            )
+
     @property
     def placeholders(self) -> dict[str, int]:
         """For each modality, the id of the placeholder that stands for one visual token in the prompt."""
         config, found = self.model.config, {"image": int(self.model.config.image_token_id)}
         if self.family.videos is not None:
-            found["video"] = int(config.video_token_id)
+            found["video"] = found["image"] if self.family.one_placeholder else int(config.video_token_id)
         return found
 
     def visual(self, ids: Tensor) -> Tensor:
@@ -139,7 +149,7 @@ class Anatomy:
         made_by = [layer for layer in self.feature_layers()[-1:] if 0 <= layer < len(self.layers)]
         size = getattr(vision, "image_size", None)
         sides = (size, size) if isinstance(size, int) else size
-        plain = self.family.images not in ("thw", "sizes")
+        plain = self.family.images not in ANY_SIZE
         return ModelShape(
             model_type=config.model_type,
             features=width if self.projector is None else inner * len(self.feature_layers()),
@@ -155,7 +165,8 @@ class Anatomy:
     @property
     def host(self) -> Host:
         """The model, as methods with weights see it."""
-        return Host(self.shape, self.device, functools.partial(signature, self.model))
+        adapted = any("lora_" in name for name, _ in self.model.named_parameters())
+        return Host(self.shape, self.device, functools.partial(signature, self.model), adapted)
 
     @property
     def decoder_layers(self) -> int:
@@ -173,6 +184,12 @@ class Anatomy:
         _part(decoder, "layers", "decoder layers")
         _part(decoder, "rotary_emb", "rotary embeddings")
         return decoder
+
+    @property
+    def first_token(self) -> int:
+        """Id of the token that texts begin with; -1 = the config names none."""
+        found = self.model.config.get_text_config().bos_token_id
+        return -1 if not isinstance(found, int) else found
 
     def special_tokens(self) -> tuple[int, ...]:
         """Ids of the tokens that begin and end texts and pictures, as far as the configs name them; placeholders, too."""
@@ -237,9 +254,22 @@ class Anatomy:
         if kind.qkv is not None:
             fused = _part(block, kind.qkv, "projection of queries, keys and values in its encoder layers")
             return Block(block, _part(block, kind.attention, "attention"), fused, fused, fused, block, block, self.heads, True)
-        names = ("attention", "query", "key", "value", "norm", "mlp")
+        names = ["attention", "query", "key", "value", "norm", "mlp"]
+        names += ["joined", "out"] if kind.joined is not None else []
         parts = {name: _part(block, getattr(kind, name), f"{name} in its encoder layers") for name in names}
         return Block(block, **parts, heads=self.heads)
+
+    @property
+    def entrance(self) -> nn.Module | None:
+        """The norm that tokens pass before the first layer of the vision encoder, None = there is none."""
+        place = self.tower_kind.entrance
+        return None if place is None else _part(self.tower, place, "norm before its encoder layers")
+
+    @property
+    def embedding(self) -> nn.Module:
+        """What makes patches of pixels, without their positions."""
+        embedding: nn.Module = _part(self.tower, self.tower_kind.embedding, "embedding of patches")
+        return embedding
 
     @property
     def heads(self) -> int:

@@ -11,9 +11,12 @@ from ...errors import InputError
 
 RAW_INPUTS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches")
 TENSORS = ("input_ids", "attention_mask", "position_ids", "labels", *RAW_INPUTS)  # of them nothing else is taken
-BESIDE = ("image_grid_thw", "video_grid_thw", "image_sizes", "batch_num_images", "pixel_attention_mask", "second_per_grid_ts")
+BESIDE = (
+    *("image_grid_thw", "video_grid_thw", "image_sizes", "spatial_shapes", "batch_num_images"),
+    *("pixel_attention_mask", "second_per_grid_ts"),
+)
 # how visual tokens are arranged in the prompt, and where a model reads the sizes of pictures that this depends on
-SIZES = {"thw": "{modality}_grid_thw", "packed": "image_sizes", "sizes": "image_sizes"}
+SIZES = {"thw": "{modality}_grid_thw", "packed": "image_sizes", "sizes": "image_sizes", "shapes": "spatial_shapes"}
 
 
 def is_none(value: Any) -> bool:

@@ -38,6 +38,7 @@ OLD_CACHE = "past_key_values"
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else OLD_CACHE
 # whether ``crop`` of a cache takes a length, too (before 5.24), and not only the tokens to remove as a negative number
 CROPS_TO_LENGTH = Version(transformers.__version__) < Version("5.24.dev0")
+ASSISTANT_MASKS = "_adjust_assistant_masks_indices"  # what finds the tokens of answers in processors, from 5.24 on
 MERGE_CALLBACKS = "_merge_criteria_processor_list"  # of transformers' generate
 REPLICATE = "_replicate_for_data_parallel"  # of torch
 WRAPPED_FORWARD = "_old_forward"  # where accelerate's hooks keep the forward they wrap, and start from when they are put on anew

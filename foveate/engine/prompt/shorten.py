@@ -17,7 +17,7 @@ from ..decoder.stages import DecoderPrompt
 from ..model.anatomy import Anatomy
 from ..vision.assembly import Visuals, stacked
 from ..vision.front import Around, encode_and_reduce
-from ..vision.question import Asking, asking, question_tokens
+from ..vision.question import Asking, question_tokens
 from .layout import Layout, image_rows, runs_of, shorten
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def read_pictures(call: Call, method: Method, past: int, report: Report) -> Prom
         found += [_Found(start, i, modality, visuals) for i, start in enumerate(starts)]
         report.notes += [note for note in visuals.notes if note not in report.notes]
     found.sort(key=lambda one: one.start)
+    report.question_tokens = 0 if asked is None else asked.tokens_read
     return _reported(found, encoded, visual, report)
 
 
@@ -174,7 +175,9 @@ def _asked(call: Call, front: FrontReducer, past: int) -> Asking:
     new = call.mask[:, outside:].bool() & (torch.arange(ids.shape[1], device=ids.device) >= past - outside)
     asked = new if labels is None else new & (labels == IGNORED)
     visual, special = call.parts.visual(ids), call.parts.special_tokens()
-    return asking(call.parts, front.text_encoder(), ids, question_tokens(ids, asked, visual, special))
+    return Asking(
+        call.parts, front.text_encoder(), ids, question_tokens(ids, asked, visual, special), call.mask[:, outside:].bool()
+    )
 
 
 def _inside_item(image: Tensor) -> Tensor:
@@ -188,11 +191,11 @@ def _inside_item(image: Tensor) -> Tensor:
 
 
 def acts_inside(method: Method, tokens: int) -> bool:
-    """Whether a method may remove something inside the decoder of images that have ``tokens`` visual tokens.
+    """Whether a method may remove, or change, something inside the decoder of images that have ``tokens`` visual tokens.
 
     A budget that covers all of them leaves the model as it is.
     """
-    return tokens > 0 and any(method.acting(tokens))
+    return tokens > 0 and (any(method.acting(tokens)) or method.first_tokens(tokens) is not None)
 
 
 def expected_prompt(parts: Anatomy, ids: Tensor, mask: Tensor, report: Report, labels: Tensor | None = None) -> DecoderPrompt:

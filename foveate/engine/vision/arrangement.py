@@ -156,6 +156,31 @@ def pooled(patches: tuple[int, int], grid: tuple[int, int]) -> Callable[[Tensor]
     return cells
 
 
+def pooled_apart(sizes: list[tuple[int, int]], units: list[Unit], padded: bool = False) -> Callable[[Tensor], Tensor]:
+    """The same for pictures of several sizes, one after the other, or ``padded`` to one length; ``sizes`` are in patches."""
+
+    def cells(patches: Tensor) -> Tensor:
+        numbers = [rows * columns for rows, columns in sizes]
+        own = (
+            [each[:number] for each, number in zip(patches, numbers, strict=True)]
+            if padded
+            else patches.flatten(0, 1).split(numbers)
+        )
+        return torch.cat([pooled(size, unit.grid)(each[None]) for each, size, unit in zip(own, sizes, units, strict=True)])
+
+    return cells
+
+
+def of_sizes(sizes: list[tuple[int, int]], merge: int, device: torch.device, padded: bool = False) -> Arrangement:
+    """Pictures of so many rows and columns of patches, of which blocks of m x m become a token."""
+    units, start = [], 0
+    for item, (rows, columns) in enumerate(sizes):
+        cell = torch.arange(rows // merge * (columns // merge), device=device)
+        units.append(Unit(item, 0, (rows // merge, columns // merge), cell, cell + start))
+        start += len(cell)
+    return Arrangement([len(unit.places) for unit in units], units, [], pooled_apart(sizes, units, padded))
+
+
 def grids(rows: int, tokens: int, patches: tuple[int, int], device: torch.device) -> Arrangement:
     """Pictures that are one grid each, perhaps after a [CLS] token."""
     lead, grid = token_grid(tokens, patches)
@@ -234,9 +259,10 @@ def _thw(seen: Seen) -> Arrangement:
     name = "video_grid_thw" if seen.parts.modality == "video" else "image_grid_thw"
     grid_thw = seen.kwargs[name]
     merge = int(seen.parts.model.config.vision_config.spatial_merge_size)
-    sizes, units, start = [], [], 0
+    sizes, patches, units, start = [], [], [], 0
     for item, (t, h, w) in enumerate(grid_thw.tolist()):
         grid = (h // merge, w // merge)
+        patches += [(h, w)] * t
         cell = torch.arange(grid[0] * grid[1], device=seen.device)
         for frame in range(t):
             places = cell + frame * len(cell)
@@ -245,29 +271,24 @@ def _thw(seen: Seen) -> Arrangement:
         start += sizes[-1]
     order = window_order(seen.parts.tower, grid_thw) if seen.parts.tower_kind.windows else None
 
-    def cells(patches: Tensor) -> Tensor:
-        tokens = patches.reshape(-1, merge * merge, patches.shape[-1]).float().mean(1).to(patches.dtype)
+    def cells(values: Tensor) -> Tensor:
+        tokens = values.reshape(-1, merge * merge, values.shape[-1]).float().mean(1).to(values.dtype)
         return tokens if order is None else tokens[order.to(tokens.device).argsort()]
 
-    return Arrangement(sizes, units, [], cells)
+    return Arrangement(sizes, units, [], pooled_apart(patches, units) if seen.parts.tower_kind.by_rows else cells)
 
 
 def _sizes(seen: Seen) -> Arrangement:
-    """Pictures of different sizes of which blocks of m x m patches become a token."""
+    """Pictures of different sizes, which are told in pixels."""
     merge = int(getattr(seen.parts.model.config, "spatial_merge_size", 1))
-    grids_ = [seen.parts.grid(int(height), int(width)) for height, width in seen.kwargs["image_sizes"]]
-    units, start = [], 0
-    for item, (rows, columns) in enumerate(grids_):
-        cell = torch.arange(rows // merge * (columns // merge), device=seen.device)
-        units.append(Unit(item, 0, (rows // merge, columns // merge), cell, cell + start))
-        start += len(cell)
+    sizes = [seen.parts.grid(int(height), int(width)) for height, width in seen.kwargs["image_sizes"]]
+    return of_sizes(sizes, merge, seen.device)
 
-    def cells(patches: Tensor) -> Tensor:
-        pictures = patches.flatten(0, 1).split([rows * columns for rows, columns in grids_])
-        pairs = zip(pictures, grids_, units, strict=True)
-        return torch.cat([pooled(size, unit.grid)(picture[None]) for picture, size, unit in pairs])
 
-    return Arrangement([len(unit.places) for unit in units], units, [], cells)
+def _shapes(seen: Seen) -> Arrangement:
+    """Pictures of different sizes, which are told in patches; the encoder pads their patches."""
+    sizes = [(int(rows), int(columns)) for rows, columns in seen.kwargs["spatial_shapes"]]
+    return of_sizes(sizes, int(seen.parts.model.config.downsample_factor), seen.device, padded=True)
 
 
 def _packed(seen: Seen) -> Arrangement:
@@ -340,5 +361,6 @@ ARRANGEMENTS: dict[str, Callable[[Seen], Arrangement]] = {
     "frames": _frames,
     "thw": _thw,
     "sizes": _sizes,
+    "shapes": _shapes,
     "packed": _packed,
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...errors import FoveateError, UnsupportedModelError
 from ...methods.base import EncoderReducer
-from ...tokens import BlockTokens, EncoderTap, Reduction, Regroup, sums_of_links
+from ...tokens import BlockTokens, EncoderTap, Escort, Reduction, Regroup, sums_of_links
 from ..decoder.attention import BIASED, attend_as_before, attend_with_sdpa, implementation_of
 from ..model.anatomy import Anatomy, Block
 
@@ -45,6 +45,7 @@ class Shrinking:
             )
         depth, self.patches = parts.feature_layer() + 1, grid[0] * grid[1]
         self.parts, self.method, self.lead = parts, method, int(parts.tower_kind.has_cls)
+        self.tail = int(method.escorts)
         self.plan = method.plan(depth, self.patches)
         if any(not 0 <= layer < depth for layer in self.plan):
             raise UnsupportedModelError(
@@ -56,7 +57,7 @@ class Shrinking:
         self.counts: list[Tensor] = []
         self.notes: list[str] = []
         self._sizes, self._ragged = torch.empty(0), False
-        self._bias: Tensor | None = None  # [B, lead + n] what attention adds to the logits of each key
+        self._bias: Tensor | None = None  # [B, lead + n + tail] what attention adds to the logits of each key
         self._seen: dict[str, Tensor] = {}
         self._short: Tensor | None = None
         self._with_sdpa: list[Any] = []  # attention modules that attend with another implementation meanwhile
@@ -72,6 +73,8 @@ class Shrinking:
         try:
             for number, block in enumerate(self.blocks):
                 handles += self._hook(number, block)
+            for number, layer in enumerate(self.parts.layers if self.tail else ()):  # those after the features, too
+                handles.append(layer.register_forward_pre_hook(self._mine(self._escort, number)))
             for module in checkpointed:  # a block that is run anew for its gradient would have to shrink anew
                 module.gradient_checkpointing = False
             yield
@@ -122,6 +125,16 @@ class Shrinking:
         self.owner, self.valid = self.cell, torch.ones_like(self.cell, dtype=torch.bool)
         self._sizes, self._bias, self._ragged, self.counts = torch.ones_like(self.cell, dtype=torch.float32), None, False, []
 
+    def _escort(self, number: int, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The token that runs along is what the method makes of it; before the first layer it comes into being."""
+        hidden = args[0]
+        if number == 0:
+            states = hidden[:, 0] if self.lead else hidden.mean(1)
+        else:
+            hidden, states = hidden[:, :-1], hidden[:, -1]
+        changed = self.method.escort(Escort(states, number, functools.partial(projected_alone, self.parts.projector)))
+        return torch.cat([hidden, changed[:, None].to(hidden)], 1), *args[1:]
+
     def _attend(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Attention counts a merged patch as often as it has cells, and padding not at all."""
         if self._bias is None:
@@ -147,10 +160,13 @@ class Shrinking:
             queries=query,
             values=self._seen["value"],
             bias=self._bias,
+            escorted=bool(self.tail),
         )
+        end = hidden.shape[1] - self.tail
         with torch.autocast(hidden.device.type, enabled=False):  # scores are float32 in mixed precision too
             merge = self.method.shrink(BlockTokens(tap, self.valid, self._sizes, number, goal))
-            self._short = torch.cat([hidden[:, : self.lead], self._merged(hidden[:, self.lead :], merge)], 1)
+            patches = self._merged(hidden[:, self.lead : end], merge)
+            self._short = torch.cat([hidden[:, : self.lead], patches, hidden[:, end:]], 1)
         self._shrunk.add(number)
         return (self._short, *args[1:])
 
@@ -176,7 +192,7 @@ class Shrinking:
         self._sizes = self._count_cells()
         if self.proportional or self._ragged:
             bias = self._sizes.clamp(min=1).log() if self.proportional else torch.zeros_like(self._sizes)
-            self._bias = F.pad(bias.masked_fill(~self.valid, float("-inf")), (self.lead, 0))
+            self._bias = F.pad(bias.masked_fill(~self.valid, float("-inf")), (self.lead, self.tail))
         return short
 
     def _count_cells(self) -> Tensor:
@@ -199,8 +215,14 @@ class Shrinking:
             return None
         return (short, *out[1:]) if isinstance(out, tuple) else short
 
-    def result(self, patches: Tensor) -> tuple[Tensor, Reduction]:
+    def result(self, tokens: Tensor) -> tuple[Tensor, Reduction]:
         """What left the encoder [B, M, C], in the order that the decoder gets it in, and where it came from.
+
+        The token that ran along is the last one, at the last cell where no other token stands.
+
+        Parameters
+        ----------
+        tokens : [B, M, C] the patches, and what ran along.
 
         Raises
         ------
@@ -212,6 +234,7 @@ class Shrinking:
                 "This is a fault of the method."
             )
         number = self.cell.shape[1]
+        patches, more = tokens[:, :number], tokens[:, number:]
         order = torch.arange(number, device=self.cell.device).expand_as(self.cell)
         if self.method.order == "raster":
             order = self.cell.argsort(dim=1, stable=True)
@@ -219,4 +242,18 @@ class Shrinking:
         owner = torch.where(self.owner < 0, -1, place.gather(1, self.owner.clamp(min=0)))
         valid = self.valid.gather(1, order) if self._ragged else None
         ordered = patches.gather(1, order[..., None].expand(-1, -1, patches.shape[-1]))
-        return ordered, Reduction(self.cell.gather(1, order), valid, owner=owner)
+        index = self.cell.gather(1, order)
+        if self.tail:
+            every = torch.arange(self.patches, device=index.device).expand(len(index), -1)
+            taken = torch.zeros_like(every, dtype=torch.bool).scatter(1, index, True)
+            index = torch.cat([index, every.masked_fill(taken, -1).amax(1, keepdim=True)], 1)
+            valid = None if valid is None else F.pad(valid, (0, 1), value=True)
+        return torch.cat([ordered, more], 1), Reduction(index, valid, owner=owner)
+
+
+def projected_alone(projector: Any, states: Tensor) -> Tensor:
+    """[..., C] -> [..., D] by a projector whose weights get no gradient from that."""
+    weights = {name: weight.detach() for name, weight in projector.named_parameters()}
+    flat = states.reshape(1, -1, states.shape[-1])
+    found: Tensor = torch.func.functional_call(projector, weights, (flat,))
+    return found.reshape(*states.shape[:-1], -1)

@@ -16,11 +16,12 @@ from ...tokens import EncoderLayer, EncoderTap
 from ..model.anatomy import Anatomy
 from ..model.seams import encode_visuals, recorded_packing
 from .arrangement import ARRANGEMENTS, Arrangement, Seen, Unit
+from .beside import Beside, beside, layers_beside
 
 
 @contextmanager
-def _taps(parts: Anatomy, layers: tuple[EncoderLayer, ...]) -> Iterator[dict[EncoderLayer, EncoderTap]]:
-    """Record queries and keys of encoder layers while the encoder runs; of [CLS] only its own query.
+def _taps(parts: Anatomy, layers: tuple[EncoderLayer, ...], values: bool = False) -> Iterator[dict[EncoderLayer, EncoderTap]]:
+    """Record queries and keys of encoder layers while the encoder runs; of [CLS] only its own query. Also their ``values``.
 
     Only what the projections return is read, so quantised and LoRA layers work, and any attention implementation.
     """
@@ -29,13 +30,14 @@ def _taps(parts: Anatomy, layers: tuple[EncoderLayer, ...]) -> Iterator[dict[Enc
     handles, owner, cls = [], threading.get_ident(), parts.tower_kind.has_cls  # another thread may use the same model
     blocks = {name: parts.encoder_block(name) for name in layers}
     for name, block in blocks.items():
-        sources = ((block.query, "qkv"),) if block.fused else ((block.query, "query"), (block.key, "key"))
+        sources = [(block.query, "qkv")] if block.fused else [(block.query, "query"), (block.key, "key")]
+        sources += [(block.value, "value")] if values and not block.fused else []
         for module, what in (*sources, (block.module, "states")):
 
             def record(_: Any, __: Any, out: Any, name: EncoderLayer = name, what: str = what) -> None:
                 if threading.get_ident() == owner:
-                    values = (out[0] if isinstance(out, tuple) else out).detach()
-                    seen[name, what] = values if values.ndim == 3 else values[None]  # some encoders know no batch
+                    given = (out[0] if isinstance(out, tuple) else out).detach()
+                    seen[name, what] = given if given.ndim == 3 else given[None]  # some encoders know no batch
 
             handles.append(module.register_forward_hook(record))
     try:
@@ -50,9 +52,34 @@ def _taps(parts: Anatomy, layers: tuple[EncoderLayer, ...]) -> Iterator[dict[Enc
         for name, block in blocks.items():
             # the query of [CLS] alone is a copy, so that those of all patches can go
             query, first = seen[name, "query"], seen[name, "query"][:, 0].clone() if cls else None
-            taps[name] = EncoderTap(first, seen[name, "key"], block.heads, seen[name, "states"], queries=None if cls else query)
+            taps[name] = EncoderTap(
+                first,
+                seen[name, "key"],
+                block.heads,
+                seen[name, "states"],
+                queries=None if cls else query,
+                values=seen.get((name, "value")),
+            )
     finally:
         for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _embedded(parts: Anatomy, wanted: bool) -> Iterator[list[Tensor]]:
+    """Record patches [R, N, C] as they are embedded, where they are wanted."""
+    seen: list[Tensor] = []
+    owner = threading.get_ident()
+
+    def record(_: Any, __: Any, out: Tensor) -> None:
+        if threading.get_ident() == owner:
+            seen.append(out.detach().flatten(2).transpose(1, 2))
+
+    handle = parts.embedding.register_forward_hook(record) if wanted else None
+    try:
+        yield seen
+    finally:
+        if handle is not None:
             handle.remove()
 
 
@@ -93,6 +120,7 @@ class EncodedPictures:
     projected : [S, D] after the projector; None where it did not run on all tokens.
     taps : queries and keys of the patches, of the layers that were asked for.
     batch : [R, T, C] what entered the projector, as it did.
+    embedded : [R, P, C] patches before their positions are added, for methods that join the encoder.
     cells : what ``Arrangement.cells`` made of taps so far.
     """
 
@@ -102,6 +130,7 @@ class EncodedPictures:
     projected: Tensor | None
     taps: dict[EncoderLayer, EncoderTap]
     batch: Tensor | None = None
+    embedded: Tensor | None = None
     cells: dict[tuple[EncoderLayer, str], Tensor] = field(default_factory=dict)
 
     def tap(self, name: EncoderLayer, units: list[Unit]) -> EncoderTap:
@@ -123,11 +152,25 @@ class EncodedPictures:
             return torch.cat([values[rows, : tap.lead], chosen], 1) if tap.lead else chosen
 
         query = None if tap.query is None else tap.query[rows]
-        return EncoderTap(query, tokens("keys"), tap.heads, tokens("states"), queries=tokens("queries"))
+        return EncoderTap(query, tokens("keys"), tap.heads, tokens("states"), queries=tokens("queries"), values=tokens("values"))
+
+    def beside(self, parts: Anatomy, units: list[Unit]) -> Beside:
+        """The encoder for tokens beside those of some units, which have the same shape."""
+        if self.embedded is None:
+            raise FoveateError("the encoder ran without what tokens beside its patches need. This is a fault of foveate.")
+        at = torch.stack([unit.tap for unit in units]).to(self.embedded.device)
+        taps = {layer: self.tap(layer, units) for layer in layers_beside(parts)}
+        return beside(parts, taps, self.arrangement.cells(self.embedded)[at])
 
 
 def encode(
-    parts: Anatomy, layers: tuple[EncoderLayer, ...], kwargs: dict[str, Any], *, project: bool, runs: list[int] | None = None
+    parts: Anatomy,
+    layers: tuple[EncoderLayer, ...],
+    kwargs: dict[str, Any],
+    *,
+    project: bool,
+    runs: list[int] | None = None,
+    joined: bool = False,
 ) -> EncodedPictures:
     """Run the model's own encoder on pictures, or videos.
 
@@ -138,6 +181,7 @@ def encode(
     kwargs : arguments of the model's own encoding.
     project : whether the projection of all tokens is needed.
     runs : lengths of the runs of placeholders in the prompts.
+    joined : whether tokens are to run beside the patches later.
 
     Raises
     ------
@@ -146,7 +190,12 @@ def encode(
     """
     base: Any = parts.model.base_model
     skip = not project and parts.projector is not None and parts.arrangement != "packed"
-    with _taps(parts, layers) as taps, projector_input(parts, skip) as seen, recorded_packing(base) as packings:
+    with (
+        _taps(parts, layers, joined) as taps,
+        _embedded(parts, joined) as patches,
+        projector_input(parts, skip) as seen,
+        recorded_packing(base) as packings,
+    ):
         output = encode_visuals(base, parts.modality, kwargs)
     tokens, packing = seen[0] if seen else None, packings[0] if packings else None
     arrangement = ARRANGEMENTS[parts.arrangement or ""](Seen(parts, kwargs, tokens, output.pooler_output, runs or [], packing))
@@ -162,7 +211,7 @@ def encode(
         features = tokens.flatten(0, 1)
     if features is None:
         raise FoveateError("the projector of this model was not seen at work. This is a fault of foveate.")
-    return EncodedPictures(output, arrangement, features, projected, taps, tokens)
+    return EncodedPictures(output, arrangement, features, projected, taps, tokens, torch.cat(patches) if patches else None)
 
 
 class Encodings:
@@ -180,16 +229,19 @@ class Encodings:
     def __init__(self, inputs: dict[str, dict[str, Any]], tap: Callable[[EncoderTap], EncoderTap] | None = None) -> None:
         self.inputs, self._tap = inputs, tap
         self._encoded: dict[str, EncodedPictures] = {}
-        self._known: dict[str, tuple[set[int], list[int] | None]] = {}  # layers that were recorded, and the runs of placeholders
+        # layers that were recorded, the runs of placeholders, and whether tokens can run beside the patches
+        self._known: dict[str, tuple[set[int], list[int] | None, bool]] = {}
 
-    def get(self, parts: Anatomy, layers: tuple[EncoderLayer, ...], runs: list[int] | None) -> EncodedPictures:
+    def get(
+        self, parts: Anatomy, layers: tuple[EncoderLayer, ...], runs: list[int] | None, joined: bool = False
+    ) -> EncodedPictures:
         """Encoded pictures of a modality, with their projection and the layers that were asked for, by the names used for them."""
         index, kind = {layer: parts.layer_index(layer) for layer in layers}, parts.modality
-        known, before = self._known.get(kind, (set(), None))
-        if kind not in self._encoded or not known >= set(index.values()) or runs not in (None, before):
-            known = known | set(index.values())
-            self._known[kind] = (known, runs)
-            encoded = encode(parts, tuple(sorted(known)), self.inputs[kind], project=True, runs=runs)
+        known, before, beside = self._known.get(kind, (set(), None, False))
+        if kind not in self._encoded or not known >= set(index.values()) or runs not in (None, before) or joined > beside:
+            known, joined = known | set(index.values()), joined or beside
+            self._known[kind] = (known, runs, joined)
+            encoded = encode(parts, tuple(sorted(known)), self.inputs[kind], project=True, runs=runs, joined=joined)
             if self._tap is not None:
                 encoded = replace(encoded, taps={layer: self._tap(tap) for layer, tap in encoded.taps.items()})
             self._encoded[kind] = encoded

@@ -1,5 +1,5 @@
-"""From pixels to fewer visual tokens, in whichever of three ways a method goes: a smaller picture, fewer patches inside the
-encoder, or fewer tokens after it.
+"""From pixels to fewer visual tokens, in whichever way a method goes: a smaller picture, fewer patches before the encoder or inside
+it, or fewer tokens after it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import InputError, UnsupportedModelError
+from ...families import ANY_SIZE
 from ...methods.base import EncoderReducer, FrontReducer, KeepAll, Method, ProjectorReducer
+from ...methods.pixels import PixelReducer
 from ...methods.tools.selection import grid_middles
 from ...report import Clock
 from ...tokens import Reduction, resolve_budget
@@ -21,8 +23,10 @@ from ..model.anatomy import Anatomy
 from ..model.seams import encode_visuals
 from .arrangement import Arrangement, of_full_encoder
 from .assembly import Visuals, after_encoder, assembled, unchanged
+from .beside import check_joinable, layers_beside
 from .blocks import Shrinking
 from .encoding import EncodedPictures, Encodings, encode, projector_input
+from .packed import check_packs, packed
 from .question import Asking
 from .reduction import check, reduce, shares
 
@@ -74,12 +78,26 @@ def prepare(parts: Anatomy, method: Method) -> FrontReducer:
 def _check_front(parts: Anatomy, method: FrontReducer) -> None:
     for layer in method.encoder_layers(len(parts.layers)):
         parts.encoder_block(layer)
+    if method.joins_encoder and not method.keeps_all:
+        check_joinable(parts, method.name)
+    if method.reads_question_state and not method.keeps_all:
+        _check_decoder(parts, method)
+    if isinstance(method, PixelReducer) and not method.keeps_all:
+        check_packs(parts, method)
     if isinstance(method, EncoderReducer) and not method.keeps_all:
         _check_shrinkable(parts, method)
         size = parts.model.config.vision_config.image_size
         grid = parts.grid(*((size, size) if isinstance(size, int) else size))
         if not method.covers(grid[0] * grid[1]):
             Shrinking(parts, method, grid)
+
+
+def _check_decoder(parts: Anatomy, method: FrontReducer) -> None:
+    if parts.decoder_layers == 0:
+        raise UnsupportedModelError(
+            f"{method.name} has the decoder read the question, and this model was loaded without the layers of its decoder. Use a "
+            "method, or a setting of it, that reads input embeddings or no question."
+        )
 
 
 def _check_shrinkable(parts: Anatomy, method: FrontReducer) -> None:
@@ -108,7 +126,7 @@ def encode_and_reduce(parts: Anatomy, method: FrontReducer, kwargs: dict[str, An
     parts.check_modality()
     name = PIXELS[parts.modality]
     shape = kwargs[name].shape
-    flat = parts.arrangement in ("thw", "sizes")  # pixels are no pictures there, or only with their padding
+    flat = parts.arrangement in ANY_SIZE  # pixels are no pictures there, or only with their padding
     if not flat and len(shape) < 4:
         raise InputError(f"{name} has shape {tuple(shape)}; expected a batch. A single picture is {name}[None].")
     size = shape[-2:]
@@ -120,10 +138,19 @@ def encode_and_reduce(parts: Anatomy, method: FrontReducer, kwargs: dict[str, An
         whole = whole or resolve_budget(method.budget, every) == every
     layers = method.encoder_layers(len(parts.layers))
     notes = notes_of(parts, method, bool(layers))
+    if method.joins_encoder and not whole:
+        check_joinable(parts, method.name)
+        layers = (*layers, *layers_beside(parts))
     if isinstance(method, EncoderReducer) and not whole:
         return _shrunk(parts, method, patches, kwargs, around, notes)
-    if not isinstance(method, ProjectorReducer | EncoderReducer):
-        raise UnsupportedModelError(f"{type(method).__name__} is neither a ProjectorReducer nor an EncoderReducer.")
+    if isinstance(method, PixelReducer) and not whole:
+        fewer = packed(parts, method, kwargs, around.clock, around.runs or [])
+        if fewer is not None:
+            around.rows(fewer.arrangement)
+            return replace(fewer, notes=notes)
+        whole = True
+    if not isinstance(method, ProjectorReducer | EncoderReducer | PixelReducer):
+        raise UnsupportedModelError(f"{type(method).__name__} is no ProjectorReducer, EncoderReducer or PixelReducer.")
     reducer = method if isinstance(method, ProjectorReducer) else KeepAll()
     smaller = reducer.picture(patches) if not flat and not whole else None
     if smaller is not None and parts.arrangement == "grid" and parts.projector is not None and parts.takes_any_size:
@@ -132,6 +159,9 @@ def encode_and_reduce(parts: Anatomy, method: FrontReducer, kwargs: dict[str, An
     rows = around.rows(encoded.arrangement)
     if whole and (method.temporal is None or parts.modality == "image"):
         return unchanged(parts, encoded)
+    if around.asked is not None and method.reads_question_state:
+        with around.clock.measure("question"):
+            _ = around.asked.states
     with around.clock.measure("selection"), torch.autocast(encoded.features.device.type, enabled=False):
         found, same = reduce(parts, reducer, encoded, around.asked, rows)  # scores are float32 in mixed precision, too
     if smaller is not None:
@@ -144,10 +174,11 @@ def _encoded(
     parts: Anatomy, layers: tuple[Any, ...], kwargs: dict[str, Any], around: Around, whole: bool, method: FrontReducer
 ) -> EncodedPictures:
     """The pictures after the encoder, encoded now or before."""
+    joined = method.joins_encoder and not whole
     with around.clock.measure("vision"):
         if around.encodings is not None:
-            return around.encodings.get(parts, layers, around.runs)
-        return encode(parts, layers, kwargs, project=whole or method.reads_projected, runs=around.runs)
+            return around.encodings.get(parts, layers, around.runs, joined)
+        return encode(parts, layers, kwargs, project=whole or method.reads_projected, runs=around.runs, joined=joined)
 
 
 def _shrunk(
@@ -168,7 +199,7 @@ def _shrunk(
         with shrinking.hooks(), projector_input(parts, skip=True) as seen:
             output = encode_visuals(parts.model.base_model, parts.modality, kwargs)
         features = seen[0]
-        lead = features.shape[1] - shrinking.cell.shape[1]
+        lead = features.shape[1] - shrinking.cell.shape[1] - shrinking.tail
         arrangement = of_full_encoder(parts, pixels, lead, grid)
         around.rows(arrangement)
         patches, reduction = shrinking.result(features[:, lead:])
@@ -218,7 +249,8 @@ def notes_of(parts: Anatomy, method: FrontReducer, reads: bool) -> list[str]:
         notes.append(f"{parts.family.name}: tokens keep their (t, h, w) positions, whatever positions= says")
     if method.reads_question:
         encoder = method.text_encoder()
-        reader = "the decoder's input embeddings" if encoder is None else f"the text encoder of {encoder}"
+        own = "a pass of the decoder over it" if method.reads_question_state else "the decoder's input embeddings"
+        reader = own if encoder is None else f"the text encoder of {encoder}"
         notes.append(f"{method.name}: the question was read with {reader}")
     return notes
 

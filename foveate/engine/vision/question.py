@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoTokenizer
 
 from ...errors import InputError, first_line
 from ...tokens import Question
 from ..model.anatomy import Anatomy
-
-Asking = Callable[[Tensor, Tensor, list[int]], Question]  # features [B, N, C], projected [B, N, D], their prompts -> the question
 
 
 def question_tokens(ids: Tensor, real: Tensor, visual: Tensor, special: tuple[int, ...]) -> Tensor:
@@ -28,33 +27,83 @@ def question_tokens(ids: Tensor, real: Tensor, visual: Tensor, special: tuple[in
     return torch.where(after.any(1, keepdim=True), after, text)
 
 
-def asking(parts: Anatomy, text_tower: str | None, ids: Tensor, asked: Tensor) -> Asking:
+@dataclass(frozen=True)
+class Asking:
     """How a method gets its question.
 
-    Parameters
+    Attributes
     ----------
     parts : where the parts of the model are.
     text_tower : Hub id or folder of the CLIP model whose text encoder reads it; None = the decoder's own input embeddings.
     ids, asked : [B, S] tokens of the prompts, and which of them are the question (``question_tokens``).
+    real : [B, S] bool, no padding.
     """
 
+    parts: Anatomy
+    text_tower: str | None
+    ids: Tensor
+    asked: Tensor
+    real: Tensor
+
     @torch.no_grad()
-    def read(features: Tensor, projected: Tensor, prompts: list[int]) -> Question:
-        if text_tower is not None:
-            clip = ClipText.load(text_tower)
-            texts = clip.texts(parts.model, [row[some] for row, some in zip(ids, asked, strict=True)])
+    def __call__(self, features: Tensor, projected: Tensor | None, prompts: list[int], state: bool = False) -> Question:
+        """The question of each image.
+
+        Parameters
+        ----------
+        features, projected : [B, N, C] and [B, N, D] of the images; None where the method does not read what is projected.
+        prompts : the prompt of each image.
+        state : whether the method reads what the decoder makes of the question alone.
+        """
+        visual = projected
+        if self.text_tower is not None:
+            clip = ClipText.load(self.text_tower)
+            texts = clip.texts(self.parts.model, [row[some] for row, some in zip(self.ids, self.asked, strict=True)])
             found, visual = [clip.embed(text) for text in texts], clip.visual(features)
         else:
-            table = parts.model.get_input_embeddings()
-            found = [table(row[some]) for row, some in zip(ids, asked, strict=True)]
-            visual = projected
-        text = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)[prompts]
+            table = self.parts.model.get_input_embeddings()
+            found = [table(row[some]) for row, some in zip(self.ids, self.asked, strict=True)]
+        text = pad_sequence(found, batch_first=True)[prompts]
         lengths = torch.tensor([len(each) for each in found], device=text.device)[prompts]
         valid = torch.arange(text.shape[1], device=text.device) < lengths[:, None]
         device = features.device
-        return Question(visual.to(device).float(), text.to(device).float(), valid.to(device), paired=text_tower is not None)
+        return Question(
+            None if visual is None else visual.to(device).float(),
+            text.to(device).float(),
+            valid.to(device),
+            paired=self.text_tower is not None,
+            state=self.states[prompts].to(device).float() if state else None,
+        )
 
-    return read
+    @functools.cached_property
+    @torch.no_grad()
+    def states(self) -> Tensor:
+        """[B, D] hidden state of each question's last token after the final norm, where the decoder reads the questions alone.
+
+        A question begins with the token that begins texts where its prompt does. An empty one has zeros.
+        """
+        alone = self._alone
+        lengths = torch.tensor([len(each) for each in alone], device=self.ids.device)
+        ids = pad_sequence([each if len(each) else self.ids.new_zeros(1) for each in alone], batch_first=True)
+        if self.parts.family.two_way:  # whose decoder makes no mask without padding, and reads in both directions then
+            ids = torch.nn.functional.pad(ids, (0, 1))
+        mask = (torch.arange(ids.shape[1], device=ids.device) < lengths.clamp(min=1)[:, None]).long()
+        output = self.parts.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        last = (lengths - 1).clamp(min=0)[:, None, None].expand(-1, 1, output.shape[-1]).to(output.device)
+        states: Tensor = output.gather(1, last)[:, 0] * self.asked.any(1, keepdim=True).to(output.device)
+        return states
+
+    @functools.cached_property
+    def _alone(self) -> list[Tensor]:
+        """What the decoder reads of each prompt."""
+        first = self.real.long().argmax(1, keepdim=True)
+        begins = torch.zeros_like(self.asked).scatter(1, first, self.ids.gather(1, first) == self.parts.first_token)
+        return [row[some] for row, some in zip(self.ids, (self.asked | begins) & self.real, strict=True)]
+
+    @property
+    def tokens_read(self) -> int:
+        """How many tokens the decoder has read for ``states``; 0 = nobody asked."""
+        return sum(len(each) for each in self._alone) if "states" in vars(self) else 0
 
 
 class ClipText:

@@ -17,14 +17,19 @@ from ..model.anatomy import Anatomy
 from .arrangement import Arrangement, Unit
 from .encoding import EncodedPictures
 from .question import Asking
+from .videos import by_frame, whole_videos
 
 
 @dataclass(frozen=True)
 class Group:
-    """Units of the same shape. ``method`` has their share of the budget; None = they keep everything."""
+    """Units of the same shape. ``method`` has their share of the budget; None = they keep everything.
+
+    ``frames`` of them are one row for a method that decides over whole videos.
+    """
 
     method: ProjectorReducer | None
     units: list[Unit]
+    frames: int = 1
 
 
 def places_of(units: list[Unit], arrangement: Arrangement) -> Tensor:
@@ -89,6 +94,17 @@ def grouped(method: FrontReducer, arrangement: Arrangement, units: list[Unit]) -
     return found
 
 
+def grouped_videos(method: ProjectorReducer, arrangement: Arrangement, units: list[Unit]) -> list[Group]:
+    """Whole videos by the number and the shape of their frames."""
+    groups: dict[tuple[int, tuple[int, int]], list[Unit]] = {}
+    for frames in whole_videos(method.name, arrangement, units):
+        groups.setdefault((len(frames), frames[0].shape), []).extend(frames)
+    return [
+        Group(None if method.covers(number * shape[0] * shape[1]) else method, some, number)
+        for (number, shape), some in groups.items()
+    ]
+
+
 def changed_cells(arrangement: Arrangement, features: Tensor, similar: float) -> list[Unit]:
     """The units of videos without the tokens that look as in the frame before: cosine similarity above ``similar``.
 
@@ -130,25 +146,30 @@ def reduce(
     """
     arrangement, features, projected = encoded.arrangement, encoded.features, encoded.projected
     if method.reads_projected and projected is None:
-        raise FoveateError("a method that reads the question, or projected features, has to say reads_projected. A fault of it.")
+        raise FoveateError("a method that reads projected features has to say reads_projected. A fault of it.")
     found: list[Reduced] = []
     units = arrangement.units
     if parts.modality == "video" and method.temporal is not None:
         units = changed_cells(arrangement, features, method.temporal)
     every = sum(len(unit.places) for unit in units)
     same = every == sum(len(unit.places) for unit in arrangement.units)
-    for group in grouped(method, arrangement, units):
+    videos = parts.modality == "video" and method.whole_video
+    for group in grouped_videos(method, arrangement, units) if videos else grouped(method, arrangement, units):
         places = places_of(group.units, arrangement)
-        cells = features[places]
         if group.method is None:
+            cells = features[places]
             found.append(Reduced(group.units, keep_all(cells), [cells.shape[1]] * len(cells), cells, places))
             continue
-        after = projected[places] if projected is not None and method.reads_projected else None
+        rows_of = places.reshape(len(places) // group.frames, -1)  # of the method
+        cells = features[rows_of]
+        after = projected[rows_of] if projected is not None and method.reads_projected else None
         question = None
-        if asked is not None and method.reads_question and after is not None:
-            question = asked(cells, after, [rows[unit.item] if rows else 0 for unit in group.units])
+        if asked is not None and method.reads_question:
+            prompts = [rows[unit.item] if rows else 0 for unit in group.units[:: group.frames]]
+            question = asked(cells, after, prompts, method.reads_question_state)
         taps = {name: encoded.tap(name, group.units) for name in method.encoder_layers(len(parts.layers))}
-        reduction = _reduced(group.method, VisualTokens(cells, group.units[0].shape, taps, after, question))
+        beside = encoded.beside(parts, group.units) if method.joins_encoder else None
+        reduction = _reduced(group.method, VisualTokens(cells, group.units[0].shape, taps, after, question, beside, group.frames))
         check_returned(method, cells, reduction)
         if reduction.added is not None and parts.projector is None:
             raise UnsupportedModelError(
@@ -166,7 +187,13 @@ def reduce(
                 "(resolve_budget in foveate.tokens makes a count of it)."
             )
         same = same and in_place
-        found.append(Reduced(group.units, reduction, counts, outputs, places))
+        units_of = group.units
+        if group.frames > 1:
+            reduction, outputs, counts = by_frame(method.name, reduction, outputs, group.frames, places.shape[1])
+            some = [row for row, count in enumerate(counts) if count]
+            units_of, counts = [units_of[row] for row in some], [counts[row] for row in some]
+            reduction, outputs, places = reduction.rows(some), outputs[some], places[some]
+        found.append(Reduced(units_of, reduction, counts, outputs, places))
     return found, same and sum(sum(reduced.counts) for reduced in found) == every
 
 
@@ -176,7 +203,8 @@ def _reduced(method: ProjectorReducer, tokens: VisualTokens) -> Reduction:
     except (AttributeError, TypeError, KeyError) as error:
         missing = {} if tokens.taps else {"tokens.taps": "encoder_layers()"}
         missing |= {} if tokens.projected is not None else {"tokens.projected": "reads_projected = True"}
-        missing |= {} if tokens.question is not None else {"tokens.question": "reads_question = True, reads_projected = True"}
+        missing |= {} if tokens.beside is not None else {"tokens.beside": "joins_encoder = True"}
+        missing |= {} if tokens.question is not None else {"tokens.question": "reads_question = True"}
         raise_undeclared(method, error, missing)
         raise
 
@@ -238,6 +266,11 @@ def check(method: FrontReducer, number: int, reduced: Tensor, reduction: Reducti
     )
     *counts, finite, inside, distinct, ascending, ordered = torch.cat([valid.sum(1), flags]).tolist()
     if not finite:
+        if any(not torch.isfinite(weight).all() for part in method.trained() for weight in part.module.parameters()):
+            raise InputError(
+                f"{method.name}: its weights hold NaN or infinite values, so that its training has failed. Train it with a smaller "
+                "learning rate, or take the weights of an earlier checkpoint."
+            )
         raise InputError(
             f"{method.name}: the vision encoder gave NaN or infinite values. Check the picture, and the dtype of the model "
             "(float16 overflows on some encoders: use bfloat16 or float32)."

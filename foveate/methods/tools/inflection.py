@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Detector = Literal["cumulative", "knee", "derivative", "lof", "iqr"]
+Detector = Literal["cumulative", "knee", "log-knee", "derivative", "lof", "iqr"]
+FAINT = 1e-6  # of the highest score: what is below counts as this in logarithms, so that a score of 0 is no endless tail
 
 
 def inflection_counts(scores: Tensor, valid: Tensor, detector: Detector, least: int = 1, slope: float = 1.0) -> Tensor:
@@ -24,7 +25,8 @@ def inflection_counts(scores: Tensor, valid: Tensor, detector: Detector, least: 
     slope : of "cumulative"; the other rules have none.
     detector : "cumulative": where the cumulative curve of shares over ranks, both from 0 to 1, gets less steep than ``slope``; with
         1, its point farthest from the diagonal, that is where scores fall below their mean. "knee": the point farthest below
-        the chord of the sorted curve (Kneedle). "derivative": the steepest descent of the sorted curve, smoothed over a twentieth
+        the chord of the sorted curve (Kneedle). "log-knee": the same on the logarithm of the curve, for scores that are not
+        negative. "derivative": the steepest descent of the sorted curve, smoothed over a twentieth
         of it. "lof": as many as the local outlier factor (10 neighbours) finds, in both tails. "iqr": above Tukey's upper fence.
     """
     number = valid.sum(-1)
@@ -49,6 +51,10 @@ def _knee(curve: Tensor, inside: Tensor, number: Tensor) -> Tensor:
     below = 1 - torch.arange(curve.shape[-1], device=curve.device) / steps - height
     depth, place = below.masked_fill(~inside, -1).max(-1)
     return torch.where(depth > 1e-6, place + 1, number)  # nothing below the chord: the curve is straight or bends the other way
+
+
+def _log_knee(curve: Tensor, inside: Tensor, number: Tensor) -> Tensor:
+    return _knee(torch.maximum(curve, FAINT * curve[:, :1]).clamp(min=torch.finfo(curve.dtype).tiny).log(), inside, number)
 
 
 def _derivative(curve: Tensor, inside: Tensor, number: Tensor) -> Tensor:
@@ -94,4 +100,4 @@ def _iqr(curve: Tensor, inside: Tensor, number: Tensor) -> Tensor:
     return ((curve > fence) & inside).sum(-1)
 
 
-_RULES = {"knee": _knee, "derivative": _derivative, "lof": _lof, "iqr": _iqr}
+_RULES = {"knee": _knee, "log-knee": _log_knee, "derivative": _derivative, "lof": _lof, "iqr": _iqr}

@@ -40,11 +40,16 @@ def cls_attention_by_head(tap: EncoderTap, heads: Heads = "per_head_mean") -> Te
     """[B, H, N] float32 attention of [CLS] to the patches in each head."""
     if tap.query is None:
         raise FoveateError("the encoder has no [CLS] token. This is a fault of the method.")
+    return token_attention(tap, tap.query, heads)[..., 1 : tap.end]
+
+
+def token_attention(tap: EncoderTap, query: Tensor, heads: Heads = "per_head_mean") -> Tensor:
+    """[B, H, n] float32 attention of one token, with the query [B, C], to all tokens of a layer in each head."""
     # sums of products, and no matrix product: as fast for one row, and the same to the last bit in every batch
-    split, query = (tap.heads if heads == "per_head_mean" else 1, -1), tap.query[:, None].float()
+    split, query = (tap.heads if heads == "per_head_mean" else 1, -1), query[:, None].float()
     some = tap.keys.split(_at_once(tap.keys, 2**18, tap.keys[:, :1].numel()), 1)
     products = torch.cat([(keys.float() * query).unflatten(-1, split).sum(-1) for keys in some], 1)
-    return _softmax(products.transpose(1, 2)[:, :, None], tap)[:, :, 0, 1:]
+    return _softmax(products.transpose(1, 2)[:, :, None], tap)[:, :, 0]
 
 
 def _at_once(values: Tensor, limit: int, each: int) -> int:
@@ -59,9 +64,9 @@ def received_attention(tap: EncoderTap, heads: Heads = "per_head_mean", *, cls_l
     """
     if tap.queries is None:
         raise FoveateError("the queries of the encoder layer were not recorded. This is a fault of the engine.")
-    first = 0 if cls_looks else tap.lead
-    queries, keys = _by_head(tap.queries[:, first:], tap, heads), _by_head(tap.keys, tap, heads)
-    real = torch.ones_like(queries[..., 0]) if tap.bias is None else torch.isfinite(tap.bias[:, None, first:]).float()
+    look = slice(0 if cls_looks else tap.lead, tap.end)
+    queries, keys = _by_head(tap.queries[:, look], tap, heads), _by_head(tap.keys, tap, heads)
+    real = torch.ones_like(queries[..., 0]) if tap.bias is None else torch.isfinite(tap.bias[:, None, look]).float()
     bias = torch.zeros_like(tap.keys[..., 0], dtype=torch.float32) if tap.bias is None else tap.bias.float()
     batch, number = queries.shape[:2]
     pairs = [each.expand(batch, number, -1).flatten(0, 1) for each in (real[:, :1], bias[:, None])]
@@ -70,10 +75,10 @@ def received_attention(tap: EncoderTap, heads: Heads = "per_head_mean", *, cls_l
     at_once = _at_once(keys, 2**19, rows * keys.shape[1])
     for q, k, looks, add in zip(*(each.split(at_once) for each in (queries, keys, *pairs)), strict=True):
         found = torch.zeros_like(k[:, None, :, 0])
-        for some, look in zip(q.split(rows, 1), looks.split(rows, 1), strict=True):
-            found += look[:, None] @ torch.baddbmm(add[:, None], some, k.transpose(1, 2)).softmax(-1)
+        for some, counts in zip(q.split(rows, 1), looks.split(rows, 1), strict=True):
+            found += counts[:, None] @ torch.baddbmm(add[:, None], some, k.transpose(1, 2)).softmax(-1)
         total.append(found[:, 0])
-    return torch.cat(total).unflatten(0, (batch, number)).mean(1)[:, tap.lead :] / real[:, 0].sum(1, keepdim=True)
+    return torch.cat(total).unflatten(0, (batch, number)).mean(1)[:, tap.lead : tap.end] / real[:, 0].sum(1, keepdim=True)
 
 
 def _by_head(channels: Tensor, tap: EncoderTap, heads: Heads) -> Tensor:

@@ -45,6 +45,8 @@ def _checked(method: Method) -> ProjectorReducer:
         reason = "acts inside the vision encoder, which is vLLM's own"
     elif front.reads_question:
         reason = "reads the question, which vLLM's encoder does not know"
+    elif front.joins_encoder:
+        reason = "runs tokens of its own through the vision encoder, which is vLLM's own"
     elif type(front).picture is not ProjectorReducer.picture:
         reason = "makes smaller pictures, which vLLM's encoder does not take"
     if reason or not isinstance(front, ProjectorReducer):

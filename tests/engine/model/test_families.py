@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import date
 
 import pytest
@@ -30,12 +29,13 @@ GREEDY = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, suppress_
 GREEDY |= dict(return_dict_in_generate=True, output_logits=True)
 INSIDE_ENCODER = ("llava", "video_llava", "paligemma")  # where one grid enters the prompt as a CLIP or SigLIP encoder made it
 REFUSED = {"vipllava": "several encoder layers"}
+JOINED = ("llava", "llava_next", "llava_next_video", "video_llava")  # whose features are what one layer of such an encoder puts out
 MROPE = tuple(family for family, spec in families.SPECS.items() if spec.types == "mrope")
 ROWS = [(family, row) for family in families.SPECS for row in families.row_numbers(family)]
 
 
 def method_of(name: str, family: str) -> foveate.Method:
-    layer = 3 if family == "qwen3_vl" else 2  # its first three decoder layers still get visual features
+    layer = families.LEVELS.get(family, 2)
     methods = {
         "prumerge+": lambda: foveate.PruMergePlus(),
         "divprune": lambda: foveate.DivPrune(budget=BUDGET),
@@ -52,8 +52,10 @@ def method_of(name: str, family: str) -> foveate.Method:
 
 
 METHODS = ("prumerge+", "divprune", "vtc-cls", "spatial", "iti", "fastv", "tome", "learnt", "learnt (decoder)", "gate")
+INSIDE = ("iti", "fastv", "gate")
 FRONT = ("prumerge+", "divprune", "vtc-cls", "spatial", "learnt")
 CASES = [(f, name) for f in FAMILIES for name in METHODS if name != "tome" or f in INSIDE_ENCODER]
+CASES = [(f, name) for f, name in CASES if name not in INSIDE or f not in families.HYBRID]
 FRONT_CASES = [(f, name) for f in FAMILIES for name in FRONT]
 
 
@@ -271,6 +273,16 @@ def test_methods_inside_the_encoder_are_refused_with_the_reason(family):
     assert state(model) == before
 
 
+@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("family", families.HYBRID)
+def test_cuts_inside_a_decoder_with_states_are_refused_with_the_reason(family, name):
+    model = families.load(family)
+    before = state(model)
+    with pytest.raises(foveate.UnsupportedModelError, match=r"layers of kind .*none can leave between layers\. Use a method"):
+        foveate.attach(model, method_of(name, family))
+    assert state(model) == before
+
+
 @pytest.mark.parametrize("budget", [None, 1, BUDGET, 0.3])
 @pytest.mark.parametrize(("family", "name"), FRONT_CASES)
 def test_t6_contract_of_items(family, name, budget):
@@ -313,14 +325,24 @@ def test_t6_contract_of_items(family, name, budget):
         assert torch.equal(full[stays], short)
 
 
+# of each family whose grids in these batches a stride of quecc divides, that stride
+SQUARES = dict(llava=2, vipllava=3, video_llava=2, gemma3=2, paligemma=2, internvl=3, idefics3=3, smolvlm=3, aya_vision=3)
+EXPERTS = ("qwen3_vl_moe", "glm4v_moe")
+SQUARES |= dict(qianfan_ocr=3, cohere2_vision=3, ovis2=3)
+
+
 def every_method(family: str) -> list[foveate.Method]:
     """All registered methods, with half of the tokens."""
     found = []
     for info in foveate.methods():
-        method = foveate.get(info.name, budget=0.5)
+        own = {"quecc": {"stride": SQUARES.get(family, 2)}, "dyvte": {"threshold": 0.3}, "pixelprune": {}}
+        fields = own.get(info.name, {"budget": 0.5})
+        method = foveate.get(info.name, **fields)
         method = method.fresh(SEED) if method.trained() else method
-        if family == "qwen3_vl" and method.inside_decoder():
-            method = replace(method, **{name: at for name, at in (("layer", 3), ("layers", (3,))) if hasattr(method, name)})
+        if family in families.LEVELS and method.inside_decoder():
+            first = families.LEVELS[family]
+            places = {"layer": first, "layers": (first,)}
+            method = method.with_fields(**{name: at for name, at in places.items() if hasattr(method, name)})
         found.append(method)
     return found
 
@@ -341,8 +363,30 @@ def test_every_method_on_every_family(family, side):
             with pytest.raises(foveate.UnsupportedModelError, match=REFUSED.get(family, "inside the vision encoder")):
                 foveate.attach(model, method)
             continue
+        if isinstance(method.before_decoder(), foveate.PixelReducer):
+            if not anatomy.anatomy(model).tower_kind.packs:
+                with pytest.raises(foveate.UnsupportedModelError, match="before the vision encoder"):
+                    foveate.attach(model, method)
+            continue  # pictures here repeat nothing: tests/engine/vision/test_packed.py has some that do
+        if method.before_decoder().joins_encoder and family not in JOINED:
+            with pytest.raises(foveate.UnsupportedModelError, match="tokens of its own through the vision encoder"):
+                foveate.attach(model, method)
+            continue
         cuts = [layer for reducer in method.inside_decoder() for layer in reducer.cuts(6)]
-        if family == "qwen3_vl" and min(cuts, default=3) < 3:
+        if method.name == "quecc" and family not in SQUARES:
+            with method(model), pytest.raises(foveate.InputError, match="stride=2 does not divide a picture of"):
+                generate(family, inputs)
+            continue
+        if family in families.HYBRID and (method.inside_decoder() or method.first_tokens() is not None):
+            with pytest.raises(foveate.UnsupportedModelError, match="none can leave between layers"):
+                foveate.attach(model, method)
+            assert state(model) == before, method
+            continue
+        if family in EXPERTS and method.name == "yopo":  # it leaves out neurons of one MLP
+            with pytest.raises(foveate.UnsupportedModelError, match="has no MLP that could be found"):
+                foveate.attach(model, method)
+            continue
+        if min(cuts, default=6) < families.LEVELS.get(family, 0):
             with pytest.raises(foveate.InputError, match="after its first 3 layers"):
                 foveate.attach(model, method)
             continue

@@ -10,14 +10,16 @@ import foveate
 from foveate.families import FAMILIES
 
 from ... import families
-from ...family_prompts import IMAGE, VIDEO
+from ...family_prompts import IMAGE, INDICATORS, VIDEO
 
 NEW = 3
-GREEDY = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, suppress_tokens=[IMAGE, VIDEO])
+GREEDY = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, suppress_tokens=[IMAGE, VIDEO, *INDICATORS])
 GREEDY |= dict(return_dict_in_generate=True, output_logits=True)
 TYPES = ("token_type_ids", "mm_token_type_ids")
 MROPE = tuple(family for family, row in FAMILIES.items() if row.mrope)
-CASES = [(family, name) for family in FAMILIES for name in ("prumerge+", "fastv")]
+CASES = [
+    (family, name) for family in FAMILIES for name in ("prumerge+", "fastv") if name != "fastv" or family not in families.HYBRID
+]
 
 
 def method_of(name: str, family: str) -> foveate.Method:

@@ -117,7 +117,7 @@ def test_the_older_name_of_pictures():
     assert all(torch.equal(a, b) for a, b in zip(whole.embeds, again.embeds, strict=True))
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"])
 def test_two_conversations_in_turn(family):
     """transformers keeps the offset of the last prompt on the model; another conversation must not change this one."""
     model, inputs, other = families.load(family), families.batch(family, rows=(0,)), families.batch(family, rows=(1,))
@@ -160,7 +160,7 @@ def test_reports_of_pictures_and_videos_together():
     assert all(lead >= 0 for lead in leads)
 
 
-@pytest.mark.parametrize("family", ["llava", "gemma3", "glm4v"])
+@pytest.mark.parametrize("family", ["llava", "gemma3", "paddleocr_vl"])
 def test_videos_where_there_are_none(family):
     model, inputs = families.load(family), families.batch(family, rows=(0,))
     with foveate.PruMergePlus()(model), pytest.raises(foveate.UnsupportedModelError, match="videos are not supported"):

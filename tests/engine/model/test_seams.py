@@ -6,7 +6,9 @@ import inspect
 
 import pytest
 import torch
-from transformers import GenerationMixin, LlavaForConditionalGeneration, LlavaModel
+import transformers
+from packaging.version import Version
+from transformers import GenerationMixin, LlavaForConditionalGeneration, LlavaModel, ProcessorMixin
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import foveate
@@ -28,6 +30,12 @@ def test_seam_features_come_as_one_tensor_per_image():
     changed = seams.with_features(output, [f[:3] for f in output.pooler_output])
     assert len(changed.pooler_output[0]) == 3
     assert len(output.pooler_output[0]) == zoo.TOKENS, "the original must stay as it was"
+
+
+def test_seam_processors_find_answers_in_a_method_of_their_own():
+    if Version(transformers.__version__) < Version("5.24.dev0"):
+        return  # where lists are read in any case
+    assert callable(getattr(ProcessorMixin, seams.ASSISTANT_MASKS, None)), f"ProcessorMixin lost {seams.ASSISTANT_MASKS}"
 
 
 def test_seam_generate_is_found_on_the_instance():

@@ -63,12 +63,22 @@ GOLDENS: dict[str, tuple[Medium, list]] = {
     "internvl": (SPLIT, [0, 1, 2, 3, 11, 12, 20, 21, 22, 23]),
     "idefics3": (SPLIT, [0, 1, 2, 3, 4, 12, 13, 14, 15, 23, 24, 25, 26, 27, 28, 36, 37, 38, 39]),
     "smolvlm": (SPLIT, [0, 1, 2, 3, 4, 12, 13, 14, 15, 23, 24, 25, 26, 27, 28, 36, 37, 38, 39]),
+    "qianfan_ocr": (SPLIT, [0, 1, 2, 3, 11, 12, 20, 21, 22, 23]),
+    "cohere2_vision": (SPLIT, [0, 1, 2, 3, 11, 12, 13, 21, 22, 23, 31, 32, 33, 34, 35]),
+    "lfm2_vl": (Medium((6, 8)), [0, 1, 2, 3, 14, 15, 16, 17]),
+    "ovis2": (SPLIT, [0, 1, 2, 3, 11, 12, 13, 21, 22, 23, 31, 32, 33, 34]),
+    "lighton_ocr": (Medium((84, 112)), [0, 1, 2, 3, 14, 15, 16, 17]),
     "aya_vision": (SPLIT, [0, 1, 2, 3, 4, 12, 13, 14, 22, 23, 24, 32, 33, 34, 35]),
     "mistral3": (Medium((84, 112)), [0, 1, 2, 6, 11, 15, 16, 17, 18]),  # 6 and 11 are breaks between lines of four
     "glm4v": (Medium((6, 8)), [*text(0, 1, 2), [3, 3, 3], [3, 5, 6], *text(7, 8, 9)]),
     "qwen2_vl": (CLIP, [*text(0, 1, 2), *([t, *at] for t in (3, 4, 5, 6) for at in ([3, 3], [5, 6])), *text(7, 8, 9)]),
     "qwen2_5_vl": (CLIP, [*text(0, 1, 2), *([t, *at] for t in (3, 6, 9, 12) for at in ([3, 3], [5, 6])), *text(7, 8, 9)]),
-    "qwen3_vl": (
+}
+
+
+GOLDENS |= dict.fromkeys(
+    ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+    (
         CLIP,  # each frame has its time and its marks around it
         [
             *[*text(0, 1, 2, 3, 4), [5, 5, 5], [5, 7, 8]],
@@ -78,7 +88,8 @@ GOLDENS: dict[str, tuple[Medium, list]] = {
             *text(33, 34, 35),
         ],
     ),
-}
+)
+GOLDENS |= dict.fromkeys(("paddleocr_vl", "glm4v_moe", "glm46v"), GOLDENS["glm4v"])
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])

@@ -11,13 +11,14 @@ from foveate.families import FAMILIES
 
 from ... import families
 from ... import family_reference as by_hand
-from ...family_prompts import IMAGE, VIDEO, Medium
+from ...family_prompts import Medium
 
 MOVING = {
     family: next(medium for row in families.SPECS[family].rows for medium in row if medium.frames)
     for family in FAMILIES
     if any(medium.frames for row in families.SPECS[family].rows for medium in row)
 }
+MOVING |= dict.fromkeys(families.ONE_PLACEHOLDER, Medium((6, 8), frames=4))  # whose batches are of pictures
 NEW = 4
 
 
@@ -45,15 +46,7 @@ def test_repeated_frames_are_left_out(family):
     """And generation goes on as from a prompt that never had them."""
     model, (inputs, new, _) = families.load(family), prompt(family)
     with foveate.Spatial(budget=1.0, temporal=0.999)(model) as session:
-        output = model.generate(
-            **inputs,
-            max_new_tokens=NEW,
-            min_new_tokens=NEW,
-            do_sample=False,
-            suppress_tokens=[IMAGE, VIDEO],
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+        output = families.generate(model, inputs, NEW)
     assert session.report.kept == [new]
     features, deep = by_hand.whole_features(model, inputs)
     spliced = by_hand.splice(family, model, inputs, new, features[new], compact=True, deep=[layer[new] for layer in deep])

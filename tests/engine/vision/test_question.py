@@ -8,10 +8,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 import foveate
+from foveate.loading import load_encoder
 from foveate.methods.baselines import Sequential
-from foveate.pocket.vocabulary import encode
+from foveate.pocket.vocabulary import TOKEN_ID
 
-from ... import zoo
+from ... import families, zoo
 
 
 class Reader(Sequential):
@@ -135,7 +136,8 @@ def clip(tmp_path_factory):
 
 def pocket_inputs(question: str):
     model, _ = foveate.load_pocket()
-    ids = torch.tensor([[*encode("<s> user:"), *[model.config.image_token_id] * 576, *encode(f"{question} assistant:")]])
+    asked = [TOKEN_ID[word] for word in f"{question} assistant:".split()]
+    ids = torch.tensor([[TOKEN_ID["<s>"], TOKEN_ID["user:"], *[model.config.image_token_id] * 576, *asked]])
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 192, 192)}
 
 
@@ -194,3 +196,87 @@ def test_cdpruner_hands_its_text_tower_on(clip):
     )
     assert any(f"the text encoder of {clip}" in note for note in by_clip.report.notes)
     assert by_clip.report.images[0].kept != by_decoder.report.images[0].kept
+
+
+class Listener(Reader):
+    """Reads what the decoder makes of the question, and nothing that is projected."""
+
+    reads_projected = False
+    reads_question_state = True
+
+
+@torch.no_grad()
+def alone(model, ids):
+    """Last hidden state of the last token where the unmodified model reads these tokens and nothing else."""
+    return model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1]
+
+
+@pytest.mark.parametrize("decoder", ["llama", "qwen2", "mistral", "gemma"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_the_decoder_makes_of_the_question_alone(side, decoder):
+    """Behind the token that begins texts, after the final norm, whatever the padding."""
+    model, inputs, reader = zoo.load(decoder=decoder), zoo.batch(side), Listener(budget=9)
+    expected = []
+    for row in range(4):
+        ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
+        first = ids.index(zoo.IMAGE) if zoo.IMAGE in ids else 0
+        question = [i for i in ids[first:] if i != zoo.IMAGE]
+        assert ids[0] == 1
+        expected += [alone(model, [1, *question])] * zoo.ROWS_OF_BATCH[row][0]
+    encoded = foveate.encode(model, reader, **inputs)
+    question = reader.seen.question
+    torch.testing.assert_close(question.state, torch.stack(expected), atol=2e-5, rtol=2e-5)
+    assert question.visual is None
+    assert reader.seen.projected is None
+    assert encoded.report.seconds["question"] > 0
+    assert any("a pass of the decoder over it" in note for note in encoded.report.notes)
+    seen = []
+    for inside in (None, foveate.FastV(budget=0.5)):  # whose hooks are on the decoder, too
+        with (reader if inside is None else foveate.Compose(reader, inside))(model):
+            model(**inputs)
+            model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        seen.append(reader.seen.question.state)
+    for state in seen:
+        torch.testing.assert_close(state, question.state, atol=2e-5, rtol=2e-5)
+
+
+def test_states_of_prompts_that_ask_nothing_or_begin_otherwise():
+    model, reader = zoo.load(), Listener(budget=9)
+    picture = [zoo.IMAGE] * zoo.TOKENS
+    foveate.encode(model, reader, input_ids=torch.tensor([[1, *picture]]), pixel_values=zoo.pictures(1))
+    assert not reader.seen.question.state.any()
+    foveate.encode(model, reader, input_ids=torch.tensor([[*picture, 30, 31]]), pixel_values=zoo.pictures(1))
+    torch.testing.assert_close(reader.seen.question.state[0], alone(model, [30, 31]))
+
+
+def test_no_gradient_and_no_label_in_the_state():
+    model, reader = zoo.load(), Listener(budget=9)
+    ids = torch.tensor([[1, *[zoo.IMAGE] * zoo.TOKENS, 30, 31, 40, 41]])
+    with reader(model):
+        model(input_ids=ids, pixel_values=zoo.pictures(1), labels=torch.where((ids == 40) | (ids == 41), ids, -100))
+    assert not reader.seen.question.state.requires_grad
+    torch.testing.assert_close(reader.seen.question.state[0], alone(model, [1, 30, 31]))
+
+
+def test_a_model_without_decoder_layers_cannot_read():
+    encoder = load_encoder("pocket")
+    inputs = dict(
+        pixel_values=torch.randn(1, 3, 192, 192), input_ids=torch.tensor([[1, *[encoder.model.config.image_token_id] * 576, 20]])
+    )
+    foveate.encode(encoder.model, Reader(budget=9), **inputs)
+    with pytest.raises(foveate.UnsupportedModelError, match="loaded without the layers of its decoder"):
+        foveate.encode(encoder.model, Listener(budget=9), **inputs)
+
+
+def test_a_decoder_that_reads_in_both_directions():
+    """PaliGemma's, which sees later tokens where nothing is padded: the question is read from left to right in any batch."""
+    model, reader = families.load("paligemma"), Listener(budget=9)
+    states = []
+    for rows in (None, (0,), (1,)):
+        inputs = families.batch("paligemma") if rows is None else families.batch("paligemma", rows=rows)
+        foveate.encode(model, reader, **inputs)
+        states.append(reader.seen.question.state)
+    together = states[0]
+    counts = [len(state) for state in states[1:]]
+    assert min(counts) > 0
+    torch.testing.assert_close(torch.cat(states[1:]), together[: sum(counts)], atol=2e-5, rtol=2e-5)

@@ -9,10 +9,12 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from foveate.loading import Loaded, prepared
 from tests import families, zoo
-from tests.family_prompts import END, START, VIDEO
+from tests.family_prompts import BREAK, END, START, VIDEO
 
 KINDS = ("llava", "vipllava", "llava_next", "llava_next_video", "llava_onevision", "video_llava", "internvl")
+KINDS += ("qianfan_ocr", "lighton_ocr")
 NAMED = {zoo.PAD: "<pad>", 1: "<s>", zoo.EOS: "</s>", zoo.IMAGE: "<image>", VIDEO: "<video>", START: "<img>", END: "</img>"}
+NAMED |= {BREAK: "<break>"}
 TEMPLATE = (
     "<s>{% for message in messages %} {{ message['role'] }} {% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
@@ -25,6 +27,7 @@ def tokenizer() -> Any:
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), "removed")
     extra = {"image_token": "<image>", "video_token": "<video>"}
     extra |= {"context_image_token": "<image>", "start_image_token": "<img>", "end_image_token": "</img>"}
+    extra |= {"image_break_token": "<break>", "image_end_token": "</img>"}
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, extra_special_tokens=extra, **special, **extra)
 
@@ -46,9 +49,11 @@ def image_processor(kind: str) -> Any:
             return transformers.LlavaOnevisionImageProcessorPil(size=side, image_grid_pinpoints=families.ONEVISION.pinpoints)
         case "video_llava":
             return transformers.VideoLlavaImageProcessor(**square(4))
-        case "internvl":
+        case "internvl" | "qianfan_ocr":
             side = {"height": 84, "width": 84}
             return transformers.GotOcr2ImageProcessorPil(size=side, crop_to_patches=True, min_patches=1, max_patches=4)
+        case "lighton_ocr":
+            return transformers.PixtralImageProcessorPil(size={"longest_edge": 168}, patch_size=28)
     raise KeyError(kind)
 
 
@@ -79,6 +84,10 @@ def processor(kind: str) -> Any:
             )
         case "internvl":
             return without_videos(transformers.InternVLProcessor)(images, words, None, image_seq_length=9, chat_template=TEMPLATE)
+        case "qianfan_ocr":
+            return transformers.QianfanOCRProcessor(images, words, image_seq_length=9, chat_template=TEMPLATE)
+        case "lighton_ocr":
+            return transformers.LightOnOcrProcessor(images, words, zoo.PATCH, 2, chat_template=TEMPLATE)
     raise KeyError(kind)
 
 

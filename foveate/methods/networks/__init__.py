@@ -1,0 +1,1 @@
+"""The modules of trained methods: what is learnt, without how it is used."""

@@ -1,0 +1,106 @@
+"""Methods that decide over whole videos, on every family with videos: counts by frame, positions, batches, reports."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import foveate
+from foveate.tokens import Reduction, VisualTokens
+
+from ... import families
+from ... import family_reference as by_hand
+from .test_family_videos import MOVING
+
+NEW = 4
+NAMES = [info.name for info in foveate.methods() if foveate.methods.registry.look_up(info.name)[0].__dict__.get("whole_video")]
+
+
+def prompt(family: str, seed: int = 3) -> tuple[dict[str, Tensor], list[int]]:
+    """Inputs of one row with a video, and which of its placeholders are cells of a grid."""
+    medium = MOVING[family]
+    ids = families.prompt(family, [medium], before=2, after=3, seed=seed)
+    inputs = families.inputs_of(family, [ids], [[(medium, families.pixels(family, medium, seed=seed))]])
+    (places,) = families.SPECS[family].lay(medium, 0).items
+    return inputs, [at for at, place in enumerate(places) if place.kind == "cell"]
+
+
+def test_they_are_known():
+    assert {"evs", "vidcom2", "v-cast"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("family", MOVING)
+def test_evs_equals_a_loop_over_what_the_model_makes_of_the_video(family):
+    model, (inputs, cells) = families.load(family), prompt(family)
+    features, _ = by_hand.whole_features(model, inputs)
+    states = torch.nn.functional.normalize(features[cells].float(), dim=-1)
+    with foveate.EVS(budget=0.6)(model) as session:
+        model(**inputs)
+    frames = len(session.report.images)
+    each = len(cells) // frames
+    score = dict.fromkeys(range(each), 9.0)
+    score |= {at: float(1 - states[at] @ states[at - each]) for at in range(each, len(cells))}
+    expected = sorted(sorted(score, key=lambda at: (-score[at], at))[: round(0.6 * len(cells))])
+    assert sorted(set(session.report.kept[0]) & set(cells)) == [cells[at] for at in expected]
+    by_frame = [sum(at // each == frame for at in expected) for frame in range(frames)]
+    assert [image.after for image in session.report.images] == by_frame
+    assert len(set(by_frame)) > 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("family", MOVING)
+def test_answers_are_those_of_a_prompt_with_these_tokens_only(family, name):
+    model, (inputs, cells) = families.load(family), prompt(family)
+    with foveate.get(name, budget=0.4)(model) as session:
+        output = families.generate(model, inputs, NEW)
+    report = session.report
+    kept = report.kept[0]
+    assert len(set(kept) & set(cells)) == round(0.4 * len(cells))
+    assert kept == sorted(kept)
+    features, deep = by_hand.whole_features(model, inputs)
+    spliced = by_hand.splice(family, model, inputs, kept, features[kept], compact=True, deep=[layer[kept] for layer in deep])
+    wanted = by_hand.logits(model, spliced, output.sequences[0, -NEW:].tolist())
+    torch.testing.assert_close(torch.stack(output.logits, 1)[0], wanted, atol=3e-4, rtol=3e-4)
+
+
+class FirstOfLast(foveate.ProjectorReducer, name="first-of-last", listed=False):
+    """Keeps cells of the last frame alone."""
+
+    whole_video = True
+
+    def reduce(self, tokens: VisualTokens) -> Reduction:
+        each = tokens.number // tokens.frames
+        assert each == tokens.grid[0] * tokens.grid[1]
+        last = torch.arange(tokens.number - each, tokens.number - each + 3, device=tokens.features.device)
+        return Reduction(last.expand(len(tokens.features), -1), scores=tokens.features.float().norm(dim=-1))
+
+
+@pytest.mark.parametrize("family", MOVING)
+def test_frames_may_keep_nothing(family):
+    model, (inputs, cells) = families.load(family), prompt(family)
+    with FirstOfLast(budget=3)(model) as session:
+        families.generate(model, inputs, NEW)
+    report = session.report
+    images = report.images
+    each = len(cells) // len(images)
+    assert [image.after for image in images] == [0] * (len(images) - 1) + [3]
+    assert set(report.kept[0]) & set(cells) == set(cells[-each:][:3])
+    assert report.to_dict()["images"]
+
+
+def test_what_cannot_be_done():
+    family = next(iter(MOVING))
+    model, (inputs, _) = families.load(family), prompt(family)
+    with foveate.EVS(budget=0.5, temporal=0.9)(model), pytest.raises(foveate.InputError, match="Leave temporal out"):
+        model(**inputs)
+
+    class Mean(foveate.ProjectorReducer, name="mean-of-video", listed=False):
+        whole_video = True
+
+        def reduce(self, tokens: VisualTokens) -> Reduction:
+            weights = torch.full((len(tokens.features), 1, tokens.number), 1 / tokens.number)
+            return Reduction(torch.zeros(len(tokens.features), 1, dtype=torch.long), weights=weights)
+
+    with Mean(budget=1)(model), pytest.raises(foveate.FoveateError, match="cannot tell by frames"):
+        model(**inputs)
