@@ -10,6 +10,7 @@ import foveate
 from foveate.cli.cost import _reported
 from foveate.evaluation.local import _json, _lines
 from foveate.jsonl import parsed
+from foveate.lab.own import read_examples
 from foveate.lab.store import Store
 from foveate.loading import base_of
 from foveate.methods.g_search import read_plan
@@ -19,14 +20,13 @@ from foveate.serving.batch.results import Output
 from foveate.serving.batch.rows import Source
 from foveate.serving.export import MARK, described
 from foveate.serving.files import fingerprint
-from foveate.tuning.calibration import read_examples
 
 LOADERS = {  # the name of the file, and what reads it
     "plan": ("plan.json", read_plan),
     "head mask": ("heads.json", read_heads),
     "weights": (CONFIG, lambda path: Weights(str(path.parent))),
     "store": ("store.jsonl", lambda path: Store(path, {})),
-    "examples": ("examples.jsonl", read_examples),
+    "examples": ("examples.jsonl", lambda path: read_examples(path, None)),
     "export": (MARK, lambda path: described(path.parent)),
     "adapter": ("adapter_config.json", lambda path: base_of(path.parent)),
     "model": ("adapter_config.json", lambda path: foveate.loading.load(str(path.parent))),
@@ -68,7 +68,7 @@ def test_an_adapter_of_itself(tmp_path):
 def test_examples_in_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "examples.jsonl")
     with pytest.raises(foveate.InputError, match="is a pipe, a device or a socket"):
-        read_examples(tmp_path / "examples.jsonl")
+        read_examples(tmp_path / "examples.jsonl", None)
 
 
 def test_what_is_deep_but_no_harm():

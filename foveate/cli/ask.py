@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .common import POCKET, Config, Fields, Imports, err, method_of, out, sayer
+from .common import POCKET, Config, Fields, Imports, PlanFile, err, method_of, out, sayer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,6 +38,7 @@ def ask_command(
     ] = None,
     fields: Fields = None,
     config: Config = None,
+    plan: PlanFile = None,
     imports: Imports = None,
     frames: Annotated[
         int | None,
@@ -64,7 +65,7 @@ def ask_command(
     shown, notes = open_shown(file, frames)
     video = shown if isinstance(shown, Video) else None
     save = save and picture_file(save)
-    reducer = method_of(method, budget, fields, config)
+    reducer = method_of(method, budget, fields, config, plan)
     with err.status(escape(f"loading {model}")) as status:
         loaded = load(model, device=SPREAD)
         inputs, note = make_inputs(loaded.processor, loaded.model, shown, question)

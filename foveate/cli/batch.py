@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import InputError
-from .common import Config, Fields, Imports, asked_of, err, resumable, sayer
+from .common import Config, Fields, Imports, PlanFile, asked_of, err, resumable, sayer
 
 EPILOG = (
     "Examples:  foveate batch questions.jsonl answers.jsonl  |  "
@@ -34,6 +34,7 @@ def batch_command(
     ] = None,
     fields: Fields = None,
     config: Config = None,
+    plan: PlanFile = None,
     imports: Imports = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     batch_size: Annotated[
@@ -61,7 +62,7 @@ def batch_command(
     if not math.isfinite(temperature):
         raise InputError(f"--temperature {temperature} is no number")
     check_apart(questions, answers)
-    name, share, whole = asked_of(method, budget, fields, config)
+    name, share, whole = asked_of(method, budget, fields, config, plan)
     wanted = AnswerSettings(name, share, max_new_tokens, temperature, seed, whole)
     answering.check(wanted)
     source = Source(questions)

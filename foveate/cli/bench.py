@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ..errors import InputError
 from ..places import ready_file, write_text
-from .common import DEFAULT, POCKET, Configs, Fields, Imports, err, methods_of, out, sayer, wide
+from .common import DEFAULT, POCKET, Configs, Fields, Imports, PlanFile, err, methods_of, out, sayer, wide
 
 if TYPE_CHECKING:
     from ..loading import Loaded
@@ -59,6 +59,7 @@ def bench_command(
     ] = None,
     fields: Fields = None,
     config: Configs = None,
+    plan: PlanFile = None,
     imports: Imports = None,
     batch: Annotated[str, typer.Option(help="Batch sizes: 1,4. The prompt is repeated.")] = "1",
     image: Annotated[Path | None, typer.Option(help="Picture or video; a scene of the pocket model by default.")] = None,
@@ -79,7 +80,7 @@ def bench_command(
         raise InputError(f"--dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if json_file is not None:
         ready_file(json_file)
-    methods = methods_of(method or ([] if config else [DEFAULT]), budget, fields, config)
+    methods = methods_of(method or ([] if config or plan else [DEFAULT]), budget, fields, config, plan=plan)
     options = BenchOptions(model, methods, sizes, image, prompt, new_tokens, rounds, dtype, device, attn, seed)
     with err.status("starting") as status:
         document, measured = run_bench(options, lambda what: status.update(escape(what)))

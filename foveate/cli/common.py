@@ -59,24 +59,50 @@ Configs = Annotated[
     list[Path] | None,
     typer.Option("--config", help="File of a method, written by Method.save or 'foveate search'; may be given again."),
 ]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", help="Plan of 'foveate tune', instead of a method; it is refused by other models.")
+]
 Imports = Annotated[
     list[Path] | None,
     typer.Option("--import", callback=_import, is_eager=True, help="Python file that defines a method; may be given again."),
 ]
 
 
-def method_of(name: str | None, budget: str | None, fields: Sequence[str] | None = None, config: Path | None = None) -> Method:
+def planned(plan: Path, *others: Any) -> Method:
+    """The method of a plan.
+
+    Raises
+    ------
+    InputError : it is no plan, or other options say something of the method, too.
+    """
+    from ..errors import InputError
+    from ..tuning.plan import load_plan
+
+    if any(other is not None and other != [] for other in others):
+        raise InputError("--plan says all of the method. Leave out --method, --budget, --set and --config.")
+    return load_plan(plan)
+
+
+def method_of(
+    name: str | None,
+    budget: str | None,
+    fields: Sequence[str] | None = None,
+    config: Path | None = None,
+    plan: Path | None = None,
+) -> Method:
     """A method as the command line names it.
 
     Parameters
     ----------
     name : as listed, or a JSON file of a method; None = ``config``, or the default where there is none.
-    budget, fields, config : as the options say.
+    budget, fields, config, plan : as the options say.
 
     Raises
     ------
     InputError : there is no such method or field, or a value is wrong.
     """
+    if plan is not None:
+        return planned(plan, name, budget, fields, config)
     from ..errors import InputError
     from ..methods.base import Method
     from ..methods.fields import read_field
@@ -105,6 +131,7 @@ def methods_of(
     fields: Sequence[str] | None = None,
     configs: Sequence[Path] | None = None,
     otherwise: int | None = None,
+    plan: Path | None = None,
 ) -> dict[str, Method]:
     """Several methods by their names, those in files by the names of these; ``otherwise`` is the budget of those without a rule.
 
@@ -115,7 +142,7 @@ def methods_of(
     from ..errors import InputError
 
     asked = [(name, name, None) for name in names] + [(file.stem, None, file) for file in configs or ()]
-    found: dict[str, Method] = {}
+    found: dict[str, Method] = {} if plan is None else {plan.stem: planned(plan)}
     for shown, name, file in asked:
         if shown in found:
             raise InputError(f"the method {shown} is given twice. Leave one out.")
@@ -129,7 +156,7 @@ def methods_of(
 
 
 def asked_of(
-    name: str | None, budget: str | None, fields: Sequence[str] | None, config: Path | None
+    name: str | None, budget: str | None, fields: Sequence[str] | None, config: Path | None, plan: Path | None = None
 ) -> tuple[str, int | float | None, str]:
     """A method for other processes: its name, a budget, and all of it where name and budget do not tell (``methods.saved.named``).
 
@@ -137,11 +164,11 @@ def asked_of(
     ------
     InputError : as of ``method_of``.
     """
-    if config is None and not fields and not (name or "").endswith(".json"):
+    if plan is None and config is None and not fields and not (name or "").endswith(".json"):
         return name or DEFAULT, None if budget is None else parse_budget(budget), ""
     from ..methods.saved import dumped
 
-    method = method_of(name, budget, fields, config)
+    method = method_of(name, budget, fields, config, plan)
     return method.name, None, dumped(method)
 
 

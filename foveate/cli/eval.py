@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..errors import MissingExtraError
 from ..places import ready_folder, write_text
-from .common import DEFAULT, Configs, Fields, Imports, err, methods_of, out, parts_of, resumable, sayer, wide
+from .common import DEFAULT, Configs, Fields, Imports, PlanFile, err, methods_of, out, parts_of, resumable, sayer, wide
 
 EPILOG = (
     "Examples:  foveate eval --limit 100  |  foveate eval --model llava-hf/llava-1.5-7b-hf --tasks pope,mme --budget 144  |  "
@@ -33,6 +33,7 @@ def eval_command(
     ] = None,
     fields: Fields = None,
     config: Configs = None,
+    plan: PlanFile = None,
     imports: Imports = None,
     baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="random, spatial and resize at equal cost.")] = True,
     data: Annotated[Path | None, typer.Option(help="Folder with released files of benchmarks, instead of the Hub.")] = None,
@@ -51,8 +52,8 @@ def eval_command(
     if show_tasks:
         print(known_tasks())
         return
-    given = () if methods is None and config else parts_of(methods or DEFAULT, "methods", "prumerge,prumerge+")
-    chosen = list(methods_of(given, budget, fields, config).values())
+    given = () if methods is None and (config or plan) else parts_of(methods or DEFAULT, "methods", "prumerge,prumerge+")
+    chosen = list(methods_of(given, budget, fields, config, plan=plan).values())
     names = parts_of(tasks, "tasks", "pope,mme")
     first = int(os.environ.get("RANK", "0")) == 0
     if save is not None:

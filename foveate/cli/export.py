@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .common import Config, Fields, err, method_of, out
+from .common import Config, Fields, PlanFile, err, method_of, out
 
 EPILOG = "Example:  foveate export llava-hf/llava-1.5-7b-hf llava-1.5-7b-text"
 
@@ -22,13 +22,14 @@ def export_command(
     method: Annotated[str | None, typer.Option(help="A method with weights of its own, which are exported, too.")] = None,
     fields: Fields = None,
     config: Config = None,
+    plan: PlanFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
 ) -> None:
     """Write the language model of a vision-language model as a folder that vLLM serves, with pictures as embeddings."""
     from ..errors import InputError
     from ..serving.export import METHOD, export
 
-    chosen = None if method is None and config is None else method_of(method, None, fields, config)
+    chosen = None if method is None and config is None and plan is None else method_of(method, None, fields, config, plan)
     if chosen is None and fields:
         raise InputError("--set belongs to --method. Name one.")
     with err.status(escape(f"exporting {model}")):

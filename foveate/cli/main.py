@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Abort
 
-from . import ask, batch, bench, compare, cost, demo, export, law, methods, models, search, serve, train
+from . import ask, batch, bench, compare, cost, demo, export, law, methods, models, search, serve, train, tune
 from . import eval as evaluation
 from .common import err, out, resumes
 
@@ -56,6 +56,7 @@ app.command("export", epilog=export.EPILOG)(export.export_command)
 app.command("serve", epilog=serve.EPILOG)(serve.serve_command)
 app.command("batch", epilog=batch.EPILOG)(batch.batch_command)
 app.command("train", epilog=train.EPILOG)(train.train_command)
+app.command("tune", epilog=tune.EPILOG)(tune.tune_command)
 
 
 def run() -> None:

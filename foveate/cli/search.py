@@ -32,7 +32,7 @@ def search_command(
     from ..errors import InputError
     from ..loading import SPREAD, load
     from ..places import ready_file, write_text
-    from ..tuning.calibration import Calibration, read_examples
+    from ..tuning.calibration import Calibration
     from ..tuning.search import search_of
 
     search = search_of(method)
@@ -41,14 +41,13 @@ def search_command(
     ready_file(plan)
     if data is None and not model.startswith(POCKET):
         raise InputError("a model of your own is searched on data of your own: give --data, a JSON-lines file of examples")
-    mine = None if data is None else read_examples(data)
     given = {"epsilon": epsilon, "steps": steps, "budget": budget, "share": share}
     with err.status(escape(f"loading {model}")) as status:
         loaded = load(model, device=SPREAD)
-        calibration = Calibration(loaded, mine, examples, "validation scenes of the pocket world" if data is None else str(data))
+        made = Calibration.of_scenes(loaded, examples) if data is None else Calibration.of_file(loaded, data, examples)
         status.update("searching")
         options = {name: given[name] for name in search.options}
-        document, found = search.run(calibration, options, lambda line: err.print(line, style="dim", markup=False))
+        document, found = search.run(made, options, lambda line: err.print(line, style="dim", markup=False))
     sayer(out)(found)
     write_text(plan, json.dumps({"method": method, **document}, indent=1) + "\n")
     sayer(err)(f"plan: {plan}")

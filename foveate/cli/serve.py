@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import InputError, MissingExtraError
-from .common import Config, Fields, Imports, asked_of, err
+from .common import Config, Fields, Imports, PlanFile, asked_of, err
 
 if TYPE_CHECKING:
     from ..serving.encoding import PictureEncoder
@@ -37,6 +37,7 @@ def serve_command(
     budget: Annotated[str | None, typer.Option(help="Visual tokens to keep: a count or a fraction. Default: its rule.")] = None,
     fields: Fields = None,
     config: Config = None,
+    plan: PlanFile = None,
     imports: Imports = None,
     vllm_url: Annotated[str | None, typer.Option(help="Of a running vLLM that serves the export of the model.")] = None,
     vllm_key: Annotated[str | None, typer.Option(help="API key of that vLLM.", envvar="FOVEATE_VLLM_KEY")] = None,
@@ -90,7 +91,7 @@ def serve_command(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     for chatty in ("httpx", "httpcore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    chosen, share, whole = asked_of(method, budget, fields, config)
+    chosen, share, whole = asked_of(method, budget, fields, config, plan)
     limits = Limits(
         max_body_mb * 2**20,
         pictures=max_pictures,

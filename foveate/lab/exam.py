@@ -7,9 +7,6 @@ method, and any model.
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..chat import collate, question_about
+from ..chat import Prompt, question_about
 from ..engine.model.anatomy import innermost
 from ..errors import InputError
 from ..loading import Loaded
@@ -28,16 +25,16 @@ from ..pictures import Pictures
 from ..pocket.answers import text_states
 from ..pocket.batches import LANGUAGE, normalise, text_rows
 from ..pocket.native.clips import RATE, Clip
-from ..pocket.questions import PocketQuestion
 from ..pocket.rows import IGNORE
 from ..pocket.scenes import Scene
 from ..pocket.worlds import world_of
 from ..video import Video
+from .prompts import Prompts
+from .scoring import begins
 from .testset import Shown, TestSet
 
 LONGEST = 5  # tokens of an answer of the pocket model, its end included
 WORDS = 32  # tokens of an answer of another model
-HELD = 2**30  # bytes of encoded pictures that an Asker keeps for the next method
 
 
 @dataclass
@@ -46,12 +43,12 @@ class Result:
 
     Attributes
     ----------
-    right : [questions] bool.
+    right : [questions] bool, or shares from 0 to 1.
     tokens : [scenes] visual tokens that enter the decoder.
     layers : visual tokens of a picture in each decoder layer, the mean over questions.
     """
 
-    right: NDArray[np.bool_]
+    right: NDArray[Any]
     tokens: list[int] = field(default_factory=list)
     layers: list[float] = field(default_factory=list)
 
@@ -127,39 +124,17 @@ class Asker:
     """
 
     def __init__(self, loaded: Loaded, data: TestSet[Any], chunk: int = 16) -> None:
-        self.loaded, self.asked, self.chunk = loaded, data.asked, chunk
+        self.loaded, self.asked = loaded, data.asked
         self.shown = [as_shown(scene) for scene in data.scenes]
         self.exact = world_of(loaded.processor) is not None
-        self._encoded: dict[int, dict[str, Any]] = {}
-        self._size = 0
+        clips = [isinstance(self.shown[number], Video) for number, _ in self.asked]
+        shapes = [(not clip, clip) for clip in clips]
+        self.prompts = Prompts(loaded, shapes, self.prompt, chunk, LONGEST if self.exact else WORDS)
 
-    @property
-    def parts(self) -> list[slice]:
-        """Questions that are asked together: about pictures, or about clips."""
-        kinds = [isinstance(self.shown[number], Video) for number, _ in self.asked]
-        ends = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
-        found = []
-        for begin, end in itertools.pairwise([0, *ends, len(kinds)]):
-            found += [slice(start, min(start + self.chunk, end)) for start in range(begin, end, self.chunk)]
-        return found
-
-    def inputs(self, part: Sequence[tuple[int, PocketQuestion]]) -> dict[str, Any]:
-        """Prompts of some questions, padded on the left."""
-        model, processor = self.loaded.model, self.loaded.processor
-        return collate(
-            self.loaded, [question_about(processor, model, self.shown[number], question.text) for number, question in part]
-        )
-
-    def encoded(self, part: slice) -> dict[str, Any]:
-        """The prompts of a part, their pictures encoded if there is room to keep them."""
-        if part.start not in self._encoded:
-            inputs = self.inputs(self.asked[part])
-            if self._size >= HELD:
-                return inputs
-            pictures = Pictures(self.loaded.model, **inputs)
-            self._size += 3 * sum(each.nbytes for each in pictures.embeds)  # features, and what is after the projector
-            self._encoded[part.start] = pictures.inputs
-        return self._encoded[part.start]
+    def prompt(self, index: int) -> Prompt:
+        """The question of that index."""
+        number, question = self.asked[index]
+        return question_about(self.loaded.processor, self.loaded.model, self.shown[number], question.text)
 
     def run(self, method: Method) -> Result:
         """Answer everything with a method attached.
@@ -168,22 +143,16 @@ class Asker:
         ------
         InputError, UnsupportedModelError : the method cannot do that.
         """
-        model, processor = self.loaded.model, self.loaded.processor
         right: list[bool] = []
-        layers = np.zeros(int(model.config.get_text_config().num_hidden_layers))
-        with method(model) as session:
-            for each in self.parts:
-                inputs, part = self.encoded(each), self.asked[each]
-                longest = LONGEST if self.exact else WORDS
-                out = model.generate(**inputs, max_new_tokens=longest, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-                texts = processor.batch_decode(out, skip_special_tokens=True)
-                right += [self.judged(text.strip(), question.answer) for text, (_, question) in zip(texts, part, strict=True)]
-                layers += session.report.layers
+        layers = np.zeros(int(self.loaded.model.config.get_text_config().num_hidden_layers))
+        for part in self.prompts.answers(method):
+            right += [self.judged(text, self.asked[i][1].answer) for i, text in zip(part.numbers, part.texts, strict=True)]
+            layers += part.layers
         return Result(np.array(right, bool), [], (layers / len(self.asked)).tolist())
 
     def judged(self, text: str, answer: str) -> bool:
         """Whether an answer is right: word by word of the pocket model, by its beginning of others."""
-        return text == answer if self.exact else said(text, answer)
+        return text == answer if self.exact else begins(text, answer)
 
 
 def as_shown(scene: Shown) -> Image.Image | Video:
@@ -193,9 +162,3 @@ def as_shown(scene: Shown) -> Image.Image | Video:
         times = tuple(number / RATE for number in range(len(frames)))
         return Video(frames, times, RATE, len(frames) / RATE, ())
     return Image.fromarray(scene.image)
-
-
-def said(text: str, answer: str) -> bool:
-    """Whether a text is the answer or begins with its words, whatever the case."""
-    words, wanted = (re.findall(r"\w+", each.lower()) for each in (text, answer))
-    return words[: len(wanted)] == wanted

@@ -83,7 +83,11 @@ class Compose(Method, name="compose", listed=False):
     def _changed(self, change: Callable[[Method], Method]) -> Self:
         before = [not isinstance(method.before_decoder(), KeepAll) for method in self.methods]
         chosen = before.index(True) if any(before) else 0
-        return type(self)(*(change(method) if i == chosen else method for i, method in enumerate(self.methods)))
+        changed = type(self)(*(change(method) if i == chosen else method for i, method in enumerate(self.methods)))
+        changed.made_for = self.made_for
+        return changed
 
     def per_image(self) -> Self:
-        return type(self)(*(method.per_image() for method in self.methods))
+        found = type(self)(*(method.per_image() for method in self.methods))
+        found.made_for = self.made_for
+        return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -97,6 +98,11 @@ class DyVTE(Trained, DecoderReducer, name="dyvte", paper="https://arxiv.org/abs/
         self.check_range(hidden=1, threshold=0)
         if self.budget is not None and not self.keeps_all:
             raise InputError(f"dyvte: budget={self.budget}; the gates decide. Give threshold=, from 0 to 1, instead.")
+
+    @classmethod
+    def to_tune(cls, shares: Sequence[float], layers: int) -> list[list[dict[str, Any]]]:
+        """How sure the gates have to be."""
+        return [[{"threshold": threshold} for threshold in (0.99, 0.9, 0.7, 0.5, 0.3)]]
 
     def build(self, shape: ModelShape) -> nn.Module:
         return Gates(shape.width, self.hidden, shape.decoder_layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,11 @@ class Fovea(Trained, ProjectorReducer, name="fovea", paper=PAGE, adaptive=False)
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_range(alpha=0)
+
+    @classmethod
+    def to_tune(cls, shares: Sequence[float], layers: int) -> list[list[dict[str, Any]]]:
+        """Budgets, with the weight of saliency as it is and smaller."""
+        return [[{"alpha": alpha, "budget": share} for share in shares] for alpha in (cls.alpha, 0.1)]
 
     @property
     def reads_question(self) -> bool:  # type: ignore[override]

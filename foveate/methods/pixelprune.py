@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +35,11 @@ class PixelPrune(PixelReducer, name="pixelprune", paper="https://arxiv.org/abs/2
             raise InputError(f"pixelprune: tau={self.tau}; expected a difference of pixels, 0 or more")
         if self.budget is not None and not self.keeps_all:
             raise InputError(f"pixelprune: budget={self.budget}; what is alike decides. Give tau= instead, such as 0.1.")
+
+    @classmethod
+    def to_tune(cls, shares: Sequence[float], layers: int) -> list[list[dict[str, Any]]]:
+        """How different pixels may be: from not at all to a twentieth of the way from black to white."""
+        return [[{"tau": tau} for tau in (0.0, 0.02, 0.05, 0.1, 0.2)]]
 
     def sources(self, cells: Tensor) -> Tensor:
         number = torch.arange(len(cells), device=cells.device)

@@ -7,6 +7,7 @@ difference a field.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -94,6 +95,11 @@ class PruMerge(ProjectorReducer, name="prumerge", paper="https://arxiv.org/abs/2
         for name, least in (("k", 1), ("min_tokens", 1), ("iqr_factor", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{self.name}: {name}={getattr(self, name)}; it must be at least {least}")
+
+    @classmethod
+    def to_tune(cls, shares: Sequence[float], layers: int) -> list[list[dict[str, Any]]]:
+        """Budgets, and fences nearer and farther, which leave each picture as many tokens as it has outliers."""
+        return [[{"iqr_factor": factor} for factor in (0.5, 1.0, 1.5, 2.5)], *super().to_tune(shares, layers)]
 
     def per_image(self) -> Self:
         return self.with_fields(iqr_scope="image")

@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 EXPECTED = 'expected {"method": "prumerge+", "fields": {"budget": 144}}, as Method.save writes it'
 
-KNOWN = {"method", "fields", "methods", "foveate"}
+KNOWN = {"method", "fields", "methods", "foveate", "model"}
 
 
 class Saved:
     """What every method can do on disk."""
 
     name: ClassVar[str]
+    made_for: dict[str, Any] | None = None  # of one that a tuning chose, the name and marks of its model: it is refused by others
 
     def described(self) -> dict[str, Any]:
         """What ``save`` writes: the name and all fields, JSON-able.
@@ -58,11 +59,11 @@ class Saved:
         """
         from .. import __version__
 
-        write_text(path, json.dumps({**self.described(), "foveate": __version__}, indent=1) + "\n")
+        write_text(path, json.dumps({**whole(self), "foveate": __version__}, indent=1) + "\n")
 
     @staticmethod
     def load(path: str | Path) -> Method:
-        """The method that ``save`` or ``foveate search`` wrote, whatever its class.
+        """The method that ``save``, ``foveate search`` or ``foveate tune`` wrote, whatever its class.
 
         Raises
         ------
@@ -102,6 +103,18 @@ def restored(document: Any, place: Path | None = None) -> Method:
     ------
     InputError : it describes no method, or there is no such method here.
     """
+    if isinstance(document, dict) and isinstance(document.get("method"), dict):  # a plan of a tuning
+        document = {**document["method"], "model": document.get("model")}
+    found = _restored(document, place)
+    made_for = document.get("model")
+    if made_for is not None:
+        if not isinstance(made_for, dict) or not isinstance(made_for.get("signature"), dict):
+            raise InputError(f"{place or 'the method'}: 'model' names no model; expected what 'foveate tune' wrote")
+        found.made_for = made_for
+    return found
+
+
+def _restored(document: Any, place: Path | None) -> Method:
     where = "the method" if place is None else str(place)
     if not isinstance(document, dict) or not isinstance(document.get("method"), str):
         raise InputError(f"{where}: {EXPECTED}")
@@ -143,7 +156,13 @@ def named(name: str, budget: Budget = None, config: str = "") -> Method:
 
 def dumped(method: Method) -> str:
     """A method in one line, for other processes."""
-    return json.dumps(method.described(), sort_keys=True)
+    return json.dumps(whole(method), sort_keys=True)
+
+
+def whole(method: Any) -> dict[str, Any]:
+    """What describes a method, and the model that it was made for, if it was for one."""
+    found: dict[str, Any] = method.described()
+    return found if method.made_for is None else {**found, "model": method.made_for}
 
 
 def code_of(method: Method, *, foreign: bool = False) -> str:

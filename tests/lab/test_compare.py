@@ -91,7 +91,7 @@ def test_the_evaluator_leaves_the_tokens_that_the_engine_leaves(runner, method):
     """Above all, a method gets the encoder layers it asked for and no others: ``vtc-cls`` sums over whatever it gets."""
     evaluator = runner.evaluator
     asked = [next(each for each in runner.asker.asked if each[0] == scene) for scene in range(SCENES)]
-    inputs = runner.asker.inputs(asked)
+    inputs = runner.asker.prompts.inputs(map(runner.asker.asked.index, asked))
     want = foveate.encode(evaluator.model, method, **inputs).embeds
     got = evaluator.pictures[0].reduce(method).embeds
     assert [len(each) for each in got] == [len(each) for each in want]

@@ -136,11 +136,11 @@ def test_the_command_that_is_written_down():
 def test_questions_are_asked_kind_by_kind(runner):
     """Pictures and clips never share a batch, and every question is asked once."""
     asker = Asker(runner.loaded, runner.data, chunk=3)
-    numbers = [number for part in asker.parts for number in range(part.start, part.stop)]
+    numbers = [number for part in asker.prompts.parts for number in part]
     assert numbers == list(range(len(asker.asked)))
-    for part in asker.parts:
-        assert part.stop - part.start <= 3
-        assert len({isinstance(asker.shown[number], Video) for number, _ in asker.asked[part]}) == 1
+    for part in asker.prompts.parts:
+        assert len(part) <= 3
+        assert len({isinstance(asker.shown[number], Video) for number, _ in (asker.asked[index] for index in part)}) == 1
 
 
 def test_wrong_scenes_are_others_of_the_same_kind():

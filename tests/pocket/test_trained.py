@@ -28,7 +28,7 @@ def test_shipped_weights_answer(name, weights, data):
         method = method.with_budget(36)
     asker = Asker(loaded, data)
     with method(loaded.model) as session:
-        loaded.model.generate(**asker.inputs(data.asked[:2]), max_new_tokens=1)
+        loaded.model.generate(**asker.prompts.inputs([0, 1]), max_new_tokens=1)
         assert not [warning for warning in session.report.warnings if "trained" in warning]
         assert sum(session.report.layers) < 2 * 576 * len(session.report.layers)
     assert asker.run(method).right.sum() >= 11  # of 24; guessing gives about 9

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...errors import InputError, UnsupportedModelError
 from ...families import ANY_SIZE
+from ...fingerprint import same_signature, signature
 from ...methods.base import EncoderReducer, FrontReducer, KeepAll, Method, ProjectorReducer
 from ...methods.pixels import PixelReducer
 from ...methods.tools.selection import grid_middles
@@ -62,9 +63,10 @@ def prepare(parts: Anatomy, method: Method) -> FrontReducer:
 
     Raises
     ------
-    InputError : the method has no weights, or those of a model of other sizes.
+    InputError : the method has no weights, or those of a model of other sizes; or it was tuned for another model.
     UnsupportedModelError : the model lacks what the method needs.
     """
+    _check_model(parts, method)
     trained = method.trained()
     if trained:
         host = parts.host
@@ -73,6 +75,16 @@ def prepare(parts: Anatomy, method: Method) -> FrontReducer:
     front = method.before_decoder()
     _check_front(parts, front)
     return front
+
+
+def _check_model(parts: Anatomy, method: Method) -> None:
+    """Refuse a method that was tuned for another model."""
+    made_for = method.made_for
+    if made_for is not None and not same_signature(signature(parts.model), made_for["signature"]):
+        raise InputError(
+            f"{method.name} was tuned for {made_for.get('name')!r}, and this is a model with other weights. Tune it for this one: "
+            "foveate tune --model ..."
+        )
 
 
 def _check_front(parts: Anatomy, method: FrontReducer) -> None:

@@ -15,6 +15,7 @@ from ...chat import Prompt
 from ...errors import FoveateError, InputError, shown
 from ...fingerprint import digest
 from ...images import check_regular, open_picture, picture_in
+from ...jsonl import parsed
 from ..encoding import pictures_of
 from ..pictures import from_data_url
 from .parsing import own_id, row_of
@@ -172,6 +173,17 @@ class Source:
             return _digest(data, row_of(data, self.path.parent, AnswerSettings())[0])
         except InputError:
             return digest(data)
+
+    def read_document(self, line: RowPlace, wanted: AnswerSettings) -> tuple[Row, dict[str, Any]]:
+        """The row of a line, and all that the line says.
+
+        Raises
+        ------
+        InputError, ChangedError : as of ``read``.
+        """
+        row = self.read(line, wanted)
+        document: dict[str, Any] = parsed(self._data(line).decode("utf-8-sig"))
+        return row, document
 
     def _data(self, line: RowPlace) -> bytes:
         try:

@@ -1,0 +1,382 @@
+"""The cheapest setting whose answers are not worse than a tolerance: searched on some examples, confirmed on the others.
+
+The search sees a quarter of the examples. Settings are compared on a few of them; the better half goes on to twice as many, and so
+on. What is left is put in an order, the likeliest to pass first, and tested on the other examples in that order, each at 5 %, up to
+the first that fails (fixed-sequence testing, as in Learn then Test, arXiv 2110.01052). So the chance that an accepted setting loses
+the tolerance or more is at most 5 %, whatever the search did.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import InputError, UnsupportedModelError
+from ..measuring.noise import Ratio
+from .answers import AnswerBook, Answered
+from .bounds import LEVEL, Guess, Losses, falling, fewest, hopeless, p_value, upper_bound
+from .costs import Costs
+from .space import Setting, Space
+
+LEAST = 20  # examples
+FIRST = 16  # examples of the first round
+CHOOSING = 4  # one in so many examples is for the search
+MOST = 400  # examples for the search
+FINALISTS = 12  # settings whose cost is measured
+PATH = 6  # settings that are tested at most
+ROUNDS, LAST_ROUNDS = 3, 9  # in which costs are measured, in the search and of what is accepted
+SEARCHING = 0.5  # share of a time limit that the search may take
+KINDS = 4  # kinds of settings that are looked at more closely
+Tell = Callable[[str], None]
+
+
+@dataclass
+class Trial:
+    """One setting, and what is known of it.
+
+    Attributes
+    ----------
+    setting : what was tried.
+    losses : on examples of the search, or none.
+    share : of the visual tokens that decoder layers run.
+    cost : over that of all tokens, where it was measured.
+    confirmed : losses on the other examples.
+    answered : what was said on these.
+    verdict : what became of it.
+    """
+
+    setting: Setting
+    losses: Losses | None = None
+    share: float = 1.0
+    cost: Ratio | None = None
+    confirmed: Losses | None = None
+    answered: Answered | None = None
+    verdict: str = ""
+    guess: Guess | None = None
+
+    @property
+    def saving(self) -> float:
+        """Of the cost, or of the tokens where it was not measured."""
+        return 1 - (self.share if self.cost is None else self.cost.median)
+
+
+@dataclass
+class Tuned:
+    """What a tuning found.
+
+    Attributes
+    ----------
+    tolerance : in [0, 1].
+    trials : all that was tried, those that got farthest first.
+    chosen : the accepted setting that saves most; None keeps all tokens.
+    reason : why.
+    needed : examples with which something would probably be accepted; None where no number would do.
+    searched, confirmed : examples of either part.
+    full : score with all tokens, on all examples.
+    seconds : that it took.
+    """
+
+    tolerance: float
+    trials: list[Trial]
+    chosen: Trial | None
+    reason: str
+    needed: int | None
+    searched: list[int]
+    confirmed: list[int]
+    full: float
+    seconds: float
+    impossible: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bound(self) -> float | None:
+        """The loss of what was chosen is below this with 95 % confidence."""
+        return None if self.chosen is None or self.chosen.confirmed is None else upper_bound(self.chosen.confirmed)
+
+
+class Tuner:
+    """One tuning.
+
+    Parameters
+    ----------
+    book : of the examples, in random order.
+    costs : measures settings.
+    tolerance : loss that is allowed, in (0, 1).
+    tell : is told what happens.
+    minutes : to take at most; None = as long as it takes.
+
+    Raises
+    ------
+    InputError : there are too few examples.
+    """
+
+    def __init__(self, book: AnswerBook, costs: Costs, tolerance: float, tell: Tell, minutes: float | None = None) -> None:
+        number = len(book.examples)
+        if number < LEAST:
+            raise InputError(f"{number} examples can be used; expected {LEAST} or more, and some hundreds are better")
+        self.book, self.costs, self.tolerance, self.tell = book, costs, tolerance, tell
+        self.begun = time.monotonic()
+        self.limit = None if minutes is None else 60 * minutes
+        cut = self._cut(number)
+        self.searched, self.confirmed = [*range(cut)], [*range(cut, number)]
+        self.trials: list[Trial] = []
+
+    def _cut(self, number: int) -> int:
+        """Where the examples of the search end: at a quarter, or before where the others would be too few to accept anything."""
+        wanted = min(MOST, number // CHOOSING)
+        if number - wanted < fewest(self.tolerance):
+            wanted = max(number // (2 * CHOOSING), min(wanted, number - fewest(self.tolerance)))
+        groups = self.book.groups
+        while wanted < number - 1 and groups[wanted] == groups[wanted - 1]:  # examples of a picture stay together
+            wanted += 1
+        return wanted
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self.begun
+
+    def _late(self, share: float = 1.0) -> bool:
+        return self.limit is not None and self.seconds > share * self.limit
+
+    def run(self, space: Space) -> Tuned:
+        """Search, confirm, choose.
+
+        Raises
+        ------
+        InputError : the time limit is too short for one round.
+        """
+        self.tell("all tokens")
+        self.book.ask(None, self.searched[:FIRST])
+        if self._late(0.25):
+            raise InputError(
+                f"a quarter of the time limit is over after {FIRST} answers with all tokens ({self.seconds:.0f} s). Give "
+                f"--minutes {max(1, round(self.seconds / 60 * 4 * len(self.book.examples) / FIRST)):d} or more."
+            )
+        self.book.ask(None, self.searched)
+        left = self._halve([Trial(setting) for setting in space.first])
+        left = self._refine(left, space)
+        self.book.ask(None, self.confirmed)
+        accepted = self._confirm(self._path(left))
+        return self._result(accepted, space)
+
+    # -- searching
+
+    def _try(self, trial: Trial, number: int) -> bool:
+        """Answer the first ``number`` examples of the search; whether the setting works."""
+        self.tell(f"{trial.setting.label} on {number} examples{self._best()}")
+        try:
+            losses, found = self.book.losses(trial.setting.method, self.searched[:number])
+        except (InputError, UnsupportedModelError) as error:
+            trial.verdict = f"cannot be done: {error}"
+            return False
+        trial.losses, trial.share, trial.guess = losses, found.share, Guess.of(losses)
+        return True
+
+    def _best(self) -> str:
+        known = [trial for trial in self.trials if trial.guess is not None and not trial.verdict]
+        best = max(known, key=self._value, default=None)
+        if best is None or best.losses is None:
+            return ""
+        return f"; best so far: {best.setting.label}, {100 * best.losses.mean:+.1f} points, saves {best.saving:.0%}"
+
+    def _value(self, trial: Trial) -> float:
+        """What can be expected of a setting: its saving, if it is accepted."""
+        if trial.guess is None:
+            return 0.0
+        return max(0.0, trial.saving) * max(trial.guess.power(self._testing, self.tolerance), 1e-6 * (1 - trial.guess.mean))
+
+    @property
+    def _testing(self) -> int:
+        """Examples that a test will have; as many as would be needed where these are too few to accept anything."""
+        return max(len(self.confirmed), 2 * fewest(self.tolerance))
+
+    def _halve(self, trials: list[Trial]) -> list[Trial]:
+        """Successive halving: the better half of the settings goes on to twice as many examples."""
+        self.trials += trials
+        alive, number = trials, min(FIRST, len(self.searched))
+        while True:
+            tried = []
+            for trial in alive:
+                if self._late(SEARCHING):
+                    trial.verdict = trial.verdict or "not tried: the time was over"
+                elif self._try(trial, number):
+                    tried.append(trial)
+            self._smooth(tried)
+            for trial in tried:
+                if trial.guess is not None and trial.guess.surely_loses(self.tolerance):
+                    trial.verdict = f"dropped after {number} examples: it loses too much"
+                elif trial.saving <= 0:
+                    trial.verdict = f"dropped after {number} examples: it saves nothing"
+            good = sorted((trial for trial in tried if not trial.verdict), key=self._value, reverse=True)
+            if number >= len(self.searched) or not good or self._late(SEARCHING):
+                return good
+            alive = good[: max(FINALISTS, -(-len(good) // 2))]
+            for trial in good[len(alive) :]:
+                trial.verdict = f"dropped after {number} examples: others promise more"
+            if self.costs.is_timed and all(trial.cost is None for trial in alive) and len(alive) <= 2 * FINALISTS:
+                self._measure(alive)
+            number = min(2 * number, len(self.searched))
+
+    def _smooth(self, trials: Sequence[Trial]) -> None:
+        """Of one kind, fewer tokens do not lose less: what few examples say of each is made to agree with that."""
+        for kind in {trial.setting.kind for trial in trials}:
+            mine = sorted((t for t in trials if t.setting.kind == kind), key=lambda t: t.setting.place, reverse=True)
+            guesses = [trial.guess for trial in mine if trial.guess is not None]
+            means = falling([guess.mean for guess in guesses], [float(guess.number) for guess in guesses])
+            for trial, guess, mean in zip(mine, guesses, means, strict=True):
+                trial.guess = Guess(mean, guess.spread, guess.number)
+
+    def _measure(self, trials: Sequence[Trial], rounds: int = ROUNDS) -> None:
+        names = {str(number): trial.setting.method for number, trial in enumerate(trials)}
+
+        def tell(what: str) -> None:
+            self.tell(f"measuring {len(trials)} settings: {_shown(trials, what)}")
+
+        found = self.costs.measure(names, rounds, tell)
+        for number, trial in enumerate(trials):
+            trial.cost = found.get(str(number))
+            if trial.cost is not None and trial.cost.median >= 1:
+                trial.verdict = f"costs {trial.cost.median:.2f} of what all tokens cost"
+
+    def _refine(self, left: list[Trial], space: Space) -> list[Trial]:
+        """Of the kinds that do best, what is between the settings that were tried, and what was dropped for saving less."""
+        kinds = [*dict.fromkeys(trial.setting.kind for trial in left)][:KINDS]
+        again = [trial for trial in self.trials if trial.setting.kind in kinds and trial.verdict.endswith("others promise more")]
+        new = [Trial(setting) for kind in kinds for setting in space.further.get(kind, ())]
+        self.trials += new
+        good = []
+        for trial in [*again, *new]:
+            if self._late(SEARCHING):
+                break
+            trial.verdict = ""
+            if self._try(trial, len(self.searched)):
+                good.append(trial)
+        found = [*left, *good]
+        self._smooth(found)
+        found = [trial for trial in found if self._value(trial) > 0]
+        found = sorted(found, key=self._value, reverse=True)[: 2 * FINALISTS]
+        unknown = [trial for trial in found if trial.cost is None]
+        if unknown:
+            self._measure(unknown)
+        return [trial for trial in found if not trial.verdict]
+
+    # -- confirming
+
+    def _path(self, left: Sequence[Trial]) -> list[Trial]:
+        """What is tested, in order: of settings that promise as much, those that save more; the likeliest to pass first."""
+
+        def power(trial: Trial) -> float:
+            return 0.0 if trial.guess is None else trial.guess.power(self._testing, self.tolerance)
+
+        path: list[Trial] = []
+        for trial in sorted(left, key=lambda each: (-power(each), -each.saving)):
+            if trial.saving > max((other.saving for other in path), default=0.0) and power(trial) >= 0.02:
+                path.append(trial)
+        if len(path) > PATH:  # the first, and those of the greatest value
+            best = sorted(path, key=self._value, reverse=True)[: PATH - 1]
+            path = [trial for number, trial in enumerate(path) if number == 0 or trial in best]
+        return path
+
+    def _confirm(self, path: Sequence[Trial]) -> list[Trial]:
+        accepted: list[Trial] = []
+        for trial in path:
+            if self._late():
+                trial.verdict = "not tested: the time was over"
+                continue
+            if not self._passes(trial):
+                break
+            accepted.append(trial)
+        for trial in path:
+            trial.verdict = trial.verdict or "not tested: one before it failed"
+        return accepted
+
+    def _passes(self, trial: Trial) -> bool:
+        """The test of one setting. It ends early where it can no longer be passed."""
+        seen: list[int] = []
+        step = 4 * len(self.book.chunks[0])
+        losses: Losses | None = None
+        for begin in range(0, len(self.confirmed), step):
+            seen += self.confirmed[begin : begin + step]
+            self.tell(f"testing {trial.setting.label}: {len(seen)} of {len(self.confirmed)} examples")
+            losses, trial.answered = self.book.losses(trial.setting.method, seen)
+            if len(seen) < len(self.confirmed) and hopeless(losses, self.tolerance, len(self.confirmed)):
+                break
+        trial.confirmed = losses
+        passed = losses is not None and len(seen) == len(self.confirmed) and p_value(losses, self.tolerance) <= LEVEL
+        trial.verdict = "accepted" if passed else f"failed the test on {len(seen)} examples"
+        return passed
+
+    # -- what came of it
+
+    def _result(self, accepted: list[Trial], space: Space) -> Tuned:
+        if accepted and self.costs.is_timed:
+            self._measure(accepted[-3:], LAST_ROUNDS)
+        saving = [trial for trial in accepted if trial.cost is not None and trial.cost.interval and trial.cost.interval[1] < 1]
+        chosen = max(saving, key=lambda trial: trial.saving, default=None)
+        for trial in accepted:
+            trial.verdict = "chosen" if trial is chosen else "accepted"
+        everything = [*self.searched, *self.confirmed]
+        full = float(self.book.ask(None, everything).scores.mean())
+        needed = None if chosen else self._needed()
+        rank = {"chosen": 0, "accepted": 1, "failed": 2, "not": 3}
+        trials = sorted(self.trials, key=lambda t: (rank.get(t.verdict.partition(" ")[0], 4), -self._seen(t), -self._value(t)))
+        reason = self._reason(chosen, accepted, needed)
+        return Tuned(
+            self.tolerance, trials, chosen, reason, needed, self.searched, self.confirmed, full, self.seconds, space.impossible
+        )
+
+    @staticmethod
+    def _seen(trial: Trial) -> int:
+        return 0 if trial.losses is None else len(trial.losses.values)
+
+    def _needed(self) -> int | None:
+        """Examples in all with which the best candidate would probably be accepted."""
+        numbers = []
+        for trial in self.trials:
+            known = trial.confirmed or trial.losses
+            if known is not None and trial.saving > 0.02 and len(known.values) >= len(self.searched):
+                number = Guess.of(known).needed(self.tolerance)
+                numbers += [] if number is None else [number]
+        if not numbers:
+            return None
+        least = max(min(numbers), fewest(self.tolerance))
+        return max(-(-least * CHOOSING // (CHOOSING - 1)), least + 1)
+
+    def _reason(self, chosen: Trial | None, accepted: Sequence[Trial], needed: int | None) -> str:
+        points, number = 100 * self.tolerance, len(self.confirmed)
+        if chosen is not None:
+            return f"it saves most of the {len(accepted)} settings that lose less than {points:g} points on {number} other examples"
+        if accepted:
+            return "what loses less than the tolerance saves nothing on this machine that is beyond noise"
+        if number < fewest(self.tolerance):
+            more = f"{fewest(self.tolerance)} examples that the search has not seen are needed for {points:g} points at the least"
+            return f"{number} of them tell too little: {more}" + _enough(needed)
+        return f"no setting was shown to lose less than {points:g} points on {number} examples" + _enough(needed)
+
+
+def _enough(needed: int | None) -> str:
+    if needed is None:
+        return "; more examples would probably not change that. Allow a larger loss"
+    return f"; about {needed} examples in all would probably do"
+
+
+def _shown(trials: Sequence[Trial], what: str) -> str:
+    return trials[int(what)].setting.label if what.isdigit() else what or "all tokens"
+
+
+def summary(tuned: Tuned, objective: str) -> dict[str, Any]:
+    """What is told of the chosen setting: loss with its bound, saving with its interval."""
+    chosen = tuned.chosen
+    if chosen is None or chosen.confirmed is None or chosen.cost is None:
+        return {"setting": "all tokens", "loss": 0.0, "bound": 0.0, "saving": 0.0, "interval": None, "objective": objective}
+    low, high = chosen.cost.interval or (chosen.cost.median, chosen.cost.median)
+    return {
+        "setting": chosen.setting.label,
+        "loss": chosen.confirmed.mean,
+        "bound": tuned.bound,
+        "saving": 1 - chosen.cost.median,
+        "interval": [1 - high, 1 - low],
+        "objective": objective,
+    }
