@@ -90,6 +90,7 @@ if TYPE_CHECKING:
     from .tokens import Reduction as Reduction
     from .tokens import Regroup as Regroup
     from .tokens import VisualTokens as VisualTokens
+    from .tuning.plan import load_plan as load_plan
 
 _HOMES = {
     "api": "ModelInfo attach models",
@@ -137,6 +138,7 @@ _HOMES = {
     "methods.yopo": "YOPO",
     "pocket": "load_pocket",
     "report": "ImageReport Report",
+    "tuning.plan": "load_plan",
     "tokens": "BlockTokens EncoderTap Merge Question Reduction Regroup VisualTokens",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
@@ -217,6 +219,7 @@ __all__ = [
     "detach",
     "encode",
     "get",
+    "load_plan",
     "load_pocket",
     "methods",
     "models",

@@ -1,4 +1,4 @@
-"""``foveate compare``: methods x budgets on the pocket test set, and the tables of the LLaVA-PruMerge paper in small."""
+"""``foveate compare``: methods x budgets on the pocket test set or your own data, and tables of the PruMerge paper in small."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .common import POCKET, Imports, err, out, parts_of, resumable, sayer, wide
+from .common import POCKET, Imports, PlanFile, err, out, parts_of, resumable, sayer, wide
 
 if TYPE_CHECKING:
-    from ..lab.runner import Tell
+    from ..lab.runner import Runner, Tell
 
 EPILOG = (
     "Examples:  foveate compare --methods prumerge+,visionzip --budgets 64,144 --scenes 60  |  "
-    "foveate compare --save results  |  foveate compare --table 4"
+    "foveate compare --save results  |  foveate compare --table 4  |  "
+    "foveate compare --model llava-hf/llava-1.5-7b-hf --data examples.jsonl --methods prumerge+,fovea,divprune --budgets 0.1,0.33"
 )
 
 
@@ -43,6 +44,20 @@ def compare_command(
     each: Annotated[int, typer.Option(min=1, help="Questions about each scene, at most; a scene has about 16.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of the test set.")] = 2403,
     model: Annotated[str, typer.Option(help="Hub id, folder, pocket or pocket-qwen.")] = POCKET,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help='Your own examples instead: JSON lines such as {"image": "a.jpg", "question": "...", "answer": "..."}; without '
+            "answers, the model's own with all tokens are right."
+        ),
+    ] = None,
+    score: Annotated[
+        str, typer.Option(help="Of --data: exact, begins, contains, vqa, anls, choice, or a function of yours: my.py:score.")
+    ] = "exact",
+    limit: Annotated[int | None, typer.Option(min=1, help="Of --data, only the first rows.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of --data, the longest answer.")] = 32,
+    frames: Annotated[int, typer.Option(min=1, help="Of --data, frames of a video to take.")] = 8,
+    plan: PlanFile = None,
     store: Annotated[Path, typer.Option(help="Results so far; an interrupted run goes on from there.")] = Path(
         "foveate-compare.jsonl"
     ),
@@ -50,8 +65,11 @@ def compare_command(
     table: Annotated[int | None, typer.Option(help="Table 4, 5 or 7 of the LLaVA-PruMerge paper in small, instead.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
 ) -> None:
-    """Registered methods at several budgets on the pocket test set, beside baselines at equal cost."""
-    options = checked(CompareOptions(methods, budgets, own, scenes, each, seed, model, store, save, table))
+    """Registered methods at several budgets on the pocket test set, or on your own data, beside baselines at equal cost."""
+    mine = None if data is None else OwnData(data, score, limit, max_tokens, frames)
+    if plan is not None:
+        methods = ",".join(filter(None, [methods, str(planned_file(plan))]))
+    options = checked(CompareOptions(methods, budgets, own, scenes, each, seed, model, store, save, table, mine))
     resumable(options.store)
     report = run_compare(options, err)
     if as_json:
@@ -61,6 +79,33 @@ def compare_command(
     if save:
         write_files(report, save)
         sayer(err)(f"written to {save}")
+
+
+def planned_file(plan: Path) -> Path:
+    """The file of a plan.
+
+    Raises
+    ------
+    InputError : it is none.
+    """
+    from ..errors import InputError
+    from ..tuning.plan import read_plan
+
+    read_plan(plan)
+    if plan.suffix != ".json":
+        raise InputError(f"{plan}: give the plan a name that ends in .json, by which it is told from names of methods")
+    return plan
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """Examples of one's own, and how they are answered."""
+
+    path: Path
+    score: str
+    limit: int | None
+    max_tokens: int
+    frames: int
 
 
 @dataclass(frozen=True)
@@ -77,6 +122,7 @@ class CompareOptions:
     store: Path
     save: Path | None
     table: int | None
+    data: OwnData | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,6 +146,10 @@ class CompareOptions:
         for name, value in (("--methods", self.methods), ("--budgets", self.budgets), ("--model", model)):
             chosen += [] if value is None else [name, value]
         chosen += [] if self.own else ["--no-own"]
+        if self.data is not None:
+            limit = [] if self.data.limit is None else ["--limit", self.data.limit]
+            how = ["--score", self.data.score, "--max-tokens", self.data.max_tokens, "--frames", self.data.frames]
+            return shlex.join(map(str, [*chosen, "--data", self.data.path, *how, *limit]))
         return shlex.join(map(str, [*chosen, "--scenes", self.scenes, "--each", self.each, "--seed", self.seed]))
 
 
@@ -168,10 +218,9 @@ def run_compare(options: CompareOptions, console: Console) -> dict[str, Any]:
     """Run what the store does not hold, and return the report."""
     from ..lab.compare import budgets_for, compare
     from ..lab.paper_tables import paper_table
-    from ..lab.runner import Runner
 
     with console.status(escape(f"loading {options.model}")):
-        runner = Runner(options.scenes, options.each, options.seed, options.store, model=options.model)
+        runner = _runner(options)
     budgets = budgets_for(runner, options.counts, options.table)
     with progress(console) as tell:
         if options.table is None:
@@ -179,6 +228,22 @@ def run_compare(options: CompareOptions, console: Console) -> dict[str, Any]:
         else:
             report = paper_table(options.table, runner, tell)
     return {"command": options.command, **report}
+
+
+def _runner(options: CompareOptions) -> Runner:
+    from ..lab.runner import Runner
+
+    if options.data is None:
+        return Runner(options.scenes, options.each, options.seed, options.store, model=options.model)
+    from ..lab.own import OwnRunner, read_examples
+    from ..lab.scoring import score_of
+    from ..loading import load
+
+    own, loaded = options.data, load(options.model)
+    examples = read_examples(own.path, loaded, own.frames, own.limit)
+    for note in examples.notes():
+        sayer(err)(f"note: {note}", "yellow")
+    return OwnRunner(examples, score_of(own.score), own.score, options.store, loaded, longest=own.max_tokens)
 
 
 def write_files(report: dict[str, Any], folder: Path) -> None:

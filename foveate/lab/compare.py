@@ -59,7 +59,7 @@ def budgets_for(runner: Runner, asked: Sequence[Budget] | None, table: int | Non
     ------
     InputError : pictures of this test set have different numbers of tokens, so that counts and tables of the paper mean nothing.
     """
-    if runner.world != "native":
+    if not runner.shares:
         return COUNTS if asked is None else tuple(asked)
     if table is not None:
         raise InputError(
@@ -90,7 +90,7 @@ def at_own_rule(name: str) -> Method | None:
         method = _built(name, None)
     except InputError:
         return None
-    return method.per_image() if method.budget is None else None
+    return method.per_image() if method.budget is None or method.made_for is not None else None
 
 
 def kind_of(method: Method) -> str:
@@ -176,9 +176,12 @@ def compare(
     tell : is told what comes next.
     """
     table, names = Table(runner), tuple(dict.fromkeys((*names, *BESIDE)))
-    jobs: list[tuple[str, Budget | None, Method | None]] = [(name, budget, None) for name in names for budget in budgets]
-    for name in names if own else ():
-        rule = at_own_rule(name)
+    rules = {name: at_own_rule(name) for name in names}
+    plans = {name for name, rule in rules.items() if rule is not None and rule.made_for is not None}  # have one setting
+    jobs: list[tuple[str, Budget | None, Method | None]]
+    jobs = [(name, budget, None) for name in names if name not in plans for budget in budgets]
+    for name in names if own else plans:
+        rule = rules[name]
         if rule is not None:
             jobs.append((name, None, rule))
     tell("all tokens", 0, len(jobs) + 1)

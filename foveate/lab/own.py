@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +17,17 @@ from ..chat import Prompt, media_words, question_about, takes_videos
 from ..errors import FoveateError, InputError, first_line
 from ..fingerprint import digest
 from ..loading import Loaded
+from ..methods.base import KeepAll, Method
 from ..pocket.worlds import world_of
 from ..serving.batch.rows import AnswerSettings, Row, RowPlace, Source, opened
 from ..serving.encoding import pictures_of
 from ..video import Video, open_video
 from .exam import Result, as_shown
 from .prompts import Prompts
+from .runner import Outcome, Runner
+from .scores import Scores
 from .scoring import Score
+from .store import Store
 from .testset import TestSet
 
 WANTED = '{"image": "a.jpg", "question": "...", "answer": "..."}'
@@ -222,7 +227,7 @@ class OwnQuestions:
         example = self.examples[number]
         return self.score(text, example.answers, example.document)
 
-    def run(self, method: Any) -> Result:
+    def run(self, method: Method) -> Result:
         """Answer everything with a method attached; ``right`` is from 0 to 1.
 
         Raises
@@ -241,3 +246,56 @@ class OwnQuestions:
 def with_reference(examples: Sequence[Example], texts: Sequence[str]) -> list[Example]:
     """Examples whose right answers are ``texts``."""
     return [replace(example, answers=(text,)) for example, text in zip(examples, texts, strict=True)]
+
+
+class OwnRunner(Runner):
+    """The runner of tables, on examples of one's own.
+
+    Parameters
+    ----------
+    examples : that methods answer. Where they say nothing of what is right, the model's own answers with all tokens are.
+    score, scored : how right an answer is: as a function, and what it is called.
+    store : file of results so far; None = none.
+    model : that is asked.
+    chunk : prompts at a time.
+    longest : new tokens of an answer.
+    """
+
+    world = None
+    shares = True
+
+    def __init__(  # of the other runner nothing is wanted but what it does with answers
+        self, examples: Examples, score: Score, scored: str, store: Path | None, model: Loaded, chunk: int = 8, longest: int = 32
+    ) -> None:
+        from .. import __version__
+
+        self.loaded = model
+        data = {
+            "name": examples.path.name,
+            "digest": examples.digest,
+            "score": scored,
+            "right": "the answers of the data" if examples.answered else "the model's own answers with all tokens",
+        }
+        setting = {"data": data, "seed": None, "longest": longest, "foveate": __version__}
+        own = OwnQuestions(model, examples.items, score, chunk, longest)
+        number = int(own.groups.max()) + 1
+        self.setting = {**setting, "scenes": number, "model": model.name, "weights": model.weights}
+        self.store = Store(store, self.setting)
+        self.scores = Scores.grouped(np.array([item.kind or "all" for item in examples.items]), own.groups, number)
+        if not examples.answered:
+            texts = [text for part in own.prompts.answers(KeepAll()) for text in part.texts]
+            own.examples = with_reference(examples.items, texts)
+        self.questions = own
+
+    def parts(self, outcome: Outcome) -> dict[str, tuple[float, float, float]]:
+        """Accuracies with intervals of examples with pictures and with videos, where there are both."""
+        clips = np.array([example.shape[1] for example in self.questions.examples])
+        if not clips.any() or clips.all():
+            return {}
+        masks = {"pictures": ~clips, "videos": clips}
+        return {name: self.scores.part(mask).interval(outcome.right[mask]) for name, mask in masks.items()}
+
+    def _answer(self, method: Method) -> dict[str, Any]:
+        begin = time.perf_counter()
+        result = self.questions.run(method)
+        return {"right": result.right.tolist(), "layers": result.layers, "seconds": time.perf_counter() - begin}

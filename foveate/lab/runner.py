@@ -88,6 +88,11 @@ class Runner:
         """Decoder layers."""
         return int(self.loaded.model.config.get_text_config().num_hidden_layers)
 
+    @property
+    def shares(self) -> bool:
+        """Whether pictures have different numbers of tokens, so that budgets are shares of them."""
+        return self.world == "native"
+
     @functools.cached_property
     def total(self) -> int:
         """Visual tokens of a picture without reduction."""
@@ -103,7 +108,7 @@ class Runner:
 
     def nearby(self, mean: float) -> int | float:
         """The budget at which baselines are run beside a mean over layers: a count, or a share where pictures differ."""
-        if self.world != "native":
+        if not self.shares:
             return min(self.total, nearby(mean))
         return min(1.0, max(0.02, round(mean / self.total * 25) / 25))
 
@@ -131,7 +136,7 @@ class Runner:
                 result = self._answer(setting)
                 self.store.put(key, result)
             found.append(result)
-        right = np.mean([[int(digit) for digit in result["right"]] for result in found], axis=0)
+        right = np.mean([[float(digit) for digit in result["right"]] for result in found], axis=0)
         layers = np.mean([result["layers"] for result in found], axis=0)
         return Outcome(right, tuple(layers.tolist()), float(np.mean([result["seconds"] for result in found])))
 

@@ -26,16 +26,22 @@ class Scores:
 
     @classmethod
     def of(cls, data: TestSet[Any], resamples: int = 2000) -> Scores:
-        number = len(data.scenes)
+        scenes = data.column(lambda i, _: i)
+        return cls.grouped(data.column(lambda _, q: q.family), scenes, len(data.scenes), resamples)
+
+    @classmethod
+    def grouped(cls, families: NDArray[Any], groups: NDArray[Any], number: int, resamples: int = 2000) -> Scores:
+        """Of questions by their families and the numbers, below ``number``, of the scenes or pictures that they are about."""
         drawn = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=resamples)
-        return cls(data.column(lambda _, q: q.family), data.column(lambda i, _: i), drawn)
+        return cls(families, groups, drawn)
 
     def part(self, mask: NDArray[Any]) -> Scores:
         """Of the questions [Q] bool alone."""
         return Scores(self.families[mask], self.scene[mask], self.resamples)
 
     def per_family(self, right: NDArray[Any]) -> dict[str, float]:
-        return {f: float(right[self.families == f].mean()) for f in FAMILIES if (self.families == f).any()}
+        known = dict.fromkeys((*(f for f in FAMILIES if (self.families == f).any()), *self.families.tolist()))
+        return {f: float(right[self.families == f].mean()) for f in known}
 
     def interval(self, values: NDArray[Any], *, paired: bool = False) -> tuple[float, float, float]:
         """Mean over questions, and its 95 % interval; ``paired`` values are differences of shares.

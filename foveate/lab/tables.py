@@ -113,8 +113,10 @@ def about(report: Row) -> str:
     """One line: the test set, and all tokens."""
     whole = report["all"]
     reading = "" if whole["reading"] is None else f", reading {100 * whole['reading']:.1f}"
+    data = report.get("data")
+    about = f"unseen scenes (seed {report['seed']})" if data is None else f"pictures and videos of {data['name']}"
     return (
-        f"{report['questions']} questions about {report['scenes']} unseen scenes (seed {report['seed']}); "
+        f"{report['questions']} questions about {report['scenes']} {about}; "
         f"all {report['total']} tokens: {percent(whole)} % right{reading}"
     )
 
@@ -152,8 +154,13 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: 
 
 def markdown(report: Row) -> str:
     """The report for people: ranks, every row with its differences, and what is missing."""
-    lines = ["# Methods on the pocket test set", "", about(report) + ".", "", "```bash", report["command"], "```", ""]
-    lines += [f"foveate {report['foveate']}, weights of the pocket model {report['weights']}.", ""]
+    data = report.get("data")
+    title = "Methods on the pocket test set" if data is None else f"Methods on {data['name']}"
+    lines = [f"# {title}", "", about(report) + ".", "", "```bash", report["command"], "```", ""]
+    whose = "the pocket model" if data is None else report["model"]
+    lines += [f"foveate {report['foveate']}, weights of {whose} {report['weights']}.", ""]
+    if data is not None:
+        lines += [f"Right are {data['right']}, by the score {data['score']!r}. {data['digest']} is the digest of the data.", ""]
     lines += [*markdown_table(heads(report), [cells for _, cells in rank_rows(report)], 2), "", RANKED, ""]
     for part, (mean, low, high) in report["all"].get("parts", {}).items():
         lines += [f"## {part.capitalize()} alone", "", f"All tokens: {100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}] %.", ""]
@@ -166,7 +173,11 @@ def markdown(report: Row) -> str:
         "",
         "Differences are paired, in points [95 %], to baselines before the projector at the same mean over",
     ]
-    lines += ["decoder layers (random: the mean of seeds 0, 1 and 2). Intervals resample scenes, one comparison at a time.", ""]
+    resampled = "scenes" if data is None else "pictures"
+    lines += [
+        f"decoder layers (random: the mean of seeds 0, 1 and 2). Intervals resample {resampled}, one comparison at a time.",
+        "",
+    ]
     columns = (
         "method",
         "budget",

@@ -22,7 +22,7 @@ from .bounds import fewest
 from .costs import Costs
 from .plan import TunedPlan, marks_of
 from .space import space_of, usual
-from .tune import Tuned, Tuner, summary
+from .tune import Tuned, Tuner
 
 MEASURED = 3  # prompts on which costs are measured
 MIXED = 64  # examples whose order may change, so that pictures and videos do not split every batch
@@ -75,7 +75,7 @@ def tuned_plan(options: Options, command: str, tell: Callable[[str], None], load
     ------
     InputError : the model or the examples cannot be used, or there are too few of them.
     """
-    loaded = loaded or load(options.model)
+    loaded, begun = loaded or load(options.model), time.monotonic()
     if options.data is None:
         examples = drawn_examples(loaded, options.examples, options.seed)
     else:
@@ -99,7 +99,7 @@ def tuned_plan(options: Options, command: str, tell: Callable[[str], None], load
     measured = np.linspace(0, len(items) - 1, MEASURED).astype(int)
     prompts = [book.questions.prompts.inputs([int(number)]) for number in measured]
     costs = Costs(loaded.model, prompts, options.objective, round(float(np.median(lengths))) + 1)
-    tuner = Tuner(book, costs, options.tolerance, tell, options.minutes)
+    tuner = Tuner(book, costs, options.tolerance, tell, options.minutes, begun)
     if len(tuner.confirmed) < fewest(options.tolerance):
         notes.append(
             f"{len(items)} examples cannot show a loss below {100 * options.tolerance:g} points, whatever is tried: the test needs "
@@ -121,7 +121,7 @@ def ordered(items: Sequence[Example], seed: int) -> list[Example]:
 
 
 def _plan(options: Options, loaded: Loaded, examples: Examples, tuned: Tuned, command: str) -> TunedPlan:
-    told = summary(tuned, options.objective)
+    told = _summary(tuned, options.objective)
     method = KeepAll() if tuned.chosen is None else tuned.chosen.setting.method
     about = {
         "setting": told["setting"],
@@ -172,3 +172,19 @@ def _document(plan: TunedPlan, tuned: Tuned, notes: list[str]) -> dict[str, Any]
         for name in ("method", "model", "reason", "tolerance", "loss", "bound", "saving", "needed", "about")
     }
     return {**found, "trials": trials, "impossible": tuned.impossible, "notes": notes}
+
+
+def _summary(tuned: Tuned, objective: str) -> dict[str, Any]:
+    """What is told of the chosen setting: loss with its bound, saving with its interval."""
+    chosen = tuned.chosen
+    if chosen is None or chosen.confirmed is None or chosen.cost is None:
+        return {"setting": "all tokens", "loss": 0.0, "bound": 0.0, "saving": 0.0, "interval": None, "objective": objective}
+    low, high = chosen.cost.interval or (chosen.cost.median, chosen.cost.median)
+    return {
+        "setting": chosen.setting.label,
+        "loss": chosen.confirmed.mean,
+        "bound": tuned.bound,
+        "saving": 1 - chosen.cost.median,
+        "interval": [1 - high, 1 - low],
+        "objective": objective,
+    }

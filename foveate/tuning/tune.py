@@ -1,9 +1,9 @@
 """The cheapest setting whose answers are not worse than a tolerance: searched on some examples, confirmed on the others.
 
-The search sees a quarter of the examples. Settings are compared on a few of them; the better half goes on to twice as many, and so
-on. What is left is put in an order, the likeliest to pass first, and tested on the other examples in that order, each at 5 %, up to
-the first that fails (fixed-sequence testing, as in Learn then Test, arXiv 2110.01052). So the chance that an accepted setting loses
-the tolerance or more is at most 5 %, whatever the search did.
+The search sees a part of the examples, at most half of them. Settings are compared on a few; the better half goes on to twice as
+many, and so on. What is left is put in an order, the likeliest to pass first, and tested on the other examples in that order, each
+at 5 %, up to the first that fails (fixed-sequence testing, as in Learn then Test, arXiv 2110.01052). So the chance that an accepted
+setting loses the tolerance or more is at most 5 %, whatever the search did.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+
+import numpy as np
 
 from ..errors import InputError, UnsupportedModelError
 from ..measuring.noise import Ratio
@@ -22,13 +23,15 @@ from .space import Setting, Space
 
 LEAST = 20  # examples
 FIRST = 16  # examples of the first round
-CHOOSING = 4  # one in so many examples is for the search
-MOST = 400  # examples for the search
+MOST = 300  # examples for the search
 FINALISTS = 12  # settings whose cost is measured
 PATH = 6  # settings that are tested at most
 ROUNDS, LAST_ROUNDS = 3, 9  # in which costs are measured, in the search and of what is accepted
 SEARCHING = 0.5  # share of a time limit that the search may take
-KINDS = 4  # kinds of settings that are looked at more closely
+KINDS = 3  # kinds of settings that are looked at more closely
+MORE, FEWER = 4, 2  # places with more and fewer tokens than the best of a kind that are looked at
+ALIKE = 1.6  # factor between shares of tokens up to which settings are asked what is usual
+STEP = 0.93  # of the cost of one setting that is tested, what the next one costs at most
 Tell = Callable[[str], None]
 
 
@@ -105,28 +108,32 @@ class Tuner:
     tolerance : loss that is allowed, in (0, 1).
     tell : is told what happens.
     minutes : to take at most; None = as long as it takes.
+    begun : when it began, by ``time.monotonic``; None = now.
 
     Raises
     ------
     InputError : there are too few examples.
     """
 
-    def __init__(self, book: AnswerBook, costs: Costs, tolerance: float, tell: Tell, minutes: float | None = None) -> None:
+    def __init__(
+        self, book: AnswerBook, costs: Costs, tolerance: float, tell: Tell, minutes: float | None = None, begun: float | None = None
+    ) -> None:
         number = len(book.examples)
         if number < LEAST:
             raise InputError(f"{number} examples can be used; expected {LEAST} or more, and some hundreds are better")
         self.book, self.costs, self.tolerance, self.tell = book, costs, tolerance, tell
-        self.begun = time.monotonic()
+        self.begun = time.monotonic() if begun is None else begun
         self.limit = None if minutes is None else 60 * minutes
         cut = self._cut(number)
         self.searched, self.confirmed = [*range(cut)], [*range(cut, number)]
         self.trials: list[Trial] = []
 
     def _cut(self, number: int) -> int:
-        """Where the examples of the search end: at a quarter, or before where the others would be too few to accept anything."""
-        wanted = min(MOST, number // CHOOSING)
+        """Where the examples of the search end: at a half, but before where the others would be too few to accept much."""
+        enough = round(1.5 * fewest(self.tolerance))
+        wanted = min(MOST, number // 2, max(number // 4, number - enough))
         if number - wanted < fewest(self.tolerance):
-            wanted = max(number // (2 * CHOOSING), min(wanted, number - fewest(self.tolerance)))
+            wanted = max(number // 8, min(wanted, number - fewest(self.tolerance)))
         groups = self.book.groups
         while wanted < number - 1 and groups[wanted] == groups[wanted - 1]:  # examples of a picture stay together
             wanted += 1
@@ -220,7 +227,15 @@ class Tuner:
             number = min(2 * number, len(self.searched))
 
     def _smooth(self, trials: Sequence[Trial]) -> None:
-        """Of one kind, fewer tokens do not lose less: what few examples say of each is made to agree with that."""
+        """Guess losses: drawn towards the median of settings with about as many tokens; of one kind, fewer tokens lose no less."""
+        for trial in trials:
+            if trial.losses is not None:
+                near = [
+                    other.losses.mean
+                    for other in trials
+                    if other.losses is not None and 1 / ALIKE <= other.share / trial.share <= ALIKE
+                ]
+                trial.guess = Guess.of(trial.losses, max(0.0, float(np.median(near))))
         for kind in {trial.setting.kind for trial in trials}:
             mine = sorted((t for t in trials if t.setting.kind == kind), key=lambda t: t.setting.place, reverse=True)
             guesses = [trial.guess for trial in mine if trial.guess is not None]
@@ -242,9 +257,16 @@ class Tuner:
 
     def _refine(self, left: list[Trial], space: Space) -> list[Trial]:
         """Of the kinds that do best, what is between the settings that were tried, and what was dropped for saving less."""
-        kinds = [*dict.fromkeys(trial.setting.kind for trial in left)][:KINDS]
-        again = [trial for trial in self.trials if trial.setting.kind in kinds and trial.verdict.endswith("others promise more")]
-        new = [Trial(setting) for kind in kinds for setting in space.further.get(kind, ())]
+        best: dict[str, int] = {}  # place of the best setting of a kind
+        for trial in left:
+            best.setdefault(trial.setting.kind, trial.setting.place)
+        best = dict([*best.items()][:KINDS])
+
+        def near(setting: Setting) -> bool:
+            return setting.kind in best and -MORE <= setting.place - best[setting.kind] <= FEWER
+
+        again = [trial for trial in self.trials if near(trial.setting) and trial.verdict.endswith("others promise more")]
+        new = [Trial(setting) for kind in best for setting in space.further.get(kind, ()) if near(setting)]
         self.trials += new
         good = []
         for trial in [*again, *new]:
@@ -272,7 +294,7 @@ class Tuner:
 
         path: list[Trial] = []
         for trial in sorted(left, key=lambda each: (-power(each), -each.saving)):
-            if trial.saving > max((other.saving for other in path), default=0.0) and power(trial) >= 0.02:
+            if 1 - trial.saving < STEP * min((1 - other.saving for other in path), default=1.0) and power(trial) >= 0.02:
                 path.append(trial)
         if len(path) > PATH:  # the first, and those of the greatest value
             best = sorted(path, key=self._value, reverse=True)[: PATH - 1]
@@ -332,17 +354,17 @@ class Tuner:
         return 0 if trial.losses is None else len(trial.losses.values)
 
     def _needed(self) -> int | None:
-        """Examples in all with which the best candidate would probably be accepted."""
+        """Examples in all with which the best candidate would probably be accepted: a third more than its test needs."""
         numbers = []
         for trial in self.trials:
             known = trial.confirmed or trial.losses
             if known is not None and trial.saving > 0.02 and len(known.values) >= len(self.searched):
-                number = Guess.of(known).needed(self.tolerance)
+                guess = trial.guess if trial.confirmed is None else Guess.of(known)
+                number = None if guess is None else guess.needed(self.tolerance)
                 numbers += [] if number is None else [number]
         if not numbers:
             return None
-        least = max(min(numbers), fewest(self.tolerance))
-        return max(-(-least * CHOOSING // (CHOOSING - 1)), least + 1)
+        return max(-(-4 * min(numbers) // 3), -(-5 * len(self.book.examples) // 4))
 
     def _reason(self, chosen: Trial | None, accepted: Sequence[Trial], needed: int | None) -> str:
         points, number = 100 * self.tolerance, len(self.confirmed)
@@ -364,19 +386,3 @@ def _enough(needed: int | None) -> str:
 
 def _shown(trials: Sequence[Trial], what: str) -> str:
     return trials[int(what)].setting.label if what.isdigit() else what or "all tokens"
-
-
-def summary(tuned: Tuned, objective: str) -> dict[str, Any]:
-    """What is told of the chosen setting: loss with its bound, saving with its interval."""
-    chosen = tuned.chosen
-    if chosen is None or chosen.confirmed is None or chosen.cost is None:
-        return {"setting": "all tokens", "loss": 0.0, "bound": 0.0, "saving": 0.0, "interval": None, "objective": objective}
-    low, high = chosen.cost.interval or (chosen.cost.median, chosen.cost.median)
-    return {
-        "setting": chosen.setting.label,
-        "loss": chosen.confirmed.mean,
-        "bound": tuned.bound,
-        "saving": 1 - chosen.cost.median,
-        "interval": [1 - high, 1 - low],
-        "objective": objective,
-    }

@@ -89,7 +89,8 @@ def save_comparison(report: dict[str, Any], path: str | Path) -> None:
         line[0].set_ylabel("answers right, %")
     figure.supxlabel("visual tokens per image, mean over decoder layers (stars: the method's own rule)", fontsize=10)
     name = "pocket model" if report["model"] == "pocket" else report["model"]
-    figure.suptitle(f"{name}, {report['questions']} questions about {report['scenes']} unseen scenes", fontsize=12)
+    about = "pictures" if report.get("data") else "unseen scenes"
+    figure.suptitle(f"{name}, {report['questions']} questions about {report['scenes']} {about}", fontsize=12)
     write_figure(figure, path, 140)
 
 
@@ -118,8 +119,10 @@ def _panel(axes: Any, report: dict[str, Any], names: Sequence[str]) -> None:
                 axes.plot(row["mean_tokens"], 100 * row["accuracy"], "*", **style)
     axes.set_xscale("log", base=2)
     shown = [row["mean_tokens"] for row in report["rows"] if row["method"] in (names or baselines)]
-    axes.set_xticks(TICKS, [str(tick) for tick in TICKS], fontsize=8)
-    axes.set_xlim(0.85 * min(shown), 1.1 * TICKS[-1])
+    total = max(report["total"], *shown)
+    ticks = TICKS if total == TICKS[-1] else [*(2**power for power in range(17) if 2**power < 0.75 * total), round(total)]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
+    axes.set_xlim(0.85 * min(shown), 1.1 * total)
     axes.set_ylim(min(100 * row["low"] for row in report["rows"]) - 2, 101)
     axes.grid(alpha=0.2)
     axes.legend(fontsize=7.5, loc="lower right", ncols=2, framealpha=0.85)
