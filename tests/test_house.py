@@ -32,6 +32,7 @@ SHARED = {
     "pixels",
     "baselines",
     "trained",
+    "tunable",
     "weights",
     "tools",
     "networks",

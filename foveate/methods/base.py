@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
@@ -20,6 +20,7 @@ from .budgets import budgeted, shared
 from .fields import check_declared, check_fields
 from .registry import REGISTRY, UNLISTED
 from .saved import Saved
+from .tunable import Tunable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +33,7 @@ FirstTokens: TypeAlias = Callable[[int, Tensor], Tensor]  # a decoder layer and 
 
 
 @dataclass(kw_only=True)
-class Method(Saved):
+class Method(Saved, Tunable):
     """Base of all methods: a dataclass whose fields are the hyper-parameters.
 
     A subclass registers itself by the name in its class statement: ``class Mine(ProjectorReducer, name="mine", paper="...")``.
@@ -229,17 +230,6 @@ class Method(Saved):
         """As ``at_budget``, for pictures of any size: decoder layers run a ``share`` of their visual tokens, in (0, 1]."""
         return shared(self, share, layers, at)
 
-    @classmethod
-    def to_tune(cls, shares: Sequence[float], layers: int) -> list[list[dict[str, Any]]]:
-        """Fields of the settings that ``foveate tune`` tries: lists that each go from many tokens to few.
-
-        Parameters
-        ----------
-        shares : of the visual tokens, falling.
-        layers : of the decoder.
-        """
-        return [[{"budget": share} for share in shares]]
-
     def repeats(self) -> tuple[Self, ...]:
         """The settings whose results are averaged when the method is measured: the method itself, or several seeds of it."""
         return (self,)
@@ -373,14 +363,6 @@ class DecoderReducer(Method):
     removes_text: ClassVar[bool] = False  # only then may ``cut`` leave out text, and never the protected one
 
     positions: Literal["compact", "original"] = "original"
-
-    @classmethod
-    def to_tune(cls, shares: Sequence[float], layers: int) -> list[list[dict[str, Any]]]:
-        """Also over the layer of the cut, where the method has that one: early, and in the middle."""
-        if "layer" not in {field.name for field in dataclasses.fields(cls)}:
-            return super().to_tune(shares, layers)
-        places = sorted({min(2, layers - 1), layers // 2} - {0})
-        return [[{"layer": layer, "budget": share} for share in shares] for layer in places]
 
     def before_decoder(self) -> FrontReducer:
         return KeepAll()

@@ -16,6 +16,7 @@ from ..methods.registry import get, look_up, shipped
 COARSE = (0.6, 0.4, 0.25, 0.15, 0.08)  # shares of the visual tokens that are tried first
 FINE = (0.9, 0.75, 0.5, 0.33, 0.2, 0.11, 0.05)  # and those of the methods that do well
 SHARES = sorted((*COARSE, *FINE), reverse=True)
+MANY = 1000  # visual tokens of a picture
 USUAL = (
     "fovea",
     "prumerge",
@@ -131,7 +132,8 @@ def _settings(name: str, parts: Anatomy, impossible: dict[str, str]) -> list[tup
 
 
 def _check_cuts(method: Method, parts: Anatomy) -> None:
-    """Raise ``InputError`` where the decoder has no such layers."""
+    """Raise ``InputError`` where the decoder has no such layers, or the method cannot have the budget in it."""
+    method.layer_tokens(MANY, parts.decoder_layers)
     if any(not 0 < layer < parts.decoder_layers for part in method.inside_decoder() for layer in part.cuts(parts.decoder_layers)):
         raise InputError(f"the decoder has {parts.decoder_layers} layers")
 

@@ -109,7 +109,7 @@ def test_search_on_data_of_ones_own(capsys, monkeypatch, tmp_path):
     code, _, err = invoke(capsys, monkeypatch, "search", str(plan), "--data", str(data), "--steps", "1")
     assert code == 0, err
     assert json.loads(plan.read_text())["settings"]["data"] == str(data)
-    for text, message in (("{}\n", "line 1"), ("", "no examples"), ("not json\n", "line 1")):
+    for text, message in (("{}\n", "Line 1"), ("", "no rows"), ("not json\n", "no file of JSON lines")):
         data.write_text(text)
         code, _, err = invoke(capsys, monkeypatch, "search", str(plan), "--data", str(data))
         assert code == 2
@@ -117,7 +117,7 @@ def test_search_on_data_of_ones_own(capsys, monkeypatch, tmp_path):
     data.write_text(json.dumps({"image": "red.png", "question": "q", "answer": " ."}) + "\n")
     code, _, err = invoke(capsys, monkeypatch, "search", str(plan), "--data", str(data))
     assert code == 2
-    assert "the answer is empty" in " ".join(err.split())
+    assert "an answer is empty" in " ".join(err.split())
     assert begins("No, there is not.", "no")
     assert not begins("Nothing.", "no")
     assert not begins("12", "1")

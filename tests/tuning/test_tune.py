@@ -96,7 +96,9 @@ def test_the_promise_holds():
     assert broken <= 0.05 * 200 + 3 * (0.05 * 0.95 * 200) ** 0.5
     assert broken / max(1, chosen) <= 0.1
     assert chosen >= 150
-    assert np.median(savings) >= 0.6  # the best setting that is within the tolerance saves 67 %
+    assert (
+        np.median(savings) >= 0.5
+    )  # 300 examples cannot tell the one that saves 67 %, and loses 3.6 points, from one that loses 4
 
 
 def test_where_everything_loses_too_much_nothing_is_chosen():
@@ -112,8 +114,8 @@ def test_few_examples_keep_all_tokens_and_say_how_many_would_do():
     assert "299 examples that the search has not seen" in tuned.reason
     assert tuned.needed is not None
     assert 399 <= tuned.needed <= 2000
-    again, _ = tune(tuned.needed, 0.01, 1, {"spatial": 0.05, "divprune": 0.01})
-    assert again.chosen is not None
+    enough = sum(tune(tuned.needed, 0.01, seed, {"spatial": 0.05, "divprune": 0.01})[0].chosen is not None for seed in range(20))
+    assert enough >= 15
 
 
 def test_what_saves_nothing_is_not_chosen():
