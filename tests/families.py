@@ -426,3 +426,27 @@ def batch(family: str, rows: Sequence[int] | None = None, side: str = "left") ->
     ids = [prompt(family, every[row], *WORDS[row], seed=row) for row in rows]
     media = [[(medium, pixels(family, medium, 5 * row + n)) for n, medium in enumerate(every[row])] for row in rows]
     return inputs_of(family, ids, media, side)
+
+
+def next_with_processor() -> Path:
+    """A saved LLaVA-NeXT with its processor: tiles, and a prompt as long as its pictures are large."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", "user", "<image>", *(f"w{number}" for number in range(6, 128))]
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": ["<image>"]}
+    side = {"size": {"shortest_edge": 84}, "crop_size": {"height": 84, "width": 84}}
+    processor = LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessorPil(**side, image_grid_pinpoints=NEXT.pinpoints),
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, padding_side="right"),
+        patch_size=14,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        chat_template="<s>{% for m in messages %}{% for p in m['content'] %}"
+        "{% if p['type'] == 'image' %} <image>{% else %} {{ p['text'] }}{% endif %}{% endfor %}{% endfor %}",
+    )
+    folder = saved("llava_next")
+    processor.save_pretrained(folder)
+    return folder

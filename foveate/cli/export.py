@@ -46,7 +46,10 @@ def export_command(
         markup=False,
         soft_wrap=True,
     )
-    if chosen is not None:
+    if plan is not None:
+        gateway = f"foveate serve --model {model} --plan {plan} --vllm-url http://127.0.0.1:8001"
+        out.print(f"with its plan:  {gateway}", markup=False, soft_wrap=True)
+    elif chosen is not None:
         gateway = (
             f"foveate serve --model {model} --method {chosen.name} --set weights={folder / METHOD} --vllm-url http://127.0.0.1:8001"
         )

@@ -95,6 +95,9 @@ def export(name: str, out: Path, *, dtype: str | None = None, method: Method | N
     check_servable(parts)
     if getattr(model, "is_quantized", False):
         raise InputError(f"the weights of {name!r} are quantised. Export the unquantised model, and let vLLM quantise it.")
+    if method is not None and method.made_for is not None and not method.trained():
+        prepare(parts, method)  # a plan without weights: that it is for this model is all there is to check
+        method = None
     if method is not None:
         _check_method(parts, method, is_adapter(name))
     text = language_model(parts)

@@ -158,7 +158,7 @@ def _document(plan: TunedPlan, tuned: Tuned, notes: list[str]) -> dict[str, Any]
     trials = [
         {
             "setting": trial.setting.label,
-            "method": trial.setting.method.settings(),
+            "method": trial.setting.method.described(),
             "tokens": trial.share,
             "cost": None if trial.cost is None else {"ratio": trial.cost.median, "interval": trial.cost.interval},
             "searched": losses(trial.losses),

@@ -26,7 +26,7 @@ FIRST = 16  # examples of the first round
 MOST = 300  # examples for the search
 FINALISTS = 12  # settings whose cost is measured
 PATH = 6  # settings that are tested at most
-ROUNDS, LAST_ROUNDS = 3, 9  # in which costs are measured, in the search and of what is accepted
+ROUNDS, MORE_ROUNDS, LAST_ROUNDS = 3, 7, 9  # in which costs are measured: in the search, of the best, and of what is accepted
 SEARCHING = 0.5  # share of a time limit that the search may take
 KINDS = 3  # kinds of settings that are looked at more closely
 MORE, FEWER = 4, 2  # places with more and fewer tokens than the best of a kind that are looked at
@@ -282,7 +282,10 @@ class Tuner:
         unknown = [trial for trial in found if trial.cost is None]
         if unknown:
             self._measure(unknown)
-        return [trial for trial in found if not trial.verdict]
+        best_of_all = sorted((t for t in found if not t.verdict), key=self._value, reverse=True)[:FINALISTS]
+        if self.costs.is_timed and best_of_all:  # those that are close are told apart in the same rounds
+            self._measure(best_of_all, MORE_ROUNDS)
+        return [trial for trial in best_of_all if not trial.verdict]
 
     # -- confirming
 

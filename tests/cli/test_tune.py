@@ -7,16 +7,20 @@ import io
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import foveate
+from foveate.cli.common import asked_of, methods_of
 from foveate.lab.exam import as_shown
 from foveate.lab.testset import TestSet
-from foveate.loading import load
+from foveate.loading import load, load_encoder
+from foveate.methods.saved import named
 from foveate.tuning.plan import read_plan
 
+from .. import families
 from .test_main import invoke
 
 FAST = ("--objective", "tokens", "--max-tokens", "5")
@@ -147,6 +151,7 @@ def test_without_answers_the_own_ones_are_right(folder, capsys, monkeypatch, tmp
         (("bench", "--rounds", "1", "--new-tokens", "2"), "plan"),
         (("compare", "--data", "ROWS", "--limit", "8", "--methods", "spatial", "--budgets", "0.5"), "plan.json"),
         (("batch", "QUESTIONS", "answers.jsonl"), "answers.jsonl: 2 answered, 0 failed"),
+        (("export", "pocket", "text"), "with its plan:  foveate serve --model pocket --plan"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -161,6 +166,26 @@ def test_commands_take_plans(planned, folder, capsys, monkeypatch, tmp_path, com
     code, out, err = invoke(capsys, monkeypatch, *given, "--plan", str(place / "plan.json"), *more)
     assert code == 0, err
     assert expected.replace("METHOD", document["method"]["method"]) in out
+
+
+def test_a_plan_says_all_of_the_method(planned, folder, capsys, monkeypatch):
+    place, _, _ = planned
+    given = ("ask", str(folder / "0.png"), "what ?", "--plan", str(place / "plan.json"))
+    for more in (("--method", "fastv"), ("--budget", "0.5"), ("--set", "layer=2"), ("--config", str(place / "plan.json"))):
+        code, _, err = invoke(capsys, monkeypatch, *given, *more)
+        assert code == 2
+        assert "--plan says all of the method" in err
+
+
+def test_other_processes_get_it_whole(planned):
+    """What the batch engines and the gateway are handed is one line of text; the model is named in it."""
+    place, document, _ = planned
+    name, budget, config = asked_of(None, None, None, None, place / "plan.json")
+    assert (name, budget) == (document["method"]["method"], None)
+    method = named(name, budget, config)
+    assert method == foveate.load_plan(place / "plan.json")
+    assert method.made_for == document["model"]
+    assert methods_of((), None, plan=place / "plan.json") == {"plan": method}
 
 
 def test_a_plan_is_for_its_model(planned, folder, capsys, monkeypatch, tmp_path):
@@ -178,6 +203,9 @@ def test_a_plan_is_for_its_model(planned, folder, capsys, monkeypatch, tmp_path)
         with pytest.raises(foveate.InputError, match="other weights"):
             foveate.attach(other, each)
         each(mine).__enter__().detach()
+    encoder = load_encoder("pocket").model  # as the gateway has it, without decoder layers
+    pixels = torch.rand(1, 3, 192, 192)
+    assert len(foveate.Pictures(encoder, pixel_values=pixels).reduce(method).embeds[0]) < 576
     with torch.no_grad():
         for parameter in mine.parameters():
             parameter.mul_(1.5)
@@ -236,7 +264,7 @@ def test_drawn_scenes_of_the_second_model(capsys, monkeypatch, tmp_path):
     code, out, err = invoke(capsys, monkeypatch, *asked, *FAST)
     assert code == 0, err
     document = json.loads(out)
-    assert {trial["method"]["name"] for trial in document["trials"]} == {"evs", "spatial", "compose"} - {"compose"}
+    assert {trial["method"]["method"] for trial in document["trials"]} == {"evs", "spatial", "compose"} - {"compose"}
     assert document["about"]["data"]["name"].startswith("validation scenes")
     assert (tmp_path / "plan.html").stat().st_size > 10_000
 
@@ -244,7 +272,6 @@ def test_drawn_scenes_of_the_second_model(capsys, monkeypatch, tmp_path):
 def test_videos_of_ones_own(capsys, monkeypatch, tmp_path):
     pytest.importorskip("av")
     import av
-    import numpy as np
 
     random = np.random.default_rng(0)
     for number in range(3):
@@ -280,11 +307,25 @@ def test_videos_of_ones_own(capsys, monkeypatch, tmp_path):
     assert document["about"]["data"]["examples"] == 24
 
 
-def test_scenes_are_for_pocket_models(capsys, monkeypatch, tmp_path):
-    from .. import families
-
-    code, _, err = invoke(
-        capsys, monkeypatch, "tune", "--model", str(families.saved("llava_next")), "--out", str(tmp_path / "p.json")
-    )
+def test_another_family_from_a_folder(capsys, monkeypatch, tmp_path):
+    """A saved LLaVA-NeXT, whose pictures have several tiles, on pictures of many shapes without answers."""
+    model = families.next_with_processor()
+    random, rows = np.random.default_rng(0), []
+    for number in range(24):
+        size = (int(random.integers(60, 180)), int(random.integers(60, 180)), 3)
+        Image.fromarray(random.integers(0, 255, size, dtype=np.uint8)).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "question": f"w{20 + number} w11"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    asked = ("tune", "--model", str(model), "--data", "rows.jsonl", "--tolerance", "90", "--methods", "divprune,fastv,setok")
+    code, out, err = invoke(capsys, monkeypatch, *asked, "--objective", "kv-bytes", "--max-tokens", "3")
+    assert code == 0, err
+    assert "divprune" in out
+    code, out, err = invoke(capsys, monkeypatch, "ask", "0.png", "w20 w11", "--model", str(model), "--plan", "plan.json", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert read_plan(tmp_path / "plan.json").method["method"] in document["layers"]
+    assert min(min(layers) for layers in document["layers"].values()) < document["visual_tokens_before"]
+    code, _, err = invoke(capsys, monkeypatch, "tune", "--model", str(model), "--out", "p.json")
     assert code == 2
-    assert err
+    assert "scenes of the pocket world are for the pocket models" in err

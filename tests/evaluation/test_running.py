@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor, PreTrainedTokenizerFast
 
 import foveate
 from foveate.analysis.flops import prefill_flops
@@ -174,24 +172,7 @@ def ask(model: FoveateModel, documents: list[dict], **options) -> list[str]:
 
 @pytest.fixture(scope="module")
 def next_folder():
-    """A saved LLaVA-NeXT with its processor: tiles, and a prompt as long as its pictures are large."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", "user", "<image>", *(f"w{number}" for number in range(6, 128))]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": ["<image>"]}
-    side = {"size": {"shortest_edge": 84}, "crop_size": {"height": 84, "width": 84}}
-    processor = LlavaNextProcessor(
-        image_processor=LlavaNextImageProcessorPil(**side, image_grid_pinpoints=families.NEXT.pinpoints),
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, padding_side="right"),
-        patch_size=14,
-        num_additional_image_tokens=1,
-        vision_feature_select_strategy="default",
-        chat_template="<s>{% for m in messages %}{% for p in m['content'] %}"
-        "{% if p['type'] == 'image' %} <image>{% else %} {{ p['text'] }}{% endif %}{% endfor %}{% endfor %}",
-    )
-    folder = families.saved("llava_next")
-    processor.save_pretrained(folder)
-    return folder
+    return families.next_with_processor()
 
 
 MIXED = [
