@@ -94,30 +94,31 @@ def _front(tuned: Tuned, objective: str) -> str:
     axis = figure.subplots()
     axis.axhline(0, color="#999", linewidth=0.8)
     axis.axhline(100 * tuned.tolerance, color="#b7791f", linestyle="--", linewidth=1, label="tolerance")
-    groups = {"dropped in the search": [], "tested, not accepted": [], "accepted": [], "chosen": []}  # type: dict[str, list[Trial]]
+    groups = {"not tested": [], "tested, not accepted": [], "accepted": [], "chosen": []}  # type: dict[str, list[Trial]]
     for trial in tuned.trials:
-        if trial.losses is not None:
+        if trial.losses is not None and trial.cost is not None:
             first = trial.verdict.partition(" ")[0]
-            name = {"chosen": "chosen", "accepted": "accepted", "failed": "tested, not accepted"}.get(
-                first, "dropped in the search"
-            )
+            name = {"chosen": "chosen", "accepted": "accepted", "failed": "tested, not accepted"}.get(first, "not tested")
             groups[name].append(trial)
-    styles = {"dropped in the search": ("#bbb", "."), "tested, not accepted": ("#c0392b", "x"), "accepted": ("#3a7d44", "o")}
+    styles = {"not tested": ("#999", "o"), "tested, not accepted": ("#c0392b", "x"), "accepted": ("#3a7d44", "o")}
     for name, trials in groups.items():
         color, marker = styles.get(name, ("#1a5fb4", "*"))
         cost = [1 - trial.saving for trial in trials]
         loss = [100 * (trial.confirmed or trial.losses).mean for trial in trials]  # type: ignore[union-attr]
-        size = 160 if marker == "*" else 36
+        size = {"chosen": 160, "not tested": 14}.get(name, 36)
         axis.scatter(cost, loss, s=size, c=color, marker=marker, label=f"{name} ({len(trials)})" if trials else None)
-    for trial in groups["chosen"] + groups["accepted"][:3]:
+    for number, trial in enumerate(groups["chosen"] + groups["accepted"][:3]):
         place = (1 - trial.saving, 100 * (trial.confirmed or trial.losses).mean)  # type: ignore[union-attr]
-        axis.annotate(trial.setting.label, place, textcoords="offset points", xytext=(6, 6), fontsize=8)
+        axis.annotate(trial.setting.label, place, textcoords="offset points", xytext=(7, (9, -12)[number % 2]), fontsize=8)
     worst = max(4 * 100 * tuned.tolerance, 4.0)
-    bottom = min([0.0, *(100 * trial.losses.mean for trial in tuned.trials if trial.losses is not None)])
-    axis.set(xlabel=f"{objective}, all tokens = 1 (share of the tokens where it was not measured)", ylabel="points lost")
+    shown = [trial for trials in groups.values() for trial in trials]
+    bottom = min([0.0, *(100 * (trial.confirmed or trial.losses).mean for trial in shown)])  # type: ignore[union-attr]
+    axis.set(xlabel=f"{objective}, all tokens = 1", ylabel="points lost")
     axis.set_ylim(bottom - 1, worst)
     axis.legend(fontsize=8, loc="upper right")
-    return f'<img alt="points lost against cost" src="{_figure(figure)}">'
+    early = sum(trial.losses is not None and trial.cost is None for trial in tuned.trials)
+    told = f'<p class="dim">{early} settings were dropped before their cost was measured.</p>' if early else ""
+    return f'<img alt="points lost against cost" src="{_figure(figure)}">{told}'
 
 
 def _figure(figure: Any) -> str:

@@ -342,6 +342,8 @@ class Tuner:
         chosen = max(saving, key=lambda trial: trial.saving, default=None)
         for trial in accepted:
             trial.verdict = "chosen" if trial is chosen else "accepted"
+        for trial in self.trials:
+            trial.verdict = trial.verdict or "not tested: others save more, or are surer to pass"
         everything = [*self.searched, *self.confirmed]
         full = float(self.book.ask(None, everything).scores.mean())
         needed = None if chosen else self._needed()
