@@ -28,6 +28,7 @@ FINALISTS = 12  # settings whose cost is measured
 PATH = 6  # settings that are tested at most
 ROUNDS, MORE_ROUNDS, LAST_ROUNDS = 3, 7, 9  # in which costs are measured: in the search, of the best, and of what is accepted
 SEARCHING = 0.5  # share of a time limit that the search may take
+SUREST = 4  # settings that are looked at because they will pass, however little they save
 KINDS = 3  # kinds of settings that are looked at more closely
 MORE, FEWER = 4, 2  # places with more and fewer tokens than the best of a kind that are looked at
 ALIKE = 1.6  # factor between shares of tokens up to which settings are asked what is usual
@@ -192,7 +193,11 @@ class Tuner:
         """What can be expected of a setting: its saving, if it is accepted."""
         if trial.guess is None:
             return 0.0
-        return max(0.0, trial.saving) * max(trial.guess.power(self._testing, self.tolerance), 1e-6 * (1 - trial.guess.mean))
+        return max(0.0, trial.saving) * max(self._power(trial), 1e-6 * (1 - trial.guess.mean))
+
+    def _power(self, trial: Trial) -> float:
+        """How likely a setting passes its test."""
+        return 0.0 if trial.guess is None else trial.guess.power(self._testing, self.tolerance)
 
     @property
     def _testing(self) -> int:
@@ -277,27 +282,27 @@ class Tuner:
                 good.append(trial)
         found = [*left, *good]
         self._smooth(found)
-        found = [trial for trial in found if self._value(trial) > 0]
-        found = sorted(found, key=self._value, reverse=True)[: 2 * FINALISTS]
+        found = sorted((trial for trial in found if self._value(trial) > 0), key=self._value, reverse=True)
+        surest = sorted(found[2 * FINALISTS :], key=self._power, reverse=True)[:SUREST]
+        found = [*found[: 2 * FINALISTS], *surest]
         unknown = [trial for trial in found if trial.cost is None]
         if unknown:
             self._measure(unknown)
-        best_of_all = sorted((t for t in found if not t.verdict), key=self._value, reverse=True)[:FINALISTS]
-        if self.costs.is_timed and best_of_all:  # those that are close are told apart in the same rounds
-            self._measure(best_of_all, MORE_ROUNDS)
-        return [trial for trial in best_of_all if not trial.verdict]
+        good = [trial for trial in found if not trial.verdict]
+        finalists = good[:FINALISTS]
+        for trial in sorted(good, key=lambda each: (self._power(each), each.saving), reverse=True)[:SUREST]:
+            finalists += [] if trial in finalists else [trial]  # with which the tests begin
+        if self.costs.is_timed and finalists:  # those that are close are told apart in the same rounds
+            self._measure(finalists, MORE_ROUNDS)
+        return [trial for trial in finalists if not trial.verdict]
 
     # -- confirming
 
     def _path(self, left: Sequence[Trial]) -> list[Trial]:
         """What is tested, in order: of settings that promise as much, those that save more; the likeliest to pass first."""
-
-        def power(trial: Trial) -> float:
-            return 0.0 if trial.guess is None else trial.guess.power(self._testing, self.tolerance)
-
         path: list[Trial] = []
-        for trial in sorted(left, key=lambda each: (-power(each), -each.saving)):
-            if 1 - trial.saving < STEP * min((1 - other.saving for other in path), default=1.0) and power(trial) >= 0.02:
+        for trial in sorted(left, key=lambda each: (-self._power(each), -each.saving)):
+            if 1 - trial.saving < STEP * min((1 - other.saving for other in path), default=1.0) and self._power(trial) >= 0.02:
                 path.append(trial)
         if len(path) > PATH:  # the first, and those of the greatest value
             best = sorted(path, key=self._value, reverse=True)[: PATH - 1]
