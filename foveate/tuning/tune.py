@@ -31,6 +31,7 @@ SEARCHING = 0.5  # share of a time limit that the search may take
 SUREST = 4  # settings that are looked at because they will pass, however little they save
 KINDS = 3  # kinds of settings that are looked at more closely
 MORE, FEWER = 4, 2  # places with more and fewer tokens than the best of a kind that are looked at
+SURE = 2  # places from the most tokens on that are looked at in any case, so that the tests have something to begin with
 ALIKE = 1.6  # factor between shares of tokens up to which settings are asked what is usual
 STEP = 0.93  # of the cost of one setting that is tested, what the next one costs at most
 Tell = Callable[[str], None]
@@ -268,7 +269,7 @@ class Tuner:
         best = dict([*best.items()][:KINDS])
 
         def near(setting: Setting) -> bool:
-            return setting.kind in best and -MORE <= setting.place - best[setting.kind] <= FEWER
+            return setting.kind in best and (setting.place < SURE or -MORE <= setting.place - best[setting.kind] <= FEWER)
 
         again = [trial for trial in self.trials if near(trial.setting) and trial.verdict.endswith("others promise more")]
         new = [Trial(setting) for kind in best for setting in space.further.get(kind, ()) if near(setting)]
