@@ -15,7 +15,7 @@ from rich.table import Table
 from .common import POCKET, Imports, err, out, parts_of, resumable, sayer, wide
 
 if TYPE_CHECKING:
-    from ..tuning.tune import Tuned
+    from ..tuning.trial import Tuned
 
 EPILOG = (
     "Examples:  foveate tune --model pocket --tolerance 2  |  "

@@ -140,12 +140,12 @@ def upper_bound(losses: Losses, level: float = LEVEL) -> float:
     return high
 
 
-def hopeless(losses: Losses, tolerance: float, number: int) -> bool:
+def hopeless(losses: Losses, tolerance: float, number: int, level: float = LEVEL) -> bool:
     """Whether the test on ``number`` examples fails even if no example of those that are not seen loses anything."""
     missing = number - len(losses.values)
     values = np.concatenate([losses.values, np.zeros(missing)])
     groups = np.concatenate([losses.groups, losses.groups.max(initial=0) + 1 + np.arange(missing)])
-    return p_value(Losses(values, groups), tolerance) > LEVEL and losses.mean > 0
+    return p_value(Losses(values, groups), tolerance) > level and losses.mean > 0
 
 
 # -- what can be expected of more examples

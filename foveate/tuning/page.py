@@ -18,7 +18,7 @@ from ..viz.canvas import new_figure
 from ..viz.frames import by_frame, frames_as_seen
 from ..viz.overlay import overlay
 from .run import Found
-from .tune import Trial, Tuned
+from .trial import Trial, Tuned
 
 CHANGED = 6  # examples that are shown
 FRAMES = 4  # of a video

@@ -22,7 +22,8 @@ from .bounds import fewest
 from .costs import Costs
 from .plan import TunedPlan, marks_of
 from .space import space_of, usual
-from .tune import Tuned, Tuner
+from .trial import Tuned
+from .tune import Tuner
 
 MEASURED = 3  # prompts on which costs are measured
 MIXED = 64  # examples whose order may change, so that pictures and videos do not split every batch

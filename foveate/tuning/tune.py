@@ -1,25 +1,24 @@
 """The cheapest setting whose answers are not worse than a tolerance: searched on some examples, confirmed on the others.
 
 The search sees a part of the examples, at most half of them. Settings are compared on a few; the better half goes on to twice as
-many, and so on. What is left is put in an order, the likeliest to pass first, and tested on the other examples in that order, each
-at 5 %, up to the first that fails (fixed-sequence testing, as in Learn then Test, arXiv 2110.01052). So the chance that an accepted
-setting loses the tolerance or more is at most 5 %, whatever the search did.
+many, and so on. What is left is put in an order, the likeliest to pass first, and tested on the other examples in that order. The
+tests share a level of 5 %: one that passes hands its part on to the next (the fallback procedure of Wiens; Learn then Test, arXiv
+2110.01052). So the chance that an accepted setting loses the tolerance or more is at most 5 %, whatever the search did.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..errors import InputError, UnsupportedModelError
-from ..measuring.noise import Ratio
-from .answers import AnswerBook, Answered
-from .bounds import LEVEL, Guess, Losses, falling, fewest, hopeless, p_value, upper_bound
+from .answers import AnswerBook
+from .bounds import LEVEL, Guess, Losses, falling, fewest, hopeless, p_value
 from .costs import Costs
 from .space import Setting, Space
+from .trial import Trial, Tuned
 
 LEAST = 20  # examples
 FIRST = 16  # examples of the first round
@@ -35,69 +34,6 @@ SURE = 2  # places from the most tokens on that are looked at in any case, so th
 ALIKE = 1.6  # factor between shares of tokens up to which settings are asked what is usual
 STEP = 0.93  # of the cost of one setting that is tested, what the next one costs at most
 Tell = Callable[[str], None]
-
-
-@dataclass
-class Trial:
-    """One setting, and what is known of it.
-
-    Attributes
-    ----------
-    setting : what was tried.
-    losses : on examples of the search, or none.
-    share : of the visual tokens that decoder layers run.
-    cost : over that of all tokens, where it was measured.
-    confirmed : losses on the other examples.
-    answered : what was said on these.
-    verdict : what became of it.
-    """
-
-    setting: Setting
-    losses: Losses | None = None
-    share: float = 1.0
-    cost: Ratio | None = None
-    confirmed: Losses | None = None
-    answered: Answered | None = None
-    verdict: str = ""
-    guess: Guess | None = None
-
-    @property
-    def saving(self) -> float:
-        """Of the cost, or of the tokens where it was not measured."""
-        return 1 - (self.share if self.cost is None else self.cost.median)
-
-
-@dataclass
-class Tuned:
-    """What a tuning found.
-
-    Attributes
-    ----------
-    tolerance : in [0, 1].
-    trials : all that was tried, those that got farthest first.
-    chosen : the accepted setting that saves most; None keeps all tokens.
-    reason : why.
-    needed : examples with which something would probably be accepted; None where no number would do.
-    searched, confirmed : examples of either part.
-    full : score with all tokens, on all examples.
-    seconds : that it took.
-    """
-
-    tolerance: float
-    trials: list[Trial]
-    chosen: Trial | None
-    reason: str
-    needed: int | None
-    searched: list[int]
-    confirmed: list[int]
-    full: float
-    seconds: float
-    impossible: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def bound(self) -> float | None:
-        """The loss of what was chosen is below this with 95 % confidence."""
-        return None if self.chosen is None or self.chosen.confirmed is None else upper_bound(self.chosen.confirmed)
 
 
 class Tuner:
@@ -310,17 +246,28 @@ class Tuner:
             path = [trial for number, trial in enumerate(path) if number == 0 or trial in best]
         return path
 
+    def _levels(self, number: int) -> list[float]:
+        """At what level each of some tests is made of its own; together they have ``LEVEL``.
+
+        The first gets half of it, where there are examples enough for that, and all of it where there are not.
+        """
+        first = 0.5 if number > 1 and len(self.confirmed) >= 2 * fewest(self.tolerance) else 1.0
+        return [LEVEL * first, *[LEVEL * (1 - first) / max(1, number - 1)] * (number - 1)][:number]
+
     def _confirm(self, path: Sequence[Trial]) -> list[Trial]:
+        """Test in order. What passes hands its level on to the next; what fails does not, and the next has its own alone."""
         accepted: list[Trial] = []
-        for trial in path:
+        held = 0.0
+        for trial, own in zip(path, self._levels(len(path)), strict=True):
+            trial.level = own + held
+            held = 0.0
             if self._late():
                 trial.verdict = "not tested: the time was over"
-                continue
-            if not self._passes(trial):
-                break
-            accepted.append(trial)
-        for trial in path:
-            trial.verdict = trial.verdict or "not tested: one before it failed"
+            elif not trial.level:
+                trial.verdict = "not tested: one before it failed"
+            elif self._passes(trial):
+                accepted.append(trial)
+                held = trial.level
         return accepted
 
     def _passes(self, trial: Trial) -> bool:
@@ -332,10 +279,10 @@ class Tuner:
             seen += self.confirmed[begin : begin + step]
             self.tell(f"testing {trial.setting.label}: {len(seen)} of {len(self.confirmed)} examples")
             losses, trial.answered = self.book.losses(trial.setting.method, seen)
-            if len(seen) < len(self.confirmed) and hopeless(losses, self.tolerance, len(self.confirmed)):
+            if len(seen) < len(self.confirmed) and hopeless(losses, self.tolerance, len(self.confirmed), trial.level):
                 break
         trial.confirmed = losses
-        passed = losses is not None and len(seen) == len(self.confirmed) and p_value(losses, self.tolerance) <= LEVEL
+        passed = losses is not None and len(seen) == len(self.confirmed) and p_value(losses, self.tolerance) <= trial.level
         trial.verdict = "accepted" if passed else f"failed the test on {len(seen)} examples"
         return passed
 
