@@ -87,13 +87,13 @@ def tune_command(
             status.update(escape(f"[{time.monotonic() - begun:.0f} s] {what}"))
 
         found = tuned_plan(options, ledger.command(), tell)
-    found.plan.save(out_file)
     for line in found.notes:
         sayer(err)(f"note: {line}", "yellow")
     if as_json:
         print(json.dumps(found.document))
     else:
         show(found.tuned, found.plan.saving, objective, out)
+    found.plan.save(out_file)  # what was found is told, also where it cannot be written
     from ..tuning.page import write_page
 
     write_page(found, page)

@@ -49,6 +49,8 @@ def commands(scene: str, place: Path) -> dict[str, list[str]]:
         "export": ["export", "pocket", f"{place}/text"],
         "eval": ["eval", "--save", str(place)],
         "batch": ["batch", f"{scene}.jsonl", f"{place}/out.jsonl"],
+        "tune --out": ["tune", "--out", f"{place}/plan.json"],
+        "tune --store": ["tune", "--out", f"{scene}.json", "--store", f"{place}/answers.jsonl"],
     }
 
 
@@ -73,10 +75,12 @@ def test_the_list_of_commands_is_whole():
 
     from foveate.cli.main import app
 
-    told = {"save", "json_file", "folder", "plan", "store", "answers"}
+    told = {"save", "json_file", "folder", "store", "answers", "out_file"}
     writing = set()
     for name, command in get_command(app).commands.items():
-        if told & {option.name for option in command.params}:
+        places = {option.name for option in command.params}
+        plans = {option.name for option in command.params if option.param_type_name == "argument"} & {"plan"}  # others read one
+        if told & places or plans:
             writing.add(name)
     assert writing == {name.split()[0] for name in commands("", Path())}
 
