@@ -128,7 +128,8 @@ def table(tuned: Tuned) -> Table:
     for head in ("setting", "tokens", "cost", "loss in the search", "on", "loss in the test", "on", "verdict"):
         found.add_column(head, justify="left" if head in ("setting", "verdict") else "right")
     for trial in tuned.trials[:SHOWN]:
-        cells = [trial.setting.label, f"{trial.share:.0%}", "" if trial.cost is None else f"{trial.cost.median:.2f}"]
+        tokens = "" if trial.losses is None else f"{trial.share:.0%}"
+        cells = [trial.setting.label, tokens, "" if trial.cost is None else f"{trial.cost.median:.2f}"]
         for losses in (trial.losses, trial.confirmed):
             cells += ["", ""] if losses is None else [f"{100 * losses.mean:+.1f}", str(len(losses.values))]
         found.add_row(*map(escape, [*cells, trial.verdict]))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from ..fingerprint import digest
 from ..loading import Loaded
 from ..methods.base import KeepAll, Method
 from ..pocket.worlds import world_of
-from ..serving.batch.rows import AnswerSettings, Row, RowPlace, Source, opened
+from ..serving.batch.rows import AnswerSettings, Row, RowPlace, Source, contents, opened
 from ..serving.encoding import pictures_of
 from ..video import Video, open_video
 from .exam import Result, as_shown
@@ -70,11 +71,15 @@ class Examples:
     path : of the file.
     items : the examples.
     skipped : why others cannot be used, by line.
+    left : rows that were not read, since there are more than were asked for.
+    unused : rows that say how they are answered (method, budget, length), which counts for ``foveate batch`` alone.
     """
 
     path: Path
     items: list[Example]
     skipped: dict[int, str]
+    left: int = 0
+    unused: int = 0
 
     @property
     def digest(self) -> str:
@@ -88,14 +93,27 @@ class Examples:
 
     def notes(self) -> list[str]:
         """What was left out."""
+        found = [f"{self.left} further rows are not used"] if self.left else []
+        if self.unused:
+            found.append(
+                f"{self.unused} rows name a method, a budget or a length of the answer, which counts for foveate batch alone"
+            )
         if not self.skipped:
-            return []
+            return found
         first = "; ".join(f"line {line}: {why}" for line, why in [*self.skipped.items()][:NAMED])
-        return [f"{len(self.skipped)} of {len(self.items) + len(self.skipped)} rows cannot be used and are left out ({first})"]
+        return [
+            *found,
+            f"{len(self.skipped)} of {len(self.items) + len(self.skipped)} rows cannot be used and are left out ({first})",
+        ]
 
 
 def read_examples(
-    path: Path, loaded: Loaded, frames: int = FRAMES, limit: int | None = None, tell: Callable[[int, int], None] = lambda *_: None
+    path: Path,
+    loaded: Loaded,
+    frames: int = FRAMES,
+    limit: int | None = None,
+    tell: Callable[[int, int], None] = lambda *_: None,
+    seed: int | None = None,
 ) -> Examples:
     """Examples of a file of JSON lines: rows as ``foveate batch`` takes them, with ``answer`` or ``answers``, or without.
 
@@ -109,17 +127,23 @@ def read_examples(
     frames : of a video.
     limit : of rows that are read.
     tell : is told how many rows were read, of how many.
+    seed : of which rows are read, where there are more than ``limit``; None = the first ones.
 
     Raises
     ------
     InputError : the file cannot be read, no row can be used, or some have answers and others have none.
     """
-    source, items, skipped = Source(Path(path).expanduser()), [], {}
-    places = source.lines()[:limit]
+    source, items, skipped, unused = Source(Path(path).expanduser()), [], {}, 0
+    every = source.lines()
+    places = every[:limit]
+    if seed is not None and len(places) < len(every):
+        places = sorted(Random(f"rows/{seed}").sample(every, len(places)), key=lambda place: place.number)
     for number, place in enumerate(places):
         tell(number, len(places))
         try:
-            items.append(_example(source, place, loaded, frames))
+            example, plain = _example(source, place, loaded, frames)
+            items.append(example)
+            unused += not plain
         except FoveateError as error:
             skipped[place.number] = first_line(error)
     if not items:
@@ -131,7 +155,7 @@ def read_examples(
             f"{len(missing)} of {len(items)} rows of {path} have no answer (lines {lines}). Give all rows an 'answer', or none: "
             "then the model's own answers with all tokens are what others are compared with."
         )
-    return Examples(source.path, items, skipped)
+    return Examples(source.path, items, skipped, len(every) - len(places), unused)
 
 
 def drawn_examples(loaded: Loaded, number: int, seed: int, split: str = "validation") -> Examples:
@@ -157,8 +181,10 @@ def drawn_examples(loaded: Loaded, number: int, seed: int, split: str = "validat
     return Examples(Path(f"{split} scenes of the pocket world (seed {seed})"), items, {})
 
 
-def _example(source: Source, place: RowPlace, loaded: Loaded, frames: int) -> Example:
+def _example(source: Source, place: RowPlace, loaded: Loaded, frames: int) -> tuple[Example, bool]:
+    """A row, and whether it says nothing of how it is answered."""
     row, document = source.read_document(place, AnswerSettings())
+    plain = row.wanted == AnswerSettings()
     answers = _answers(document)
     kind = document.get("kind", "")
     if not isinstance(kind, str):
@@ -168,7 +194,7 @@ def _example(source: Source, place: RowPlace, loaded: Loaded, frames: int) -> Ex
         if not isinstance(video, str) or pictures_of(row.messages):
             raise InputError("'video' is the path of a file, and a row with one has no pictures")
         path = source.path.parent / video
-        group = digest("video", str(frames), path.read_bytes() if path.is_file() else b"")
+        group = digest("video", str(frames), contents(path))
 
         def shown() -> Prompt:
             found = open_video(path, frames)
@@ -176,13 +202,13 @@ def _example(source: Source, place: RowPlace, loaded: Loaded, frames: int) -> Ex
 
         shape = (False, True) if takes_videos(loaded.processor, loaded.model) else (True, False)
         shown()  # what cannot be opened is known before anything is computed
-        return Example(place.number, shown, shape, answers, kind, group, digest(row.digest, group), document)
+        return Example(place.number, shown, shape, answers, kind, group, digest(row.digest, group), document), plain
     prompt = opened(row, media_words(loaded.processor))
     if not prompt.images:
         raise InputError("there is no picture, so that nothing can be reduced")
     group = digest(*(image.tobytes() for image in prompt.images))
     made = _opener(row, media_words(loaded.processor))
-    return Example(place.number, made, prompt.shape, answers, kind, group, row.digest, document)
+    return Example(place.number, made, prompt.shape, answers, kind, group, row.digest, document), plain
 
 
 def _opener(row: Row, reserved: Sequence[str]) -> Callable[[], Prompt]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from ..loading import Loaded
 from ..methods.base import Method
 from ..pictures import Pictures
 
+WINDOW = 8  # chunks, within which prompts of one shape are put together
 HELD = 2**30  # bytes of encoded pictures that are kept for the next method
 
 
@@ -53,7 +55,7 @@ class Prompts:
         longest: int = 32,
     ) -> None:
         self.loaded, self.prompt, self.longest = loaded, prompt, longest
-        self.parts = [*_runs(shapes, chunk)]
+        self.parts = [*_parts(shapes, chunk)]
         self._encoded: dict[tuple[int, ...], dict[str, Any]] = {}
         self._size = 0
 
@@ -88,10 +90,12 @@ class Prompts:
                 yield Part(numbers, texts, sum(session.report.before), session.report.layers)
 
 
-def _runs(shapes: Sequence[tuple[bool, bool]], chunk: int) -> Iterator[tuple[int, ...]]:
-    """Numbers in their order, cut where the shape changes and after ``chunk`` of them."""
-    begin = 0
-    for number in range(1, len(shapes) + 1):
-        if number == len(shapes) or shapes[number] != shapes[begin] or number - begin == chunk:
-            yield tuple(range(begin, number))
-            begin = number
+def _parts(shapes: Sequence[tuple[bool, bool]], chunk: int) -> Iterator[tuple[int, ...]]:
+    """Numbers of prompts that run together: at most ``chunk`` of one shape, which are not far from each other."""
+    for begin in range(0, len(shapes), WINDOW * chunk):
+        alike: dict[tuple[bool, bool], list[int]] = defaultdict(list)
+        for number in range(begin, min(begin + WINDOW * chunk, len(shapes))):
+            alike[shapes[number]].append(number)
+        for numbers in alike.values():
+            for first in range(0, len(numbers), chunk):
+                yield tuple(numbers[first : first + chunk])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,6 @@ from ..lab.store import Store, key_of
 from ..loading import Loaded
 from ..methods.base import KeepAll, Method
 from .bounds import Losses
-
-Watch = Callable[[int], None]  # is told how many examples were answered since it was last told
 
 
 @dataclass(frozen=True)
@@ -75,14 +73,16 @@ class AnswerBook:
         """Examples that are asked together."""
         return self.questions.prompts.parts
 
-    def ask(self, method: Method | None, numbers: Sequence[int], watch: Watch = lambda _: None) -> Answered:
+    def ask(self, method: Method | None, numbers: Sequence[int]) -> Answered:
         """The answers to some examples; None keeps all tokens.
 
         Raises
         ------
         InputError, UnsupportedModelError : the method cannot do that.
         """
-        wanted, key = set(numbers), _name(method)
+        if method is not None and not self.own:  # what is right has to be known first
+            self.ask(None, numbers)
+        key = _name(method)
         names = {number: f"{key}/{self.examples[number].digest}" for number in numbers}
         missing = {number for number in numbers if self.store.get(names[number]) is None}
         parts = [part for part in self.chunks if missing & set(part)]
@@ -93,24 +93,28 @@ class AnswerBook:
                 for number, text in zip(part.numbers, part.texts, strict=True)
             }
             self.store.put_all(found)
-            watch(len(wanted & set(part.numbers)))
-        results: list[dict[str, Any]] = [self.store.get(names[number]) or {} for number in numbers]
+        results = [self._held(names[number]) for number in numbers]
         texts = [str(result["text"]) for result in results]
         scores = np.array([self._judged(number, text) for number, text in zip(numbers, texts, strict=True)])
         tokens, before = (float(np.mean([result[name] for result in results])) for name in ("tokens", "before"))
         return Answered(texts, scores, tokens, before)
 
-    def losses(self, method: Method, numbers: Sequence[int], watch: Watch = lambda _: None) -> tuple[Losses, Answered]:
+    def losses(self, method: Method, numbers: Sequence[int]) -> tuple[Losses, Answered]:
         """What a setting loses on some examples, beside all tokens."""
-        found = self.ask(method, numbers, watch)
+        found = self.ask(method, numbers)
         full = self.ask(None, numbers)
         return Losses(full.scores - found.scores, self.groups[list(numbers)]), found
+
+    def _held(self, name: str) -> dict[str, Any]:
+        found = self.store.get(name)
+        if found is None:
+            raise KeyError(name)  # nobody asked for it: a fault of ours, and never a wrong score
+        return found
 
     def _judged(self, number: int, text: str) -> float:
         if self.own:
             return self.questions.judged(number, text)
-        reference = self.store.get(f"{_name(None)}/{self.examples[number].digest}")
-        right = text if reference is None else str(reference["text"])
+        right = str(self._held(f"{_name(None)}/{self.examples[number].digest}")["text"])
         if right == text:  # also where nothing was said
             return 1.0
         return self.questions.score(text, (right,), self.examples[number].document) if right else 0.0

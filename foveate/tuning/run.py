@@ -26,7 +26,6 @@ from .trial import Tuned
 from .tune import Tuner
 
 MEASURED = 3  # prompts on which costs are measured
-MIXED = 64  # examples whose order may change, so that pictures and videos do not split every batch
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,7 @@ def tuned_plan(options: Options, command: str, tell: Callable[[str], None], load
             options.frames,
             options.examples,
             lambda done, total: tell(f"opening pictures: {done} of {total}"),
+            seed=options.seed,
         )
     notes = examples.notes()
     items = ordered(examples.items, options.seed)
@@ -97,7 +97,7 @@ def tuned_plan(options: Options, command: str, tell: Callable[[str], None], load
     first = [*range(min(len(items), 16))]
     tell("all tokens")
     lengths = [len(loaded.processor.tokenizer(text).input_ids) for text in book.ask(None, first).texts]
-    measured = np.linspace(0, len(items) - 1, MEASURED).astype(int)
+    measured = np.linspace(0, len(items) // 8, MEASURED).astype(int)  # of the search: the test sees nothing before its time
     prompts = [book.questions.prompts.inputs([int(number)]) for number in measured]
     costs = Costs(loaded.model, prompts, options.objective, round(float(np.median(lengths))) + 1)
     tuner = Tuner(book, costs, options.tolerance, tell, options.minutes, begun)
@@ -112,13 +112,11 @@ def tuned_plan(options: Options, command: str, tell: Callable[[str], None], load
 
 
 def ordered(items: Sequence[Example], seed: int) -> list[Example]:
-    """In random order; those about the same pictures stay together, and pictures and videos, within pieces, too."""
+    """In random order; those about the same pictures stay together."""
     groups = [*dict.fromkeys(item.group for item in items)]
     Random(f"tune/{seed}").shuffle(groups)
     place = {group: number for number, group in enumerate(groups)}
-    found = sorted(items, key=lambda item: place[item.group])
-    pieces = [found[begin : begin + MIXED] for begin in range(0, len(found), MIXED)]
-    return [item for piece in pieces for item in sorted(piece, key=lambda item: item.shape)]
+    return sorted(items, key=lambda item: place[item.group])
 
 
 def _plan(options: Options, loaded: Loaded, examples: Examples, tuned: Tuned, command: str) -> TunedPlan:

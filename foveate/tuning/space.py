@@ -9,7 +9,7 @@ from typing import Any
 from ..engine.model.anatomy import Anatomy
 from ..engine.vision.front import prepare
 from ..errors import InputError, UnsupportedModelError
-from ..methods.base import Method
+from ..methods.base import DecoderReducer, Method
 from ..methods.compose import Compose
 from ..methods.registry import get, look_up, shipped
 
@@ -146,19 +146,20 @@ def label_of(name: str, fields: dict[str, Any]) -> str:
 
 
 def _together(settings: Sequence[Setting], parts: Anatomy) -> list[Setting]:
-    """The first method before the decoder, with half of what it leaves cut in the middle of the decoder."""
-    front = next((setting.kind for setting in settings if not setting.method.inside_decoder()), None)
-    middle = parts.decoder_layers // 2
-    if front is None or middle < 1 or not any(setting.method.inside_decoder() for setting in settings):
+    """The first method before the decoder, each time with the first one inside it: its latest cut, where it leaves half or less."""
+    fronts = [setting for setting in settings if not setting.method.inside_decoder()]
+    cuts = [setting for setting in settings if setting.method.stage == DecoderReducer.stage]
+    first = [cut for cut in cuts if cut.kind.partition("/")[0] == cuts[0].kind.partition("/")[0]]
+    if not fronts or not first:
         return []
+    latest = [cut for cut in first if cut.kind == first[-1].kind]
+    cut = latest[min(1, len(latest) - 1)]
     found = []
-    for setting in settings:
-        if setting.kind == front:
-            both = Compose(setting.method, get("fastv", budget=0.5, layer=middle))
-            try:
-                prepare(parts, both)
-            except (InputError, UnsupportedModelError):
-                return []
-            label = f"{setting.label} + fastv 50 % layer={middle}"
-            found.append(Setting(both, f"{front}+fastv", label, setting.place))
+    for front in (front for front in fronts if front.kind == fronts[0].kind):
+        try:
+            both = Compose(front.method, cut.method)
+            prepare(parts, both)
+        except (InputError, UnsupportedModelError):
+            return []
+        found.append(Setting(both, f"{front.kind}+{cut.kind}", f"{front.label} + {cut.label}", front.place))
     return found

@@ -33,6 +33,7 @@ MORE, FEWER = 4, 2  # places with more and fewer tokens than the best of a kind 
 SURE = 2  # places from the most tokens on that are looked at in any case, so that the tests have something to begin with
 ALIKE = 1.6  # factor between shares of tokens up to which settings are asked what is usual
 STEP = 0.93  # of the cost of one setting that is tested, what the next one costs at most
+LATE = "not tried: the time was over"
 Tell = Callable[[str], None]
 
 
@@ -93,18 +94,35 @@ class Tuner:
         InputError : the time limit is too short for one round.
         """
         self.tell("all tokens")
+        begun = self.seconds
         self.book.ask(None, self.searched[:FIRST])
         if self._late(0.25):
             raise InputError(
                 f"a quarter of the time limit is over after {FIRST} answers with all tokens ({self.seconds:.0f} s). Give "
                 f"--minutes {max(1, round(self.seconds / 60 * 4 * len(self.book.examples) / FIRST)):d} or more."
             )
+        if self.limit is not None and (each := (self.seconds - begun) / FIRST) > 0:
+            self.searched = self.searched[: max(FIRST, int(self.limit * SEARCHING / 2 / each))]
+        begun = self.seconds
         self.book.ask(None, self.searched)
+        each = (self.seconds - begun) / len(self.searched)
         left = self._halve([Trial(setting) for setting in space.first])
-        left = self._refine(left, space)
-        self.book.ask(None, self.confirmed)
-        accepted = self._confirm(self._path(left))
-        return self._result(accepted, space)
+        path = self._path(self._refine(left, space))
+        self._affordable(each)
+        if self.confirmed:
+            self.book.ask(None, self.confirmed)
+        return self._result(self._confirm(path), space)
+
+    def _affordable(self, each: float) -> None:
+        """Leave out examples of the test for which there is no time; none of them has been seen yet.
+
+        Parameters
+        ----------
+        each : seconds that an answer with all tokens takes; an answer of a setting takes no longer, and two are to be tested.
+        """
+        if self.limit is not None:
+            number = int((self.limit - self.seconds) / (3 * each)) if each > 0 else len(self.confirmed)
+            self.confirmed = self.confirmed[: max(0, number)]
 
     # -- searching
 
@@ -149,7 +167,7 @@ class Tuner:
             tried = []
             for trial in alive:
                 if self._late(SEARCHING):
-                    trial.verdict = trial.verdict or "not tried: the time was over"
+                    trial.verdict = trial.verdict or LATE
                 elif self._try(trial, number):
                     tried.append(trial)
             self._smooth(tried)
@@ -213,7 +231,8 @@ class Tuner:
         good = []
         for trial in [*again, *new]:
             if self._late(SEARCHING):
-                break
+                trial.verdict = trial.verdict or LATE
+                continue
             trial.verdict = ""
             if self._try(trial, len(self.searched)):
                 good.append(trial)
@@ -261,7 +280,7 @@ class Tuner:
         for trial, own in zip(path, self._levels(len(path)), strict=True):
             trial.level = own + held
             held = 0.0
-            if self._late():
+            if self._late() or not self.confirmed:
                 trial.verdict = "not tested: the time was over"
             elif not trial.level:
                 trial.verdict = "not tested: one before it failed"
@@ -279,8 +298,12 @@ class Tuner:
             seen += self.confirmed[begin : begin + step]
             self.tell(f"testing {trial.setting.label}: {len(seen)} of {len(self.confirmed)} examples")
             losses, trial.answered = self.book.losses(trial.setting.method, seen)
-            if len(seen) < len(self.confirmed) and hopeless(losses, self.tolerance, len(self.confirmed), trial.level):
-                break
+            if len(seen) < len(self.confirmed):
+                if self._late():
+                    trial.confirmed, trial.verdict = losses, f"not tested to the end: the time was over after {len(seen)} examples"
+                    return False
+                if hopeless(losses, self.tolerance, len(self.confirmed), trial.level):
+                    break
         trial.confirmed = losses
         passed = losses is not None and len(seen) == len(self.confirmed) and p_value(losses, self.tolerance) <= trial.level
         trial.verdict = "accepted" if passed else f"failed the test on {len(seen)} examples"
@@ -327,12 +350,14 @@ class Tuner:
     def _reason(self, chosen: Trial | None, accepted: Sequence[Trial], needed: int | None) -> str:
         points, number = 100 * self.tolerance, len(self.confirmed)
         if chosen is not None:
-            return f"it saves most of the {len(accepted)} settings that lose less than {points:g} points on {number} other examples"
+            return f"of the {len(accepted)} settings that passed the test on {number} other examples it saves most"
         if accepted:
             return "what loses less than the tolerance saves nothing on this machine that is beyond noise"
+        if not number:
+            return "the time was over before anything could be tested. Give more minutes, or fewer examples"
         if number < fewest(self.tolerance):
             more = f"{fewest(self.tolerance)} examples that the search has not seen are needed for {points:g} points at the least"
-            return f"{number} of them tell too little: {more}" + _enough(needed)
+            return f"{number} examples are too few for a test: {more}" + _enough(needed)
         return f"no setting was shown to lose less than {points:g} points on {number} examples" + _enough(needed)
 
 

@@ -37,7 +37,16 @@ def test_every_method_says_what_to_try(name):
 def test_the_usual_ones_on_the_pocket_model(pocket):
     space = space_of(pocket, usual(True, False))
     kinds = {setting.kind for setting in space.first}
-    assert {"fovea/0", "fovea/1", "fovea:pocket/0", "dyvte:pocket/0", "prumerge/0", "fastv/0", "fastv/1", "fovea/0+fastv"} <= kinds
+    assert {
+        "fovea/0",
+        "fovea/1",
+        "fovea:pocket/0",
+        "dyvte:pocket/0",
+        "prumerge/0",
+        "fastv/0",
+        "fastv/1",
+        "fovea/0+fastv/1",
+    } <= kinds
     assert "pixelprune" in space.impossible
     assert len({setting.label for setting in space.first}) == len(space.first)
     for settings in space.further.values():
@@ -46,10 +55,19 @@ def test_the_usual_ones_on_the_pocket_model(pocket):
     assert [setting.method.iqr_factor for setting in thresholds] == [0.5, 1.0, 1.5, 2.5]
     budgets = [setting.method.budget for setting in space.first if setting.kind == "fovea/0"]
     assert budgets == sorted(COARSE, reverse=True)
-    both = next(setting for setting in space.first if setting.kind == "fovea/0+fastv")
-    assert both.label == "fovea 60 % alpha=0.3 + fastv 50 % layer=3"
+    both = next(setting for setting in space.first if setting.kind == "fovea/0+fastv/1")
+    assert both.label == "fovea 60 % alpha=0.3 + fastv 40 % layer=3"
     with both.method(pocket.model):
         pass
+
+
+def test_only_what_was_named_is_tried(pocket):
+    """In both places together, too."""
+    for names, both in ((["divprune", "pyramiddrop"], {"divprune/0+pyramiddrop/0"}), (["divprune"], set()), (["fastv"], set())):
+        space = space_of(pocket, names)
+        kinds = {setting.kind for setting in space.first}
+        assert {kind for kind in kinds if "+" in kind} == both
+        assert {part.partition("/")[0] for kind in kinds for part in kind.split("+")} == set(names)
 
 
 def test_a_model_without_cls_gets_others():

@@ -200,10 +200,10 @@ class Source:
 def _digest(data: bytes, messages: Sequence[dict[str, Any]]) -> str:
     """Of a line, and of the files of its pictures, which may change under the same name."""
     files = [picture for picture in map(str, pictures_of(messages)) if picture[:5].lower() != "data:"]
-    return digest(data.strip(), *(_contents(Path(file)) for file in files))
+    return digest(data.strip(), *(contents(Path(file)) for file in files))
 
 
-def _contents(path: Path) -> bytes:
+def contents(path: Path) -> bytes:
     """A digest of a file, nothing where there is none that can be read."""
     found = hashlib.sha256()
     try:
