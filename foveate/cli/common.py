@@ -62,6 +62,20 @@ Configs = Annotated[
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="Plan of 'foveate tune', instead of a method; it is refused by other models.")
 ]
+ExampleFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help='Your own examples: JSON lines such as {"image": "a.jpg", "question": "...", "answer": "..."}, or "video". '
+        "Without answers, the model's own with all tokens are right. Default: drawn scenes.",
+    ),
+]
+ScoreName = Annotated[
+    str,
+    typer.Option("--score", help="Of --data: exact, begins, contains, vqa, anls, choice, or a function of yours: my.py:score."),
+]
+LongestAnswer = Annotated[int, typer.Option("--max-tokens", min=1, help="Of --data: longest answer.")]
+VideoFrames = Annotated[int, typer.Option("--frames", min=1, help="Of --data: frames of a video to take.")]
 Imports = Annotated[
     list[Path] | None,
     typer.Option("--import", callback=_import, is_eager=True, help="Python file that defines a method; may be given again."),

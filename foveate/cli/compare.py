@@ -16,7 +16,21 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .common import POCKET, Imports, PlanFile, err, out, parts_of, resumable, sayer, wide
+from .common import (
+    POCKET,
+    ExampleFile,
+    Imports,
+    LongestAnswer,
+    PlanFile,
+    ScoreName,
+    VideoFrames,
+    err,
+    out,
+    parts_of,
+    resumable,
+    sayer,
+    wide,
+)
 
 if TYPE_CHECKING:
     from ..lab.runner import Runner, Tell
@@ -44,19 +58,11 @@ def compare_command(
     each: Annotated[int, typer.Option(min=1, help="Questions about each scene, at most; a scene has about 16.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of the test set.")] = 2403,
     model: Annotated[str, typer.Option(help="Hub id, folder, pocket or pocket-qwen.")] = POCKET,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help='Your own examples instead: JSON lines such as {"image": "a.jpg", "question": "...", "answer": "..."}; without '
-            "answers, the model's own with all tokens are right."
-        ),
-    ] = None,
-    score: Annotated[
-        str, typer.Option(help="Of --data: exact, begins, contains, vqa, anls, choice, or a function of yours: my.py:score.")
-    ] = "exact",
+    data: ExampleFile = None,
+    score: ScoreName = "exact",
     limit: Annotated[int | None, typer.Option(min=1, help="Of --data, only the first rows.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of --data, the longest answer.")] = 32,
-    frames: Annotated[int, typer.Option(min=1, help="Of --data, frames of a video to take.")] = 8,
+    max_tokens: LongestAnswer = 32,
+    frames: VideoFrames = 8,
     plan: PlanFile = None,
     store: Annotated[Path, typer.Option(help="Results so far; an interrupted run goes on from there.")] = Path(
         "foveate-compare.jsonl"

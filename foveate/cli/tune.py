@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .common import POCKET, Imports, err, out, parts_of, resumable, sayer, wide
+from .common import POCKET, ExampleFile, Imports, LongestAnswer, ScoreName, VideoFrames, err, out, parts_of, resumable, sayer, wide
 
 if TYPE_CHECKING:
     from ..tuning.trial import Tuned
@@ -27,26 +27,18 @@ SHOWN = 16  # rows of the table
 
 def tune_command(
     model: Annotated[str, typer.Option(help="Hub id, folder, pocket or pocket-qwen.")] = POCKET,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help='JSON lines such as {"image": "a.jpg", "question": "...", "answer": "..."}; "video" in place of "image". Without '
-            "answers, the model's own with all tokens are right. Default, for the pocket models: drawn scenes."
-        ),
-    ] = None,
+    data: ExampleFile = None,
     tolerance: Annotated[float, typer.Option(help="Points of the score that may be lost, out of 100.")] = 1.0,
     out_file: Annotated[Path, typer.Option("--out", help="The plan to write; its page goes beside it.")] = Path("plan.json"),
     objective: Annotated[str, typer.Option(help="What is to be saved: prefill, end-to-end, kv-bytes or tokens.")] = "prefill",
-    score: Annotated[
-        str, typer.Option(help="exact, begins, contains, vqa, anls, choice, or a function of yours: my.py:score.")
-    ] = "exact",
+    score: ScoreName = "exact",
     methods: Annotated[
         str | None, typer.Option(help="Names, name:preset, or files of Method.save, separated by commas. Default: the usual ones.")
     ] = None,
     imports: Imports = None,
     examples: Annotated[int, typer.Option(min=1, help="How many examples to use, at most.")] = 2000,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
-    frames: Annotated[int, typer.Option(min=1, help="Frames of a video to take.")] = 8,
+    max_tokens: LongestAnswer = 32,
+    frames: VideoFrames = 8,
     minutes: Annotated[float | None, typer.Option(help="Time to take at most; what is known by then decides.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Examples that are answered together.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the order of the examples.")] = 0,

@@ -19,7 +19,7 @@ NEAR = 0.5  # similarity below which ANLS gives nothing
 LETTER = re.compile(r"\(?\b([A-Z])\b[).:]?")
 
 
-def normalised(text: str) -> str:
+def comparable(text: str) -> str:
     """A text as answers are compared: lower case, without punctuation and articles, small numbers as digits."""
     plain = re.sub(r"(?<=\d),(?=\d{3})", "", text.lower())
     words = re.findall(r"\d+\.\d+|[\w'-]+", plain)
@@ -33,7 +33,7 @@ def begins(text: str, answer: str) -> bool:
 
 
 def _exact(text: str, answers: Sequence[str], _: Mapping[str, Any]) -> float:
-    return float(any(normalised(text) == normalised(answer) for answer in answers))
+    return float(any(comparable(text) == comparable(answer) for answer in answers))
 
 
 def _begins(text: str, answers: Sequence[str], _: Mapping[str, Any]) -> float:
@@ -41,13 +41,13 @@ def _begins(text: str, answers: Sequence[str], _: Mapping[str, Any]) -> float:
 
 
 def _contains(text: str, answers: Sequence[str], _: Mapping[str, Any]) -> float:
-    found = f" {normalised(text)} "
-    return float(any(f" {normalised(answer)} " in found for answer in answers))
+    found = f" {comparable(text)} "
+    return float(any(f" {comparable(answer)} " in found for answer in answers))
 
 
 def _vqa(text: str, answers: Sequence[str], _: Mapping[str, Any]) -> float:
     """The mean over all answers but one of min(1, people who agree / 3)."""
-    found, said = normalised(text), [normalised(answer) for answer in answers]
+    found, said = comparable(text), [comparable(answer) for answer in answers]
     if len(said) == 1:
         return float(found == said[0])
     same = sum(answer == found for answer in said)

@@ -134,6 +134,23 @@ def test_a_run_goes_on_from_its_answers(planned, folder, capsys, monkeypatch, tm
     assert (place / "plan.answers.jsonl").read_bytes() == before
 
 
+def test_a_run_that_was_killed_goes_on(planned, folder, capsys, monkeypatch, tmp_path):
+    """Half of the answers are there, the last one cut off in its line: the others are asked, and the end is the same."""
+    place, document, _ = planned
+    whole = (place / "plan.answers.jsonl").read_bytes()
+    half = whole[: len(whole) // 2]
+    (tmp_path / "plan.answers.jsonl").write_bytes(half)
+    monkeypatch.chdir(tmp_path)
+    asked = ("tune", "--data", str(folder / "rows.jsonl"), "--tolerance", "40", "--methods", "divprune,spatial", "--json")
+    code, out, err = invoke(capsys, monkeypatch, *asked, *FAST)
+    assert code == 0, err
+    assert [trial["verdict"] for trial in json.loads(out)["trials"]] == [trial["verdict"] for trial in document["trials"]]
+    after = (tmp_path / "plan.answers.jsonl").read_bytes()
+    assert after.startswith(half[: half.rindex(b"\n") + 1])
+    lines = [json.loads(line) for line in after.splitlines()]
+    assert len({line.get("key") for line in lines}) == len(lines)  # nothing was asked twice
+
+
 def test_without_answers_the_own_ones_are_right(folder, capsys, monkeypatch, tmp_path):
     asked = ("tune", "--data", str(folder / "bare.jsonl"), "--tolerance", "40", "--methods", "spatial", "--json")
     code, out, _ = invoke(capsys, monkeypatch, *asked, *FAST, "--out", str(tmp_path / "plan.json"))

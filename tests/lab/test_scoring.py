@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 import foveate
-from foveate.lab.scoring import SCORES, normalised, score_of
+from foveate.lab.scoring import SCORES, comparable, score_of
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from foveate.lab.scoring import SCORES, normalised, score_of
     ],
 )
 def test_normalised(text, expected):
-    assert normalised(text) == expected
+    assert comparable(text) == expected
 
 
 @pytest.mark.parametrize(
