@@ -294,7 +294,7 @@ def test_frames_as_the_encoder_saw_them():
 
 def test_ask_about_what_is_no_file(capsys, monkeypatch, tmp_path):
     """One sentence that says what to do, before a model is loaded."""
-    monkeypatch.setattr("foveate.loading.load", lambda *_, **__: pytest.fail("nothing is to be loaded"))
+    monkeypatch.setattr("foveate.loading._read", lambda *_, **__: pytest.fail("nothing is to be loaded"))
     os.mkfifo(tmp_path / "pipe.png")
     for place, said in (
         (

@@ -60,8 +60,7 @@ def test_places_are_tried_before_anything_is_worked_out(name, scene, no_place, c
         raise AssertionError("a model was loaded")
 
     Path(f"{scene}.jsonl").write_text(json.dumps({"image": scene, "question": "what ?"}))
-    for module in ("foveate.loading", "foveate.serving.export"):
-        monkeypatch.setattr(f"{module}.load", never)
+    monkeypatch.setattr("foveate.loading._read", never)  # not `load`: modules imported meanwhile would keep what stands for it
     code, out, err = invoke(capsys, monkeypatch, *commands(scene, no_place)[name])
     assert (code, out) == (2, ""), err
     assert err.startswith("error: ")
