@@ -141,3 +141,31 @@ def test_notebooks_are_committed_without_output():
     for path in (DOCS / "notebooks").glob("*.ipynb"):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in cells), path.name
+
+
+def test_code_of_the_first_pages(monkeypatch, capsys):
+    """Five minutes, then what works: in the order in which they are read."""
+    monkeypatch.setattr(Image, "open", lambda _: Image.effect_noise((336, 336), 60).convert("RGB"))
+    names = {}
+    for page in ("start.md", "works.md"):
+        for code in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL):
+            exec(compile(code, page, "exec"), names)  # noqa: S102
+    assert capsys.readouterr().out.count("visual tokens 576 ->") == 4  # a session, and three budgets
+    assert [len(embeds) for embeds in names["encoded"].embeds] == names["encoded"].report.after
+
+
+def test_rows_are_added_to_the_leaderboard(tmp_path):
+    results, mine = tmp_path / "results", tmp_path / "mine"
+    for folder in (results, mine):
+        folder.mkdir()
+        (folder / "comparison.md").write_text("# A\n\n10 questions (seed 1); all tokens: 95 % right.\n\n...")
+    (results / "comparison.csv").write_text("method,budget,asked,accuracy,word\nold,64,True,0.5,0.1\n")
+    new = "method,kind,budget,asked,accuracy\nold,k,64,True,0.9\nmine,k,64,True,0.7\nmine,k,144,True,0.8\nmine,k,36,False,0.8\n"
+    (mine / "comparison.csv").write_text(new)
+    assert leaderboard.add_rows(mine, results) == ["mine"]
+    lines = (results / "comparison.csv").read_text().splitlines()
+    assert lines[1:] == ["old,64,True,0.5,0.1", "mine,64,True,0.7,", "mine,144,True,0.8,"]
+    assert leaderboard.add_rows(mine, results) == []
+    (mine / "comparison.md").write_text("# A\n\n20 questions (seed 1); all tokens: 95 % right.\n\n...")
+    with pytest.raises(ValueError, match="the leaderboard is of 10 questions"):
+        leaderboard.add_rows(mine, results)

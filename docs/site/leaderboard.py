@@ -1,9 +1,10 @@
-"""The leaderboard: committed results as one table."""
+"""The leaderboard: committed results as one table. Run with a folder of ``foveate compare --save``, it adds its rows to them."""
 
 from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -47,7 +48,7 @@ Your method in a file of its own, or one that is in the package:
 ```bash
 foveate new-method mine --folder .        # writes mine.py and test_mine.py
 foveate compare --import mine.py --methods mine --budgets {budgets} --save mine
-grep '^mine,.*,True,' mine/comparison.csv >> docs/results/comparison.csv
+python docs/site/leaderboard.py mine     # into docs/results/comparison.csv
 make docs
 ```
 
@@ -95,7 +96,7 @@ def table(found: dict[str, dict[str, dict[str, str]]], mean: bool) -> str:
         own = cell(rows["own"], True) if "own" in rows else ""
         time = f"{times[name]:.1f}" if name in times else ""
         reading = f"{100 * float(rows['144']['reading']):.0f}"
-        lines.append(f"| {place} | [`{name}`]({card_address(name)}) | {' | '.join(cells)} | {own} | {reading} | {time} |")
+        lines.append(f"| {place} | {linked(name)} | {' | '.join(cells)} | {own} | {reading} | {time} |")
     return "\n".join(lines)
 
 
@@ -105,19 +106,43 @@ def cell(row: dict[str, str], mean: bool) -> str:
     return f"{100 * float(row['accuracy']):.1f}{count}"
 
 
-def card_address(name: str) -> str:
-    """The card of a method, or of the method of a preset."""
+def linked(name: str) -> str:
+    """A method, or a preset of one, with a link to its card; a method that is not in the package has none."""
     base = name.partition(":")[0]
-    info = next(info for info in methods() if info.name == base)
-    return f"papers/{cards.place_of(info)}.md#{cards.anchor(base)}"
+    places = [cards.place_of(info) for info in methods() if info.name == base]
+    return f"[`{name}`](papers/{places[0]}.md#{cards.anchor(base)})" if places else f"`{name}`"
 
 
-def first_paragraph(name: str) -> str:
+def first_paragraph(name: str, folder: Path = DOCS / "results") -> str:
     """What a page of results says of itself below its title."""
-    return (DOCS / "results" / name).read_text(encoding="utf-8").split("\n\n")[1].strip()
+    return (folder / name).read_text(encoding="utf-8").split("\n\n")[1].strip()
+
+
+def add_rows(folder: Path, results: Path = DOCS / "results") -> list[str]:
+    """Add the methods of a folder of ``foveate compare --save`` that the committed results do not have, and name them.
+
+    Raises
+    ------
+    ValueError : the folder is of another test set.
+    """
+    ours, theirs = (first_paragraph("comparison.md", place).partition(";")[0] for place in (results, folder))
+    if ours != theirs:
+        raise ValueError(f"{folder} is of {theirs}; the leaderboard is of {ours}. Leave out --scenes, --each and --seed.")
+    file = results / "comparison.csv"
+    with file.open(encoding="utf-8", newline="") as old, (folder / "comparison.csv").open(encoding="utf-8", newline="") as new:
+        before = csv.DictReader(old)
+        columns, known = list(before.fieldnames or ()), {row["method"] for row in before}
+        rows = [row for row in csv.DictReader(new) if row["asked"] == "True" and row["method"] not in known]
+    with file.open("a", encoding="utf-8", newline="") as out:
+        csv.DictWriter(out, columns, restval="", extrasaction="ignore", lineterminator="\n").writerows(rows)
+    return sorted({row["method"] for row in rows})
 
 
 def first_table(name: str) -> str:
     """The first table of a page of results."""
     blocks = (DOCS / "results" / name).read_text(encoding="utf-8").split("\n\n")
     return next(block for block in blocks if block.startswith("|")).strip()
+
+
+if __name__ == "__main__":
+    print("added:", ", ".join(add_rows(Path(sys.argv[1]))) or "nothing new")
