@@ -91,6 +91,8 @@ def test_the_readme_is_short_and_says_how_to_test():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 120
     assert "\nmake test " in text
+    for page in ("README.md", "docs/index.md"):
+        assert f"{len(foveate.models())} families" in (ROOT / page).read_text(encoding="utf-8")
 
 
 def test_numbers_of_the_readme_are_committed_results():
