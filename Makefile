@@ -5,6 +5,8 @@
 # make test-vllm     the tests with a real vLLM, built for CPUs, in an environment of its own
 # make lint    ruff and mypy
 # make bench   the benchmarks of the README, with ledgers in benchmarks/results
+# make docs    the documentation as a site in build/site, from docs, docstrings and results; no link is broken
+# make notebooks   run the notebooks of docs/notebooks, as they are
 # make wheel   build the wheel and the source package
 #
 # TORCH=...    what pip installs as torch, for example TORCH="torch --index-url https://download.pytorch.org/whl/cu130"
@@ -18,7 +20,7 @@ VLLM := $(VENV)/vllm
 VLLM_TESTS ?= tests/vllm
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest test-eval test-vllm lint bench wheel clean
+.PHONY: demo test test-oldest test-eval test-vllm lint bench docs notebooks wheel clean
 
 $(VENV)/base: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -76,6 +78,17 @@ bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.prefill --json benchmarks/results/prefill.json
 	$(BIN)/python -m benchmarks.decoder --json benchmarks/results/decoder.json
 	$(BIN)/python -m benchmarks.decoder --visual 256 --json benchmarks/results/decoder-256.json
+
+$(VENV)/docs: $(VENV)/dev
+	$(PIP) -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "look at it: $(BIN)/python -m http.server --directory build/site"
+
+notebooks: $(VENV)/docs
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=120 docs/notebooks
 
 wheel: $(VENV)/dev
 	$(BIN)/python -m build --outdir dist

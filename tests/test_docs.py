@@ -1,5 +1,6 @@
 """What the documentation shows is run: the examples of CONTRIBUTING.md are methods like all others."""
 
+import csv
 import re
 import sys
 import types
@@ -71,3 +72,42 @@ def test_an_example_of_the_readme():
     assert names["session"].report.after[0] < 576
     assert foveate.engine.install.installed_on(model) is None
     assert zoo.TOKENS == 64
+
+
+# -- what lies beside the documentation
+
+
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_the_repository_lead_to_files(page):
+    found = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", (ROOT / page).read_text(encoding="utf-8"))
+    assert [link for link in found if not (ROOT / link).exists()] == []
+    assert found or page == "CONTRIBUTING.md"
+
+
+def test_the_readme_is_short_and_says_how_to_test():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 120
+    assert "\nmake test " in text
+    for page in ("README.md", "docs/index.md"):
+        assert f"{len(foveate.models())} families" in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_numbers_of_the_readme_are_committed_results():
+    """Those at 64, 144 and 288 tokens are in docs/results/comparison.csv, too."""
+    with (ROOT / "docs/results/comparison.csv").open(encoding="utf-8", newline="") as file:
+        rows = {(row["method"], row["budget"]): f"{100 * float(row['accuracy']):.1f}" for row in csv.DictReader(file)}
+    lines = re.findall(r"^\| `([a-z+]+)`[^|]*((?:\| \**[0-9.]+\** ){5})\|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert len(lines) > 4
+    for name, cells in lines:
+        told = [cell.strip(" *") for cell in cells.split("|")[3:]]
+        assert told == [rows[name, budget] for budget in ("64", "144", "288")], name
+
+
+def test_files_of_a_release_agree():
+    """One version, with an entry of what it brought."""
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -38,7 +38,13 @@ def batch_command(
     imports: Imports = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Rows answered at once. Default: 8, and 64 with vLLM, which makes its own batches.")
+        int | None,
+        typer.Option(
+            "--batch-size",
+            "--batch",
+            min=1,
+            help="Rows answered at once. Default: 8, and 64 with vLLM, which makes its own batches.",
+        ),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest word each time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Other answers, where they are drawn.")] = 0,

@@ -52,7 +52,8 @@ class BenchOptions:
 def bench_command(
     model: Annotated[str, typer.Option(help="Hub id, folder, pocket or pocket-qwen.")] = POCKET,
     method: Annotated[
-        list[str] | None, typer.Option(help="As listed by 'foveate methods'; may be given again. Default: prumerge+.")
+        list[str] | None,
+        typer.Option("--method", "--methods", help="Names, separated by commas; may be given again. Default: prumerge+."),
     ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Visual tokens to keep, of all methods: a count (144) or a fraction (0.25).")
@@ -68,22 +69,26 @@ def bench_command(
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; 6 or more give intervals.")] = 7,
     dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; as the model was saved by default.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where there is one.")] = None,
-    attn: Annotated[str | None, typer.Option(help="eager, sdpa, flash_attention_2, ...")] = None,
+    attn: Annotated[str | None, typer.Option("--attn", "--attention", help="eager, sdpa, flash_attention_2, ...")] = None,
     seed: Annotated[int, typer.Option(help="Of the order within rounds.")] = 0,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the ledger: every time, versions, machine, command.")
+        Path | None, typer.Option("--json", metavar="FILE|-", help="Write the ledger: every time, versions, machine, command.")
     ] = None,
 ) -> None:
     """Time, memory and the share of the possible speed-up, with and without methods, on this machine."""
     sizes = parse_sizes(batch)
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    if json_file is not None:
+    alone = json_file == Path("-")  # one document on stdout, and nothing else
+    if json_file is not None and not alone:
         ready_file(json_file)
     methods = methods_of(method or ([] if config or plan else [DEFAULT]), budget, fields, config, plan=plan)
     options = BenchOptions(model, methods, sizes, image, prompt, new_tokens, rounds, dtype, device, attn, seed)
     with err.status("starting") as status:
         document, measured = run_bench(options, lambda what: status.update(escape(what)))
+    if alone:
+        print(json.dumps(document))
+        return
     show(document, measured, out)
     if json_file is not None:
         write_text(json_file, json.dumps(document, indent=1) + "\n")

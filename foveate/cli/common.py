@@ -74,7 +74,7 @@ ScoreName = Annotated[
     str,
     typer.Option("--score", help="Of --data: exact, begins, contains, vqa, anls, choice, or a function of yours: my.py:score."),
 ]
-LongestAnswer = Annotated[int, typer.Option("--max-tokens", min=1, help="Of --data: longest answer.")]
+LongestAnswer = Annotated[int, typer.Option("--max-tokens", "--max-new-tokens", min=1, help="Of --data: longest answer.")]
 VideoFrames = Annotated[int, typer.Option("--frames", min=1, help="Of --data: frames of a video to take.")]
 Imports = Annotated[
     list[Path] | None,
@@ -149,13 +149,16 @@ def methods_of(
 ) -> dict[str, Method]:
     """Several methods by their names, those in files by the names of these; ``otherwise`` is the budget of those without a rule.
 
+    A name may be several, separated by commas.
+
     Raises
     ------
     InputError : as of ``method_of``, or one is given twice.
     """
     from ..errors import InputError
 
-    asked = [(name, name, None) for name in names] + [(file.stem, None, file) for file in configs or ()]
+    each = [part for name in names for part in parts_of(name, "method", "prumerge+,fovea")]
+    asked = [(name, name, None) for name in each] + [(file.stem, None, file) for file in configs or ()]
     found: dict[str, Method] = {} if plan is None else {plan.stem: planned(plan)}
     for shown, name, file in asked:
         if shown in found:

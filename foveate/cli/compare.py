@@ -44,13 +44,18 @@ EPILOG = (
 
 def compare_command(
     methods: Annotated[
-        str | None, typer.Option(help="Names, name:preset, or files of Method.save, separated by commas. Default: all.")
+        str | None,
+        typer.Option(
+            "--methods", "--method", help="Names, name:preset, or files of Method.save, separated by commas. Default: all."
+        ),
     ] = None,
     imports: Imports = None,
     budgets: Annotated[
         str | None,
         typer.Option(
-            help="Visual tokens of 576 to keep, separated by commas: 16,36,64,144,288; of pocket-qwen shares: 0.1,0.22,0.33,0.5."
+            "--budgets",
+            "--budget",
+            help="Visual tokens of 576 to keep, separated by commas: 16,36,64,144,288; of pocket-qwen shares: 0.1,0.22,0.33,0.5.",
         ),
     ] = None,
     own: Annotated[bool, typer.Option("--own/--no-own", help="Also run the methods' own adaptive rules.")] = True,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -188,7 +189,7 @@ def _reported(path: Path, visual: str | None, layers: str | None) -> dict[str, d
 
 
 def show(costs: Mapping[str, Cost], console: Console, operators: bool = True) -> None:
-    """Print the operators of each run, and what the runs cost side by side."""
+    """Print what the runs cost side by side, and the operators of each."""
     first = next(iter(costs.values()))
     work, hardware = first.work, first.hardware
     about = (
@@ -196,8 +197,6 @@ def show(costs: Mapping[str, Cost], console: Console, operators: bool = True) ->
     )
     about += f": batch {work.run.batch}, {work.text} text tokens, {work.new_tokens} new"
     console.print(about, style="bold", markup=False, soft_wrap=True)
-    for name, each in costs.items() if operators else ():
-        console.print(operator_table(name, each))
     console.print(summary(costs))
     below = (
         "LLM-Viewer's formulas: decoder only."
@@ -207,33 +206,47 @@ def show(costs: Mapping[str, Cost], console: Console, operators: bool = True) ->
     counted = any(each.work.own for each in costs.values())
     rest = f"Launching kernels, and choosing tokens{' inside encoder and decoder' if counted else ''},"
     console.print(f"{below} {rest} comes on top.", style="dim", soft_wrap=True)
+    for name, each in costs.items() if operators else ():
+        console.print(operator_table(name, each))
 
 
 def operator_table(name: str, each: Cost) -> Table:
     """Every operator of a run, by phase and part; those of the decode summed over its steps."""
-    table = Table(title=escape(name), title_justify="left")
-    for head in ("operator", "GFLOPs", "weights MB", "activations MB", "cache MB", "FLOPs/byte", "ms", "bound by"):
+    table = Table(title=escape(name), title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    for head in ("operator", "GFLOPs", "weights\nMB", "activ.\nMB", "cache\nMB", "FLOPs\n/byte", "ms", "bound by"):
         table.add_column(head, justify="left" if head in ("operator", "bound by") else "right", no_wrap=True)
     for phase in ("prefill", "decode"):
-        steps = f", {each.work.new_tokens - 1} steps" if phase == "decode" else ""
+        steps = f" x{each.work.new_tokens - 1}" if phase == "decode" else ""
         for part in PARTS:
             lines = each.select(phase, part)
             if not lines:
                 continue
             table.add_section()
-            total = f"[bold]{1e3 * each.total('seconds', phase, part):.3f}[/bold]"
+            total = f"[bold]{_time(each.total('seconds', phase, part))}[/bold]"
             table.add_row(
                 f"[bold]{phase}{steps}: {part}[/bold]",
-                f"[bold]{each.total('flops', phase, part) / 1e9:,.2f}[/bold]",
+                f"[bold]{_short(each.total('flops', phase, part) / 1e9)}[/bold]",
                 *[""] * 4,
                 total,
             )
             for line in lines:
                 moved = (line.weights, line.loads + line.stores, line.cache_loads + line.cache_stores)
-                sizes = [f"{size / 1e6:,.1f}" if size else "" for size in moved]
-                numbers = (f"{line.flops / 1e9:,.2f}", *sizes, f"{line.intensity:.4g}", f"{1e3 * line.seconds:.3f}", line.bound)
+                sizes = [_short(size / 1e6) if size else "" for size in moved]
+                numbers = (_short(line.flops / 1e9), *sizes, _short(line.intensity), _time(line.seconds), line.bound)
                 table.add_row(f"  {line.name}", *numbers)
     return table
+
+
+def _short(value: float) -> str:
+    """In eight characters at most, with three digits that say something."""
+    if value >= 1e6:
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
+def _time(seconds: float) -> str:
+    """In ms."""
+    return f"{1e3 * seconds:.3f}" if seconds < 1 else _short(1e3 * seconds)
 
 
 def summary(costs: Mapping[str, Cost]) -> Table:

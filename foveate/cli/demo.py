@@ -56,7 +56,11 @@ def demo_command(
     seed: Annotated[int, typer.Option(help="Other scenes.")] = 7,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="Show this method instead of prumerge+ and prumerge; may be given again. 144 tokens if it has no rule."),
+        typer.Option(
+            "--method",
+            "--methods",
+            help="Names, separated by commas, instead of prumerge+ and prumerge; may be given again. 144 tokens without a rule.",
+        ),
     ] = None,
     fields: Fields = None,
     config: Configs = None,

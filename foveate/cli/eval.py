@@ -27,7 +27,9 @@ HEADS = ("method", "visual tokens", "LLM prefill, GFLOPs", "s per question")
 def eval_command(
     tasks: Annotated[str, typer.Option(help="Tasks and groups of lmms-eval, and ours (--list), separated by commas.")] = "pocket",
     model: Annotated[str, typer.Option(help="Hub id or folder, of an adapter (PEFT) too; the pocket model by default.")] = "pocket",
-    methods: Annotated[str | None, typer.Option(help="Names or name:preset, separated by commas. Default: prumerge+.")] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", "--method", help="Names or name:preset, separated by commas. Default: prumerge+.")
+    ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Visual tokens to keep: a count (144) or a share (0.25). Default: the methods' own rules.")
     ] = None,
@@ -37,13 +39,15 @@ def eval_command(
     imports: Imports = None,
     baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="random, spatial and resize at equal cost.")] = True,
     data: Annotated[Path | None, typer.Option(help="Folder with released files of benchmarks, instead of the Hub.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 1,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--batch", min=1, help="Questions per batch.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames of a video.")] = 8,
     cache: Annotated[Path | None, typer.Option(help="Folder of answers; an interrupted run goes on from there.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Such as bfloat16. Default: as saved.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0.")] = None,
-    attention: Annotated[str | None, typer.Option(help="Implementation of attention, such as sdpa.")] = None,
+    attention: Annotated[
+        str | None, typer.Option("--attention", "--attn", help="Implementation of attention, such as sdpa.")
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Folder for evaluation.md and evaluation.json.")] = None,
     show_tasks: Annotated[bool, typer.Option("--list", help="Print our tasks, and the files that --data reads.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Abort
 
-from . import ask, batch, bench, compare, cost, demo, export, law, methods, models, search, serve, train, tune
+from . import ask, batch, bench, compare, cost, demo, env, export, law, methods, models, new_method, search, serve, train, tune
 from . import eval as evaluation
 from .common import err, out, resumes
 
@@ -57,6 +57,8 @@ app.command("serve", epilog=serve.EPILOG)(serve.serve_command)
 app.command("batch", epilog=batch.EPILOG)(batch.batch_command)
 app.command("train", epilog=train.EPILOG)(train.train_command)
 app.command("tune", epilog=tune.EPILOG)(tune.tune_command)
+app.command("new-method", epilog=new_method.EPILOG)(new_method.new_method_command)
+app.command("env", epilog=env.EPILOG)(env.env_command)
 
 
 def run() -> None:

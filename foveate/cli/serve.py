@@ -56,7 +56,7 @@ def serve_command(
     name: Annotated[str | None, typer.Option(help="Of the model, for clients; as --model by default.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the encoder and the export; as saved by default.")] = None,
     devices: Annotated[str | None, typer.Option(help="An encoder on each: cuda:0,cuda:1 or cpu,cpu.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures that an encoder takes at once.")] = 16,
+    batch: Annotated[int, typer.Option("--batch", "--batch-size", min=1, help="Pictures that an encoder takes at once.")] = 16,
     cache_mb: Annotated[int, typer.Option(min=0, help="Encoded pictures that are remembered, in MiB; 0: none.")] = 256,
     allow_host: Annotated[list[str] | None, typer.Option(help="From which pictures may be loaded; may be given again.")] = None,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Largest body of a request, in MiB.")] = 32,

@@ -32,7 +32,7 @@ def train_command(
     rank: Annotated[int, typer.Option(min=1, help="Of LoRA.")] = 16,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the optimizer.")] = None,
     epochs: Annotated[float, typer.Option(min=0.001, help="How often the data are used, where no steps are given.")] = 1.0,
-    batch: Annotated[int, typer.Option(min=1, help="Conversations at a time in each process.")] = 8,
+    batch: Annotated[int, typer.Option("--batch", "--batch-size", min=1, help="Conversations at a time in each process.")] = 8,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches before each step.")] = 1,
     lr: Annotated[float, typer.Option(min=0, help="Learning rate of the method's weights.")] = 1e-3,
     lora_lr: Annotated[float, typer.Option(min=0, help="Learning rate of adapters and projector.")] = 2e-4,

@@ -33,14 +33,19 @@ def tune_command(
     objective: Annotated[str, typer.Option(help="What is to be saved: prefill, end-to-end, kv-bytes or tokens.")] = "prefill",
     score: ScoreName = "exact",
     methods: Annotated[
-        str | None, typer.Option(help="Names, name:preset, or files of Method.save, separated by commas. Default: the usual ones.")
+        str | None,
+        typer.Option(
+            "--methods",
+            "--method",
+            help="Names, name:preset, or files of Method.save, separated by commas. Default: the usual ones.",
+        ),
     ] = None,
     imports: Imports = None,
     examples: Annotated[int, typer.Option(min=1, help="How many examples to use, at most.")] = 2000,
     max_tokens: LongestAnswer = 32,
     frames: VideoFrames = 8,
     minutes: Annotated[float | None, typer.Option(help="Time to take at most; what is known by then decides.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Examples that are answered together.")] = 8,
+    batch: Annotated[int, typer.Option("--batch", "--batch-size", min=1, help="Examples that are answered together.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the order of the examples.")] = 0,
     store: Annotated[Path | None, typer.Option(help="File of answers, from which a run goes on. Default: beside the plan.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,

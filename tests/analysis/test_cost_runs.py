@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,7 @@ import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
 import foveate
@@ -19,6 +21,7 @@ from foveate.analysis.cost import cost
 from foveate.analysis.hardware import HARDWARE, Hardware, get_hardware
 from foveate.analysis.table2 import ROWS, table2
 from foveate.analysis.workload import unreduced
+from foveate.cli.cost import operator_table
 from foveate.viz.roofline_chart import GROUPS, group, save_roofline
 
 from .. import families, zoo
@@ -289,6 +292,7 @@ def test_command(capsys, monkeypatch, tmp_path):
     assert all(
         part in out for part in ("576 visual tokens", "144 visual tokens", "vision tower", "lm_head", "bound by", "side by side")
     )
+    assert out.index("prefill TFLOPs: decoder") < out.index("lm_head")  # the summary is first
     code, out, _ = invoke(capsys, monkeypatch, *arguments, "--json", "--save", str(tmp_path / "roof"))
     document = json.loads(out)
     with Image.open(document["picture"]) as picture:
@@ -298,6 +302,19 @@ def test_command(capsys, monkeypatch, tmp_path):
         expected = cost(hardware="h100", visual=count, new_tokens=8)
         assert document["runs"][name] == json.loads(json.dumps(expected.to_dict()))
         assert f"{1e3 * expected.prefill_seconds:.2f} ms" in str(expected)
+
+
+@pytest.mark.parametrize("run", [{"visual": 144}, {"visual": 2880, "pictures": 5, "batch": 16}, {"hardware": "cpu", "batch": 4}])
+def test_tables_fit_a_terminal(run):
+    """Of 80 columns: nothing is cut short, and each number is that of the operator."""
+    found = cost("llava-1.5-13b", **run)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(operator_table("run", found))
+    lines = console.export_text().splitlines()
+    assert "…" not in "".join(lines)
+    assert max(map(len, lines)) <= 80
+    (shown,) = (line.split() for line in lines if line.startswith("decode x63: decoder"))
+    assert float(shown[-1].replace(",", "")) == pytest.approx(1e3 * found.decode_seconds, rel=1e-2)
 
 
 def test_command_layers_and_other_hardware(capsys, monkeypatch):

@@ -208,3 +208,42 @@ def test_methods_that_ignore_their_budget():
         model.generate(**inputs, max_new_tokens=1)
     with Ignores(budget=8)(model), pytest.raises(foveate.FoveateError, match=r"kept 9 tokens .* its budget is 8.*self\.budget"):
         model.generate(**inputs, max_new_tokens=1)
+
+
+# -- one way to say a thing, in every command
+
+
+def options_of(command: str) -> dict[str, tuple[str, ...]]:
+    """The names of each option, by the parameter that it sets."""
+    from typer.main import get_command
+
+    from foveate.cli.main import app
+
+    return {parameter.name: (*parameter.opts,) for parameter in get_command(app).commands[command].params}
+
+
+@pytest.mark.parametrize("command", ["ask", "batch", "bench", "compare", "demo", "eval", "search", "serve", "tune"])
+def test_the_method_is_named_alike(command):
+    assert "--method" in {name for names in options_of(command).values() for name in names}
+
+
+def test_synonyms_of_commands():
+    """What one command calls so, another takes, too."""
+    same = [
+        {"--method": "bench compare demo eval tune", "--methods": "bench compare demo eval tune"},
+        {"--batch": "batch eval serve train tune", "--batch-size": "batch eval serve train tune"},
+        {"--attn": "bench eval", "--attention": "bench eval"},
+        {"--max-new-tokens": "ask batch compare tune"},
+        {"--budget": "ask batch bench compare eval serve"},
+    ]
+    for name, commands in (pair for names in same for pair in names.items()):
+        for command in commands.split():
+            assert any(name in names for names in options_of(command).values()), (command, name)
+
+
+def test_lists_are_separated_by_commas():
+    assert list(methods_of(["prumerge+,visionzip", "fovea"], "64")) == ["prumerge+", "visionzip", "fovea"]
+    with pytest.raises(InputError, match="empty entry"):
+        methods_of(["prumerge+,"], "64")
+    with pytest.raises(InputError, match="given twice"):
+        methods_of(["prumerge+,fovea", "fovea"], "64")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import random
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +24,7 @@ from foveate.measuring import bench, runs
 from foveate.measuring.noise import median_interval, paired, quartiles
 
 from .. import families
+from ..cli.test_main import invoke
 
 MACHINE = Hardware("a machine", 1e10, 1e12, 1e12)
 RUNS_AT_ONCE = Hardware("no memory wall", 1e30, 1e12, 1e12)
@@ -349,3 +352,12 @@ def test_what_is_printed_claims_no_win_within_noise(stubbed):
     assert "%" not in same + worse
     assert worse.count("x slower") == 3
     assert all("x faster" not in rows and rows.count("too few rounds to tell") == 4 for rows in printed(5))
+
+
+def test_the_ledger_on_stdout_is_alone(capsys, monkeypatch):
+    """``--json -`` is for programs."""
+    monkeypatch.setattr(benching, "run_bench", lambda *_: ({"benchmark": "bench"}, None))
+    monkeypatch.setattr(benching, "show", lambda *_: pytest.fail("a table was printed"))
+    code, out, _ = invoke(capsys, monkeypatch, "bench", "--json", "-")
+    assert (code, json.loads(out)) == (0, {"benchmark": "bench"})
+    assert not Path("-").exists()
