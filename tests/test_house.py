@@ -13,7 +13,7 @@ from foveate.families import FAMILIES, REFUSED, TOWERS
 ROOT = Path(foveate.__file__).parent
 BENCHMARKS = ROOT.parent / "benchmarks"
 LAYERS = (  # a file imports from its own layer and those below; a room that is not listed fails
-    "_moved families fingerprint jsonl places precision tokens cuts heads images errors",
+    "_moved families fingerprint jsonl places precision tokens cuts heads images errors notebook",
     "methods report video frames",
     "engine viz analysis",
     "api pictures",

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError, MissingExtraError
+from ..notebook import token_color
 from ..places import ready_file
 from ..report import ImageReport
 from .canvas import new_figure, write_figure
@@ -29,11 +28,6 @@ def as_seen(pixel_values: Tensor, processor: Any) -> Image.Image:
     mean, std = (np.array(getattr(settings, name), np.float32)[:, None, None] for name in ("image_mean", "image_std"))
     pixels = pixel_values.float().cpu().numpy() * std + mean
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
-
-
-def _color(number: int) -> NDArray[np.float32]:
-    """A colour per kept token; neighbours in the output get colours far apart."""
-    return np.array(colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.75, 1.0), np.float32) * 255
 
 
 def overlay(picture: Image.Image, report: ImageReport, side: int = 480) -> Image.Image:
@@ -53,13 +47,13 @@ def overlay(picture: Image.Image, report: ImageReport, side: int = 480) -> Image
     for place, output in enumerate(report.source):
         patch = canvas[place]
         if place in at:
-            color = _color(at[place])
-            patch[0], patch[-1], patch[:, 0], patch[:, -1] = color, color, color, color
+            edge = token_color(at[place])
+            patch[0], patch[-1], patch[:, 0], patch[:, -1] = edge, edge, edge, edge
         elif output < 0:
             patch *= DIMMED
         else:
             patch *= DIMMED + 0.2
-            patch += TINT * (_color(output) - patch)
+            patch += TINT * (token_color(output) - patch)
     image = canvas.reshape(rows, columns, cell, cell, 3).swapaxes(1, 2).reshape(rows * cell, columns * cell, 3)
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
