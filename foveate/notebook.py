@@ -40,7 +40,7 @@ def token_map(image: ImageReport) -> Image.Image:
 def data_url(image: Image.Image, kind: str = "PNG") -> str:
     """A picture as an address that holds all of it."""
     data = io.BytesIO()
-    image.save(data, format=kind)
+    image.save(data, format=kind, quality=90, subsampling=0)  # the last two are of JPEG
     return f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
 
 

@@ -59,7 +59,17 @@ def save_accuracy_curves(report: dict[str, Any], path: str | Path) -> None:
 
 
 def save_comparison(report: dict[str, Any], path: str | Path) -> None:
-    """Draw a report of ``foveate compare``: accuracy against mean tokens over decoder layers.
+    """Draw a report of ``foveate compare`` (``comparison_figure``) to a file.
+
+    Raises
+    ------
+    MissingExtraError : matplotlib is not installed.
+    """
+    write_figure(comparison_figure(report), path, 140)
+
+
+def comparison_figure(report: dict[str, Any]) -> Any:
+    """A report of ``foveate compare`` as a figure: accuracy against mean tokens over decoder layers.
 
     One line per method with its 95 % interval, a star for a rule of its own. One panel per kind, or several where a kind has many
     methods; baselines are in each.
@@ -91,7 +101,7 @@ def save_comparison(report: dict[str, Any], path: str | Path) -> None:
     name = "pocket model" if report["model"] == "pocket" else report["model"]
     about = "pictures" if report.get("data") else "unseen scenes"
     figure.suptitle(f"{name}, {report['questions']} questions about {report['scenes']} {about}", fontsize=12)
-    write_figure(figure, path, 140)
+    return figure
 
 
 def _panel(axes: Any, report: dict[str, Any], names: Sequence[str]) -> None:

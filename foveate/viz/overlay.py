@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..notebook import token_color
 from ..places import ready_file
 from ..report import ImageReport
 from .canvas import new_figure, write_figure
+from .charts import draw_layers, draw_scores
 
 DIMMED = 0.28  # brightness of dropped patches
 LEGEND = "coloured edge: kept; tint: merged into\nthe kept token of that colour; dark: dropped"
@@ -89,7 +91,8 @@ def panels_of(name: str, report: ImageReport) -> dict[str, ImageReport]:
         cells = [-1] * len(report.source)
         for number, cell in enumerate(stage.kept):
             cells[cell] = number
-        left = replace(report, after=len(stage.kept), kept=stage.kept, source=cells, scores=None, threshold=None)
+        seen = None if stage.scores is None else [stage.scores.get(cell, math.nan) for cell in range(len(cells))]
+        left = replace(report, after=len(stage.kept), kept=stage.kept, source=cells, scores=seen, threshold=None)
         shown[f"{name}, decoder layer {stage.layer}: {len(stage.kept)}"] = left
     return shown
 
@@ -133,45 +136,9 @@ def save_figure(
         axis.set_frame_on(False)
     axes[0].set_xlabel(LEGEND, fontsize=8, color="0.35")
     if scored:
-        _draw_scores(axes[1 + len(shown)], scored)
+        draw_scores(axes[1 + len(shown)], scored)
     if steps and layers:
-        _draw_layers(axes[-1], layers)
+        draw_layers(axes[-1], layers)
     if title:
         figure.suptitle(title, parse_math=False)
     write_figure(figure, path, 110)
-
-
-def _draw_layers(axis: Any, layers: Mapping[str, Sequence[int]]) -> None:
-    """Visual tokens that each decoder layer runs."""
-    for name, counts in layers.items():
-        edges = np.arange(len(counts) + 1) - 0.5
-        axis.stairs(counts, edges, label="all tokens" if name == "full" else name, linewidth=1.8, baseline=None)
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("decoder layer")
-    axis.set_title("visual tokens per layer")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=7)
-
-
-def _draw_scores(axis: Any, scored: list[tuple[str, ImageReport]]) -> None:
-    """Scores of the first method in descending order, which of them each method kept, and the fence."""
-    scores = np.array(scored[0][1].scores)
-    order = np.argsort(-scores, kind="stable")
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    axis.semilogy(np.arange(1, len(order) + 1), np.maximum(scores[order], 1e-7), color="0.6", linewidth=1.2, zorder=1)
-    for (name, report), marker, color in zip(
-        scored, "osd^v", ("#1f5fbf", "#c0392b", "#27ae60", "#8e44ad", "#b7950b"), strict=False
-    ):
-        kept = place[report.kept]
-        size = 16 if marker == "o" else 9
-        axis.scatter(kept + 1, np.maximum(scores[report.kept], 1e-7), s=size, marker=marker, color=color, label=f"{name} keeps")
-    fences = {report.threshold for _, report in scored if report.threshold is not None}
-    for fence in fences:
-        axis.axhline(fence, color="black", linestyle="--", linewidth=1, label="threshold")
-    axis.set_xscale("log")
-    axis.set_xlabel("visual tokens, sorted")
-    axis.set_title(f"scores of {scored[0][0]}")
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=7)

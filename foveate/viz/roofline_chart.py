@@ -35,12 +35,22 @@ def group(line: CostLine) -> str:
 
 
 def save_roofline(costs: Mapping[str, Cost], path: str | Path) -> None:
-    """Draw runs on the same processor: every operator under its roof, and where the time of the prefill and of a step goes.
+    """Draw runs on the same processor to a file, as ``roofline_figure`` does.
+
+    Raises
+    ------
+    InputError : there are too many runs, or they are on several processors.
+    MissingExtraError : matplotlib is not installed.
+    """
+    write_figure(roofline_figure(costs), path, 140)
+
+
+def roofline_figure(costs: Mapping[str, Cost]) -> Any:
+    """Runs on the same processor: every operator under its roof, and where the time of the prefill and of a step goes.
 
     Parameters
     ----------
     costs : by the name of the run; six of them at most.
-    path : the PNG file.
 
     Raises
     ------
@@ -60,7 +70,7 @@ def save_roofline(costs: Mapping[str, Cost], path: str | Path) -> None:
     figure.suptitle(
         f"{first.model} on {first.hardware.name}, batch {first.work.run.batch}, {first.work.text} text tokens", fontsize=12
     )
-    write_figure(figure, path, 140)
+    return figure
 
 
 def _roof(axes: Any, costs: Mapping[str, Cost]) -> None:
