@@ -43,7 +43,9 @@ def build(playground: Playground) -> gr.Blocks:
     """
     names = [info.name for info in methods() if not info.problem]
     models = [*playground.models]
-    with gr.Blocks(title="foveate playground", analytics_enabled=False, delete_cache=(FORGOTTEN // 2, FORGOTTEN)) as blocks:
+    with gr.Blocks(
+        title="foveate playground", analytics_enabled=False, fill_width=True, delete_cache=(FORGOTTEN // 2, FORGOTTEN)
+    ) as blocks:
         shown = gr.State(None, time_to_live=FORGOTTEN)
         found = gr.State(None, time_to_live=FORGOTTEN)
         gr.Markdown(ABOUT)
@@ -61,14 +63,14 @@ def build(playground: Playground) -> gr.Blocks:
                 question = gr.Textbox(label="Question", max_length=LONGEST, lines=1, elem_id="question")
                 ask = gr.Button("Ask", variant="primary", elem_id="ask")
                 told = gr.HTML(elem_id="told")
-            with gr.Column(scale=3, min_width=300):
+            with gr.Column(scale=4, min_width=300):
                 with gr.Row():
                     chosen = [_method_box(number, names) for number in range(MOST)]
                 view = gr.Radio([*VIEW_NAMES], value=VIEW_NAMES[0], label="Kept tokens, shown as", elem_id="view")
                 cards = gr.HTML(elem_id="cards")
                 charts = gr.HTML(elem_id="charts")
         fields = [field for pair in chosen for field in pair]
-        answered, drawn = [found, cards, charts, told], [shown, preview, question]
+        answered, drawn = [found, cards, charts, told], [shown, preview, question, file]
 
         def answer(name: str, picture: Shown | None, asked: str, look: str, *given: Any) -> tuple[Any, ...]:
             def run() -> tuple[Any, ...]:
@@ -84,7 +86,7 @@ def build(playground: Playground) -> gr.Blocks:
             _, picture, asked = secrets.choice(examples(loaded, secrets.randbelow(2**31)))
             world = world_of(loaded.processor)
             note = HINTS[world] if world else DRAWN
-            return picture, shown_html(picture) + f'<p class="fv-dim">{note}</p>', asked.text
+            return picture, shown_html(picture) + f'<p class="fv-dim">{note}</p>', asked.text, None
 
         def load(path: str) -> tuple[Any, ...]:
             def run() -> tuple[Any, ...]:

@@ -18,14 +18,14 @@ SIDE, FRAME_SIDE = 480, 240  # pixels of the longer side of a picture, and of a 
 VIEW_NAMES = tuple(VIEWS)
 STYLE = """
 .fv-cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 12.2rem), 1fr)); gap: 1rem; }
-.fv-card { border: 1px solid var(--border-color-primary, #ccc); border-radius: .6rem; padding: .8rem; min-width: 0; }
+.fv-card { border: 1px solid var(--border-color-primary, #ccc); border-radius: .6rem; padding: .7rem; min-width: 0; }
 .fv-card h3 { margin: 0 0 .3rem; font-size: 1rem; overflow-wrap: anywhere; }
 .fv-answer { font-size: 1.25rem; font-weight: 650; margin: .2rem 0 .6rem; overflow-wrap: anywhere; }
 .fv-same { color: #2f8f46; } .fv-other { color: #c05621; } .fv-problem { color: #c53030; overflow-wrap: anywhere; }
 .fv-card img, .fv-charts img, .fv-shown img { width: 100%; height: auto; border-radius: .3rem; display: block; }
 .fv-card figure, .fv-shown figure { margin: 0 0 .5rem; } .fv-card figcaption, .fv-dim { font-size: .82rem; opacity: .75; }
-.fv-card dl { display: grid; grid-template-columns: auto auto; gap: .1rem .5rem; margin: .4rem 0 0; font-size: .9rem; }
-.fv-card dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
+.fv-card dl { display: grid; grid-template-columns: auto auto; gap: .1rem .3rem; margin: .4rem 0 0; font-size: .82rem; }
+.fv-card dt { white-space: nowrap; } .fv-card dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
 .fv-strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(5.5rem, 1fr)); gap: .3rem; }
 .fv-charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 1rem; margin-top: 1rem; }
 .fv-charts img { background: #fff; max-width: 34rem; } .fv-alert { border-left: 4px solid #c53030; padding: .5rem .8rem; }
@@ -102,7 +102,7 @@ def _numbers(outcome: Outcome, full: Outcome) -> str:
     tokens, mean = answer.visual_tokens, answer.mean_tokens
     rows = [("visual tokens", with_part(str(tokens), tokens, whole.visual_tokens))]
     if len(set(answer.layers)) > 1:
-        rows += [("mean over layers", with_part(f"{mean:.0f}", mean, whole.mean_tokens)), ("by layer", _steps(answer.layers))]
+        rows += [("layer mean", with_part(f"{mean:.0f}", mean, whole.mean_tokens)), ("by layer", _steps(answer.layers))]
     cache = "not known" if answer.cache is None else _size(answer.cache)
     rows += [
         ("prefill", with_part(f"{1000 * answer.prefill:.1f} ms", answer.prefill, whole.prefill)),

@@ -38,7 +38,7 @@ def draw_layers(axis: Any, layers: Mapping[str, Sequence[int]]) -> None:
         width, dash = max(1.5, 4.5 - 1.5 * number), DASHES[number % len(DASHES)]
         label = "all tokens" if name == "full" else name
         axis.stairs(counts, edges, label=label, linewidth=width, linestyle=dash, color=INKS[number % len(INKS)], baseline=None)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.35 * max(max(counts) for counts in layers.values()))  # room for the legend
     axis.set_xlabel("decoder layer")
     axis.set_title("visual tokens per layer")
     axis.xaxis.get_major_locator().set_params(integer=True)

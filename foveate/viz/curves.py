@@ -115,13 +115,14 @@ def _panel(axes: Any, report: dict[str, Any], names: Sequence[str]) -> None:
         points = sorted({(r["mean_tokens"], 100 * r["accuracy"]) for r in report["rows"] if r["method"] == name})
         style: dict[str, Any] = {"marker": marker, "linestyle": dash, "markersize": 3, "linewidth": 1}
         axes.plot([x for x, _ in points], [y for _, y in points], color="#8a8a8a", label=name, zorder=1, **style)
-    for name, color, marker in zip(names, COLORS, MARKERS, strict=False):
+    for number, (name, color, marker) in enumerate(zip(names, COLORS, MARKERS, strict=False)):
         rows = sorted((r for r in report["rows"] if r["method"] == name and r["budget"]), key=lambda r: r["mean_tokens"])
         tokens = [row["mean_tokens"] for row in rows]
         axes.fill_between(
             tokens, [100 * r["low"] for r in rows], [100 * r["high"] for r in rows], color=color, alpha=0.1, linewidth=0
         )
-        line = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.5}
+        # later ones are thinner and on top, so that curves which lie on each other stay visible
+        line = {"color": color, "marker": marker, "markersize": 6.5 - 0.6 * number, "linewidth": 3.4 - 0.45 * number}
         axes.plot(tokens, [100 * row["accuracy"] for row in rows], label=name, zorder=3, **line)
         for row in report["rows"]:
             if row["method"] == name and row["budget"] is None:

@@ -74,7 +74,7 @@ def roofline_figure(costs: Mapping[str, Cost]) -> Any:
 
 
 def _roof(axes: Any, costs: Mapping[str, Cost]) -> None:
-    """Intensity against speed; all points touch the roof, so those of each further run are drawn a step lower."""
+    """Intensity against speed. All points lie on their roof; each further run has a roof of its own, drawn a step lower."""
     lines = [line for cost in costs.values() for line in cost.lines if line.flops]
     hardware = next(iter(costs.values())).hardware
     low, high = 0.5 * min(line.intensity for line in lines), 3 * max(line.intensity for line in lines)
@@ -84,6 +84,10 @@ def _roof(axes: Any, costs: Mapping[str, Cost]) -> None:
     for peak in sorted(peaks):
         bend = peak / hardware.bandwidth
         axes.plot([low, bend, high], [low * hardware.bandwidth, peak, peak], color="black", linewidth=1.3, zorder=1)
+        for number, color in zip(range(1, len(costs)), COLORS[1:], strict=False):
+            lower = LOWER**number
+            roof = [lower * low * hardware.bandwidth, lower * peak, lower * peak]
+            axes.plot([low, bend, high], roof, color=color, linewidth=0.8, alpha=0.6, zorder=1)
         axes.text(0.9 * high, peak * 1.3, f"{peak / 1e12:,.4g} TFLOPS, bends at {bend:.0f}", ha="right", fontsize=8)
     axes.text(low * 1.5, low * 6 * hardware.bandwidth, f"{hardware.bandwidth / 1e9:,.4g} GB/s", fontsize=8)
     slowest = max(line.seconds for line in lines)
@@ -109,7 +113,9 @@ def _roof(axes: Any, costs: Mapping[str, Cost]) -> None:
     if any(line.phase == "decode" for line in lines):
         axes.scatter([], [], marker="o", facecolors="white", edgecolors="#555555", label="hollow: decode")
     axes.legend(fontsize=8, loc="lower right", title="larger: takes longer", title_fontsize=8)
-    axes.set_title("operators under the roof" + (", each further run a step lower" if len(costs) > 1 else ""), fontsize=10)
+    axes.set_title(
+        "operators under the roof" + (", each further run and its roof a step lower" if len(costs) > 1 else ""), fontsize=10
+    )
 
 
 def _bars(axes: Any, costs: Mapping[str, Cost]) -> None:
