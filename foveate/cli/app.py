@@ -14,6 +14,7 @@ from ..errors import InputError, MissingExtraError
 from .common import LOOPBACK, Imports, err
 
 SHIPPED = ("pocket", "pocket-qwen")
+SHUTDOWN = 3  # seconds that running questions have once the server is told to end
 EPILOG = (
     "Examples:  foveate app  |  foveate app --model llava-hf/llava-1.5-7b-hf  |  "
     "FOVEATE_API_KEY=... foveate app --host 0.0.0.0 --port 7860"
@@ -55,7 +56,8 @@ def app_command(
         with err.status(escape(f"loading {', '.join(names)}")):
             own = LOOPBACK if host in LOOPBACK else ()
             app = create_app(Playground(names), Path(uploads), hosts=own, key=api_key, upload_mb=max_upload_mb)
-        how: dict[str, Any] = {"http": "h11", "ws": "none", "log_level": "warning"}  # h11 bounds the heads of requests
+        # h11 bounds the heads of requests; pages keep a connection open, for which the end does not wait
+        how: dict[str, Any] = {"http": "h11", "ws": "none", "log_level": "warning", "timeout_graceful_shutdown": SHUTDOWN}
         server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, **how))
         try:
             taken = server.config.bind_socket()

@@ -113,9 +113,8 @@ def _roof(axes: Any, costs: Mapping[str, Cost]) -> None:
     if any(line.phase == "decode" for line in lines):
         axes.scatter([], [], marker="o", facecolors="white", edgecolors="#555555", label="hollow: decode")
     axes.legend(fontsize=8, loc="lower right", title="larger: takes longer", title_fontsize=8)
-    axes.set_title(
-        "operators under the roof" + (", each further run and its roof a step lower" if len(costs) > 1 else ""), fontsize=10
-    )
+    told = ", each further run and its roof a step lower" if len(costs) > 1 else ""
+    axes.set_title(f"operators under the roof{told}", fontsize=10)
 
 
 def _bars(axes: Any, costs: Mapping[str, Cost]) -> None:
