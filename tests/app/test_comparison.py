@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import foveate
 from foveate.app import comparison
@@ -15,6 +16,7 @@ from foveate.app.comparison import MOST, Choice, Playground, open_upload
 from foveate.chat import make_inputs
 from foveate.engine.install import installed_on
 from foveate.lab.examples import examples
+from foveate.loading import Loaded
 from foveate.video import Video
 
 
@@ -143,6 +145,13 @@ def test_several_ask_at_once(playground):
 def test_models_that_cannot_be_used(tmp_path):
     with pytest.raises(foveate.InputError, match="there is no folder"):
         Playground(["./nowhere"])
+
+
+def test_a_model_that_sees_nothing_is_refused_at_the_start(monkeypatch):
+    config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    monkeypatch.setattr(comparison, "load", lambda name, **_: Loaded(name, LlamaForCausalLM(config), None))
+    with pytest.raises(foveate.UnsupportedModelError):
+        Playground(["text"])
 
 
 def test_uploads(tmp_path):
