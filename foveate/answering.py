@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,14 @@ from typing import Any
 from PIL import Image
 
 from .analysis.flops import prefill_flops
+from .engine.cache_size import cache_bytes
+from .engine.model.seams import find_cache
+from .errors import CacheError
 from .images import open_picture
+from .loading import Loaded
 from .methods.base import KeepAll, Method
 from .methods.registry import get
+from .pocket.worlds import world_of
 from .report import Report
 from .video import SUFFIXES, Video, open_video
 from .viz.frames import by_frame, first_as_seen, frames_as_seen, save_strip
@@ -34,6 +40,8 @@ class Answer:
     layers : visual tokens that each decoder layer runs.
     prefill : seconds, median of the runs.
     flops : of the decoder's prefill.
+    seconds : of all of ``generate``, from its call to the last token.
+    cache : bytes of keys and values after the last token; None where the cache does not show them.
     report : of the run; None where all tokens were kept.
     """
 
@@ -43,6 +51,8 @@ class Answer:
     layers: list[int]
     prefill: float
     flops: int
+    seconds: float
+    cache: int | None
     report: Report | None
 
     @property
@@ -81,15 +91,25 @@ def ask(
         for _ in range(repeats - 1):
             model.generate(**inputs, do_sample=False, max_new_tokens=1)
             prefills.append(session.report.seconds["prefill"])
-        out = model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens)
-        report = session.report
+        begin = time.perf_counter()
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens, return_dict_in_generate=True)
+        ids = out.sequences[0].tolist()  # a GPU is waited for
+        seconds, report = time.perf_counter() - begin, session.report
     prefills.append(report.seconds["prefill"])
     prompt = inputs["input_ids"].shape[1]
-    text = processor.decode(out[0, prompt:], skip_special_tokens=True).strip()
+    text = processor.decode(ids[prompt:], skip_special_tokens=True).strip()
     layers = report.layers
     flops = prefill_flops(model.config, [prompt - sum(report.before) + count for count in layers])
     short = prompt - sum(report.before) + sum(report.after)
-    return Answer(text, sum(report.after), short, layers, statistics.median(prefills), flops, report if method else None)
+    costs = (statistics.median(prefills), flops, seconds, _held(out))
+    return Answer(text, sum(report.after), short, layers, *costs, report if method else None)
+
+
+def _held(out: Any) -> int | None:
+    try:
+        return sum(cache_bytes(find_cache(out)))
+    except CacheError:
+        return None
 
 
 def frame_counts(video: Video, report: Report) -> list[dict[str, float]]:
@@ -110,6 +130,22 @@ def limits(model: Any, answers: Mapping[str, Answer]) -> list[str]:
         for name, answer in answers.items()
         if longest and answer.prompt > longest
     ]
+
+
+def unknown(loaded: Loaded, image: Image.Image, question: str) -> list[str]:
+    """Notes about what a model of a pocket world cannot know: other pictures, and words that it never saw."""
+    world = world_of(loaded.processor)
+    if world is None:
+        return []
+    from .pocket.scenes import SIDE
+    from .pocket.vocabulary import unknown_words
+
+    notes, words = [], ", ".join(repr(word) for word in unknown_words(question, loaded.processor.tokenizer.get_vocab()))
+    if world == "pocket" and image.size != (SIDE, SIDE):
+        notes.append("the pocket model knows only its own drawn scenes (foveate demo saves some); use --model for photos")
+    if words:
+        notes.append(f"the pocket model has never seen {words}; ask as in 'what color is the star ?'")
+    return notes
 
 
 def title(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import html
 import itertools
 import json
 import logging
@@ -16,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import MissingExtraError
+from .notebook import report_html
 from .tokens import Reduction
 
-SHOWN_ITEMS = 20  # pictures in the table of a notebook
+COLUMNS = ("item", "part", "row", "modality", "grid_rows", "grid_columns", "before", "after", "share", "threshold")
 log = logging.getLogger("foveate")
 
 
@@ -332,18 +333,27 @@ class Report:
         return f"<Report of {self.method['name']}: {counts}{told}>"
 
     def _repr_html_(self) -> str:
-        """A table for notebooks: what each picture had and kept, and what decoder layers ran."""
-        rows = [
-            f"<tr><td>{number}</td><td>{item.modality}</td><td>{item.row}</td><td>{item.before}</td><td>{len(item.kept)}</td></tr>"
-            for number, item in enumerate(self.items[:SHOWN_ITEMS])
-        ]
-        if len(self.items) > SHOWN_ITEMS:
-            rows.append(f"<tr><td colspan=5>and {len(self.items) - SHOWN_ITEMS} more</td></tr>")
-        head = "<tr><th></th><th>kind</th><th>row of the batch</th><th>visual tokens</th><th>kept</th></tr>"
-        first, *others = (html.escape(line) for line in str(self).splitlines())
-        told = "".join(f"<p>{line}</p>" for line in others)
-        table = f"<table>{head}{''.join(rows)}</table>" if rows else ""
-        return f"<p>{first}</p>{table}{told}"
+        """For notebooks: a table of what each picture had and kept, and a map of the kept tokens."""
+        return report_html(self)
+
+    def to_pandas(self) -> Any:
+        """A table with one row for each picture, tile or frame.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns: ``item``, ``part``, ``row``, ``modality``, ``grid_rows``, ``grid_columns``, visual tokens ``before`` and
+            ``after``, their ratio ``share``, ``threshold``, and ``from_layer_K`` for each cut before decoder layer K.
+
+        Raises
+        ------
+        MissingExtraError : pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingExtraError("pandas", "pandas") from error
+        return pandas.DataFrame([_flat(image) for image in self.images], columns=None if self.items else list(COLUMNS))
 
     def __str__(self) -> str:
         name = self.method["name"]
@@ -366,6 +376,13 @@ def _runs(counts: list[int]) -> str:
     """Numbers in a row, repeated ones once: "6 x 576, 364"."""
     groups = [(count, len(list(group))) for count, group in itertools.groupby(counts)]
     return ", ".join(f"{times} x {count}" if times > 1 else str(count) for count, times in groups)
+
+
+def _flat(image: ImageReport) -> dict[str, Any]:
+    """A row of the table of a report."""
+    share = image.after / image.before
+    values = (image.item, image.part, image.row, image.modality, *image.grid, image.before, image.after, share, image.threshold)
+    return dict(zip(COLUMNS, values, strict=True)) | {f"from_layer_{stage.layer}": len(stage.kept) for stage in image.stages}
 
 
 def _renumbered(source: list[int], valid: Tensor) -> list[int]:

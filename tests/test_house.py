@@ -13,12 +13,13 @@ from foveate.families import FAMILIES, REFUSED, TOWERS
 ROOT = Path(foveate.__file__).parent
 BENCHMARKS = ROOT.parent / "benchmarks"
 LAYERS = (  # a file imports from its own layer and those below; a room that is not listed fails
-    "_moved families fingerprint jsonl places precision tokens cuts heads images errors",
+    "_moved families fingerprint jsonl places precision tokens cuts heads images errors notebook",
     "methods report video frames",
     "engine viz analysis",
     "api pictures",
     "loading chat answering pocket",
     "serving evaluation tuning training lab measuring",
+    "app",
     "cli __main__",
 )
 HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms.split()}
@@ -107,6 +108,15 @@ def test_what_methods_ask_of_the_front_door():
     assert above == {"foveate.methods.base"}
     asked = {n for _, n in (pair for name in INSIDE for pair in imports(name) if pair[0] == "foveate")} - {""}
     assert asked == {"__version__"}
+
+
+def test_the_playground_knows_nothing_of_the_engine():
+    """It shows answers, pictures and scenes; of the lab it takes the scenes alone."""
+    taken = {target for name in INSIDE if room(name) == "app" for target, _ in imports(name)}
+    rooms = {room(target) for target in taken}
+    assert {"answering", "viz"} <= rooms
+    assert not rooms & {"engine", "serving", "evaluation", "tuning", "training", "api", "pictures"}
+    assert {target for target in taken if room(target) == "lab"} == {"foveate.lab.examples"}
 
 
 def test_no_circles():

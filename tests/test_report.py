@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
+import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import foveate
 import foveate.report
@@ -113,3 +119,43 @@ def test_reports_are_short_in_a_console_and_tables_in_a_notebook(caplog):
     named = foveate.Report({"name": "<b>"}, 4, found.clock)
     assert "<b>" not in named._repr_html_()
     assert repr(named) == "<Report of <b>: no image>"
+
+
+def test_maps_of_a_notebook_are_the_kept_tokens(session):
+    """A pixel for each token, read back from the page: kept ones have full brightness, and the colours of a picture differ."""
+    image = session.report.images[0]
+    urls = re.findall(r'src="data:image/png;base64,([^"]+)"', session.report._repr_html_())
+    assert len(urls) == len(session.report.images)
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(urls[0])))).reshape(-1, 3).astype(int)
+    assert len(pixels) == image.grid[0] * image.grid[1]
+    assert set((pixels.max(1) > 250).nonzero()[0].tolist()) == set(image.kept)
+    assert len({tuple(pixels[cell]) for cell in image.kept}) == len(image.kept)
+    dropped = {cell for cell, output in enumerate(image.source) if output < 0}
+    assert set((pixels == pixels[:, :1]).all(1).nonzero()[0].tolist()) == dropped
+
+
+def test_a_report_as_a_table_of_pandas(session, monkeypatch):
+    pandas = pytest.importorskip("pandas")
+    frame = session.report.to_pandas()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame["before"].tolist() == session.report.before
+    assert frame["after"].tolist() == session.report.after
+    assert frame["row"].tolist() == [0, 1, 1, 3]
+    model = zoo.load()
+    with foveate.FastV(layer=1, budget=9)(model) as cut:
+        assert list(cut.report.to_pandas().columns) == list(frame.columns), "before the first call"
+        model.generate(**zoo.batch(), max_new_tokens=1)
+    assert cut.report.to_pandas()["from_layer_1"].tolist() == [9] * 4
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(foveate.MissingExtraError, match=r"foveate\[pandas\]"):
+        cut.report.to_pandas()
+
+
+def test_a_session_tells_of_itself():
+    model = zoo.load()
+    with foveate.PruMergePlus(budget=20)(model) as session:
+        model.generate(**zoo.batch(), max_new_tokens=1)
+        inside = repr(session)
+        assert session.report._repr_html_() in session._repr_html_()
+    assert inside.startswith("<Session of prumerge+ on LlavaForConditionalGeneration, attached; <Report of prumerge+: 256 -> 80")
+    assert "detached" in repr(session)

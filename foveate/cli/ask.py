@@ -14,10 +14,7 @@ from rich.table import Table
 from .common import POCKET, Config, Fields, Imports, PlanFile, err, method_of, out, sayer
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ..answering import Answer
-    from ..loading import Loaded
 
 EPILOG = (
     'Examples:  foveate ask photo.jpg "What is on the table?" --model llava-hf/llava-1.5-7b-hf  |  '
@@ -56,7 +53,7 @@ def ask_command(
 
     if not question.strip():
         raise InputError("the question is empty")
-    from ..answering import ask_all, frame_counts, limits, open_shown, save_kept
+    from ..answering import ask_all, frame_counts, limits, open_shown, save_kept, unknown
     from ..chat import AS_PICTURES, make_inputs, takes_videos
     from ..loading import SPREAD, load
     from ..video import Video
@@ -70,7 +67,7 @@ def ask_command(
         loaded = load(model, device=SPREAD)
         inputs, note = make_inputs(loaded.processor, loaded.model, shown, question)
         notes += [AS_PICTURES] if video and not takes_videos(loaded.processor, loaded.model) else []
-        notes += [*([note] if note else []), *_unknown(loaded, shown.frames[0] if isinstance(shown, Video) else shown, question)]
+        notes += [*([note] if note else []), *unknown(loaded, shown.frames[0] if isinstance(shown, Video) else shown, question)]
         status.update("answering")
         answers = ask_all(loaded.model, loaded.processor, inputs, reducer, new_tokens=max_new_tokens, compare=compare)
         unsaved = None
@@ -139,21 +136,3 @@ def _table(answers: dict[str, Answer]) -> Table:
         flops = f"{answer.flops / 1e9:.2f}"
         table.add_row(title(name), escape(answer.text), answer.shown_tokens, f"{1000 * answer.prefill:.1f} ms", flops)
     return table
-
-
-def _unknown(loaded: Loaded, image: Image.Image, question: str) -> list[str]:
-    """What a model of a pocket world cannot know."""
-    from ..pocket.worlds import world_of
-
-    world = world_of(loaded.processor)
-    if world is None:
-        return []
-    from ..pocket.scenes import SIDE
-    from ..pocket.vocabulary import unknown_words
-
-    notes, words = [], ", ".join(repr(word) for word in unknown_words(question, loaded.processor.tokenizer.get_vocab()))
-    if world == "pocket" and image.size != (SIDE, SIDE):
-        notes.append("the pocket model knows only its own drawn scenes (foveate demo saves some); use --model for photos")
-    if words:
-        notes.append(f"the pocket model has never seen {words}; ask as in 'what color is the star ?'")
-    return notes

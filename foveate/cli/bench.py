@@ -17,6 +17,7 @@ from rich.table import Table
 from ..errors import InputError
 from ..places import ready_file, write_text
 from .common import DEFAULT, POCKET, Configs, Fields, Imports, PlanFile, err, methods_of, out, sayer, wide
+from .html import HtmlFile, lines_part, table_part, write_html
 
 if TYPE_CHECKING:
     from ..loading import Loaded
@@ -74,14 +75,16 @@ def bench_command(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE|-", help="Write the ledger: every time, versions, machine, command.")
     ] = None,
+    html: HtmlFile = None,
 ) -> None:
     """Time, memory and the share of the possible speed-up, with and without methods, on this machine."""
     sizes = parse_sizes(batch)
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     alone = json_file == Path("-")  # one document on stdout, and nothing else
-    if json_file is not None and not alone:
-        ready_file(json_file)
+    for file in (None if alone else json_file, html):
+        if file is not None:
+            ready_file(file)
     methods = methods_of(method or ([] if config or plan else [DEFAULT]), budget, fields, config, plan=plan)
     options = BenchOptions(model, methods, sizes, image, prompt, new_tokens, rounds, dtype, device, attn, seed)
     with err.status("starting") as status:
@@ -93,6 +96,10 @@ def bench_command(
     if json_file is not None:
         write_text(json_file, json.dumps(document, indent=1) + "\n")
         err.print(f"ledger: {json_file}", soft_wrap=True, markup=False)
+    if html is not None:
+        tables = [table_part(made) for each in measured for made in (times_table(each), ratios_table(each))]
+        notes = [f"note: {line}" for line in document["notes"]]
+        write_html(html, headline(document), [*tables, *lines_part([*remarks(document, measured), *notes])], document["command"])
 
 
 def parse_sizes(text: str) -> list[int]:
@@ -216,20 +223,33 @@ def show(document: dict[str, Any], measured: list[Measured], console: Console) -
     """Print what was measured, what can be said about it, and where it comes from."""
     console = wide(console)
     say = sayer(console)
-    model, machine, hardware = document["model"], document["machine"], document["hardware_measured"]
-    say(
-        f"{model['name']} ({model['parameters'] / 1e6:,.4g} M parameters, {model['dtype']}, {model['attention']}) on "
-        f"{machine['processor']}, {machine['threads']} threads",
-        "bold",
-    )
+    say(headline(document), "bold")
     for each in measured:
         console.print(times_table(each))
         console.print(ratios_table(each))
+    for line in remarks(document, measured):
+        say(line, "dim")
+    for line in document["notes"]:
+        say(f"note: {line}", "yellow")
+
+
+def headline(document: dict[str, Any]) -> str:
+    """The model and the machine."""
+    model, machine = document["model"], document["machine"]
+    return (
+        f"{model['name']} ({model['parameters'] / 1e6:,.4g} M parameters, {model['dtype']}, {model['attention']}) on "
+        f"{machine['processor']}, {machine['threads']} threads"
+    )
+
+
+def remarks(document: dict[str, Any], measured: list[Measured]) -> list[str]:
+    """How the tables are to be read."""
+    model, machine, hardware = document["model"], document["machine"], document["hardware_measured"]
     reasons = {
         f"{v.name}: ideal by {v.ideal.by}: {v.ideal.reason}" for m in measured for v in m.methods if v.ideal and v.ideal.reason
     }
     peak = hardware["fp32"] if model["dtype"] == "float32" else hardware["fp16"]
-    lines = [
+    return [
         *sorted(reasons),
         "median [quartiles] of rounds; ratios are medians of paired rounds [interval of at least 95 %, by the sign test].",
         f"ideal: roofline of this machine, measured at {peak / 1e9:,.4g} GFLOPS and {hardware['bandwidth'] / 1e9:,.4g} GB/s; "
@@ -240,10 +260,6 @@ def show(document: dict[str, Any], measured: list[Measured], console: Console) -
             else ["peak memory is measured on CUDA only; the KV cache is counted exactly."]
         ),
     ]
-    for line in lines:
-        say(line, "dim")
-    for line in document["notes"]:
-        say(f"note: {line}", "yellow")
 
 
 def _milliseconds(times: list[float]) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 POCKET = "pocket"  # the model where none is named
 DEFAULT = "prumerge+"  # the method
+LOOPBACK = ("127.0.0.1", "::1", "localhost")  # interfaces that only this machine reaches
 WIDTH = 150  # of tables that go to a file or a pipe
 
 

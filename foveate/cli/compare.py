@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..places import ready_file
 from .common import (
     POCKET,
     ExampleFile,
@@ -31,6 +32,7 @@ from .common import (
     sayer,
     wide,
 )
+from .html import HtmlFile, lines_part, picture_part, table_part, write_html
 
 if TYPE_CHECKING:
     from ..lab.runner import Runner, Tell
@@ -74,6 +76,7 @@ def compare_command(
     ),
     save: Annotated[Path | None, typer.Option(help="Folder for the tables and the picture (md, json, csv, png).")] = None,
     table: Annotated[int | None, typer.Option(help="Table 4, 5 or 7 of the LLaVA-PruMerge paper in small, instead.")] = None,
+    html: HtmlFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
 ) -> None:
     """Registered methods at several budgets on the pocket test set, or on your own data, beside baselines at equal cost."""
@@ -81,6 +84,8 @@ def compare_command(
     if plan is not None:
         methods = ",".join(filter(None, [methods, str(planned_file(plan))]))
     options = checked(CompareOptions(methods, budgets, own, scenes, each, seed, model, store, save, table, mine))
+    if html is not None:
+        ready_file(html)
     resumable(options.store)
     report = run_compare(options, err)
     if as_json:
@@ -90,6 +95,8 @@ def compare_command(
     if save:
         write_files(report, save)
         sayer(err)(f"written to {save}")
+    if html is not None:
+        write_html(html, *page_parts(report), report["command"])
 
 
 def planned_file(plan: Path) -> Path:
@@ -275,9 +282,40 @@ def write_files(report: dict[str, Any], folder: Path) -> None:
         save_comparison(report, folder / "comparison.png")
 
 
+def page_parts(report: dict[str, Any]) -> tuple[str, list[str]]:
+    """The title of a report's page, and what stands on it."""
+    from ..lab.tables import RANKED, about, about_table, failed, rank_table, reasons
+    from ..viz.curves import comparison_figure
+    from ..viz.page import paragraph
+
+    if "table" in report:
+        claims = [claim["sentence"] for claim in report["claims"]]
+        lines = lines_part([*claims, report["tally"], *failed(report), *report["notes"]])
+        return f"{report['title']}, in small", [paragraph(about_table(report)), table_part(preset_table(report)), *lines]
+    data = report.get("data")
+    title = "Methods on the pocket test set" if data is None else f"Methods on {data['name']}"
+    drawn = picture_part(lambda: comparison_figure(report), "answers right against visual tokens")
+    return title, [paragraph(about(report)), drawn, table_part(rank_table(report)), *lines_part([RANKED, *reasons(report)])]
+
+
+def preset_table(report: dict[str, Any]) -> Table:
+    """A table of the paper, with ours."""
+    from ..lab.tables import cells
+
+    heads, rows = cells(report)
+    shown = Table()
+    for number, head in enumerate(heads):
+        shown.add_column(escape(head), justify="left" if number == 0 else "right")
+    for row in rows:
+        if row[0].startswith("Task:"):
+            shown.add_section()
+        shown.add_row(*map(escape, row))
+    return shown
+
+
 def show(report: dict[str, Any], console: Console) -> None:
     """Print a report."""
-    from ..lab.tables import RANKED, about, about_table, cells, failed, rank_table, reasons
+    from ..lab.tables import RANKED, about, about_table, failed, rank_table, reasons
 
     console = wide(console)
     say = sayer(console)
@@ -288,16 +326,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         for reason in reasons(report):
             say(f"- {reason}")
         return
-    heads, rows = cells(report)
     say(f"{report['title']}, in small. {about_table(report)}", "bold")
-    shown = Table()
-    for number, head in enumerate(heads):
-        shown.add_column(escape(head), justify="left" if number == 0 else "right")
-    for row in rows:
-        if row[0].startswith("Task:"):
-            shown.add_section()
-        shown.add_row(*map(escape, row))
-    console.print(shown)
+    console.print(preset_table(report))
     for claim in report["claims"]:
         say(f"- {claim['sentence']}")
     for line in (report["tally"], *failed(report), *report["notes"]):

@@ -17,7 +17,9 @@ from ..analysis.hardware import HARDWARE, Hardware
 from ..analysis.roofline import PARTS, Cost, Part
 from ..errors import InputError, first_line
 from ..jsonl import parsed
+from ..places import ready_file
 from .common import POCKET, Fields, err, method_of, out, wide
+from .html import HtmlFile, lines_part, picture_part, table_part, write_html
 
 CLOSE = 3.5  # percent
 WIDTH = 132  # of tables that go to a file or a pipe
@@ -58,6 +60,7 @@ def cost_command(
     convention: Annotated[str, typer.Option(help="foveate, or llm-viewer for the formulas of that tool.")] = "foveate",
     operators: Annotated[bool, typer.Option("--operators/--no-operators", help="List every operator of each run.")] = True,
     save: Annotated[Path | None, typer.Option(help="Write the roofline as a PNG.")] = None,
+    html: HtmlFile = None,
     table: Annotated[int | None, typer.Option(help="Table 2 of the LLaVA-PruMerge paper beside ours, instead.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
 ) -> None:
@@ -68,9 +71,11 @@ def cost_command(
     from ..analysis.configs import read_architecture
     from ..analysis.cost import cost
     from ..loading import quiet_loading, source_of
+    from ..measuring.ledger import command
     from ..viz.overlay import picture_file
 
     save = save and picture_file(save)
+    html = html and ready_file(html)
     options: dict[str, Any] = {
         "hardware": _hardware(hardware, bandwidth, peak),
         "text": text,
@@ -112,6 +117,8 @@ def cost_command(
 
         save_roofline(costs, save)
         err.print(f"picture: {save}", soft_wrap=True, markup=False)
+    if html:
+        write_html(html, headline(costs), page_parts(costs), command())
 
 
 def _hardware(name: str, bandwidth: float | None, peak: float | None) -> str | Hardware:
@@ -190,24 +197,42 @@ def _reported(path: Path, visual: str | None, layers: str | None) -> dict[str, d
 
 def show(costs: Mapping[str, Cost], console: Console, operators: bool = True) -> None:
     """Print what the runs cost side by side, and the operators of each."""
+    console.print(headline(costs), style="bold", markup=False, soft_wrap=True)
+    console.print(summary(costs))
+    console.print(remark(costs), style="dim", soft_wrap=True)
+    for name, each in costs.items() if operators else ():
+        console.print(operator_table(name, each))
+
+
+def headline(costs: Mapping[str, Cost]) -> str:
+    """The model, the processor and the prompt."""
     first = next(iter(costs.values()))
     work, hardware = first.work, first.hardware
     about = (
         f"{first.model} on {hardware.name} ({hardware.bandwidth / 1e9:,.5g} GB/s, {hardware.fp16 / 1e12:,.4g} TFLOPS in 16 bits)"
     )
-    about += f": batch {work.run.batch}, {work.text} text tokens, {work.new_tokens} new"
-    console.print(about, style="bold", markup=False, soft_wrap=True)
-    console.print(summary(costs))
+    return f"{about}: batch {work.run.batch}, {work.text} text tokens, {work.new_tokens} new"
+
+
+def page_parts(costs: Mapping[str, Cost]) -> list[str]:
+    """What stands on a page: the summary, the roofline where it can hold all runs, every operator."""
+    from ..viz.roofline_chart import COLORS, roofline_figure
+
+    drawn = [picture_part(lambda: roofline_figure(costs), "roofline")] if len(costs) <= len(COLORS) else []
+    operators = [table_part(operator_table(name, each)) for name, each in costs.items()]
+    return [table_part(summary(costs)), *lines_part([remark(costs)]), *drawn, *operators]
+
+
+def remark(costs: Mapping[str, Cost]) -> str:
+    """How the numbers are to be read."""
     below = (
         "LLM-Viewer's formulas: decoder only."
-        if work.convention == "llm-viewer"
+        if next(iter(costs.values())).work.convention == "llm-viewer"
         else "The least time of operators that run one by one."
     )
     counted = any(each.work.own for each in costs.values())
     rest = f"Launching kernels, and choosing tokens{' inside encoder and decoder' if counted else ''},"
-    console.print(f"{below} {rest} comes on top.", style="dim", soft_wrap=True)
-    for name, each in costs.items() if operators else ():
-        console.print(operator_table(name, each))
+    return f"{below} {rest} comes on top."
 
 
 def operator_table(name: str, each: Cost) -> Table:

@@ -8,7 +8,27 @@ from typing import Annotated
 import typer
 from typer import Abort
 
-from . import ask, batch, bench, compare, cost, demo, env, export, law, methods, models, new_method, search, serve, train, tune
+from . import app as playground
+from . import (
+    ask,
+    batch,
+    bench,
+    compare,
+    cost,
+    demo,
+    env,
+    export,
+    figure,
+    law,
+    methods,
+    models,
+    new_method,
+    search,
+    serve,
+    show,
+    train,
+    tune,
+)
 from . import eval as evaluation
 from .common import err, out, resumes
 
@@ -44,10 +64,13 @@ def main(
 
 app.command("demo", epilog=demo.EPILOG)(demo.demo_command)
 app.command("ask", epilog=ask.EPILOG)(ask.ask_command)
+app.command("app", epilog=playground.EPILOG)(playground.app_command)
+app.command("show", epilog=show.EPILOG)(show.show_command)
 app.command("methods", epilog=methods.EPILOG)(methods.methods_command)
 app.command("search", epilog=search.EPILOG)(search.search_command)
 app.command("compare", epilog=compare.EPILOG)(compare.compare_command)
 app.command("cost", epilog=cost.EPILOG)(cost.cost_command)
+app.command("figure", epilog=figure.EPILOG)(figure.figure_command)
 app.command("law", epilog=law.EPILOG)(law.law_command)
 app.command("bench", epilog=bench.EPILOG)(bench.bench_command)
 app.command("eval", epilog=evaluation.EPILOG)(evaluation.eval_command)

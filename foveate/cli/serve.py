@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import InputError, MissingExtraError
-from .common import Config, Fields, Imports, PlanFile, asked_of, err
+from .common import LOOPBACK, Config, Fields, Imports, PlanFile, asked_of, err
 
 if TYPE_CHECKING:
     from ..serving.encoding import PictureEncoder
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 SHUTDOWN = 20  # seconds that running requests have once the server is told to end
 STALLED = 60  # seconds after which a client is lost that takes none of what it is sent
 KEEP_ALIVE = 75  # seconds; longer than proxies and clients keep idle connections, which would use one that is being closed
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 EPILOG = (
     "Examples:  foveate serve --launch  |  foveate serve --model llava-hf/llava-1.5-7b-hf --launch --vllm-python bin/python  |  "
     "foveate serve --model llava-hf/llava-1.5-7b-hf --vllm-url http://127.0.0.1:8001 --method prumerge+ --budget 144"

@@ -48,6 +48,7 @@ def tune_command(
     batch: Annotated[int, typer.Option("--batch", "--batch-size", min=1, help="Examples that are answered together.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the order of the examples.")] = 0,
     store: Annotated[Path | None, typer.Option(help="File of answers, from which a run goes on. Default: beside the plan.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Where its page goes. Default: beside the plan.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
 ) -> None:
     """Find the setting that saves most and loses less than a tolerance, on your model and your examples."""
@@ -67,7 +68,7 @@ def tune_command(
     names = None if methods is None else parts_of(methods, "methods", "fovea,prumerge+")
     judge = score_of(score)
     ready_file(out_file)
-    page = ready_file(out_file.with_suffix(".html"))
+    page = ready_file(html or out_file.with_suffix(".html"))
     answers = ready_file(store or out_file.with_suffix(".answers.jsonl"))
     resumable(answers)
 

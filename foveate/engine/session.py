@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -160,6 +161,17 @@ class Session:
         """An empty report of this method."""
         warnings = [warning for part in self.method.trained() for warning in part.warnings]
         return Report(self.method.settings(), 0, Clock(self.model.device), warnings=warnings, notes=self.method.notes())
+
+    def __repr__(self) -> str:
+        """Short: the method, the class of the model, whether it is attached, and the last call."""
+        installed = installed_on(self.model)
+        attached = "attached" if installed is not None and self in installed.sessions else "detached"
+        return f"<Session of {self.method.name} on {type(self.model).__name__}, {attached}; {self.report!r}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what the last call did."""
+        told, _, _ = repr(self)[1:-1].partition("; ")
+        return f"<p><b>{html.escape(told)}</b></p>{self.report._repr_html_()}"
 
     # -- the weights of the method
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.cache_size import cache_bytes
 from ..engine.install import installed_on
 from ..engine.model.anatomy import Anatomy, anatomy
 from ..engine.model.seams import find_cache, modalities
-from ..errors import CacheError, InputError
+from ..errors import InputError
 from ..methods.base import Method
 from ..report import Clock, Report
 
@@ -232,37 +233,3 @@ def _timed(encode: Callable[..., Any], clock: Clock) -> Callable[..., Any]:
             return encode(*args, **kwargs)
 
     return call
-
-
-STATES = ("conv_states", "recurrent_states")  # of layers that hold a state, beside keys and values or in their place
-
-
-def _held(layer: Any) -> list[Any]:
-    """What a layer of a cache holds: keys and values, and the states that it has, as far as they are there."""
-    found = [layer.keys, layer.values] if hasattr(layer, "keys") else []
-    for states in (getattr(layer, name, None) for name in STATES):
-        found += [state for state in (states or {}).values() if state is not None]
-    return found
-
-
-def cache_bytes(cache: Any) -> list[int]:
-    """Bytes of memory that the keys and values of each layer of a cache hold on to, or its states.
-
-    Raises
-    ------
-    CacheError : there is none, or it stores them in another form.
-    """
-    if cache is None:
-        raise CacheError("generate returned no key-value cache, so its size is not known. Use a model that keeps one.")
-    found, seen = [], set()
-    for layer in cache.layers:
-        held = 0
-        for tensor in _held(layer) or [None]:
-            if not isinstance(tensor, Tensor):
-                raise CacheError("this cache does not show its keys and values, so its size is not known. Use a dynamic cache.")
-            storage = tensor.untyped_storage()  # what is held is all of it, even where the layer sees a part
-            if storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
-                held += storage.nbytes()
-        found.append(held)
-    return found

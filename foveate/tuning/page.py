@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -17,23 +13,13 @@ from ..places import write_text
 from ..viz.canvas import new_figure
 from ..viz.frames import by_frame, frames_as_seen
 from ..viz.overlay import overlay
+from ..viz.page import figure, paragraph, picture, table, text
+from ..viz.page import page as whole_page
 from .run import Found
 from .trial import Trial, Tuned
 
 CHANGED = 6  # examples that are shown
 FRAMES = 4  # of a video
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #1c1c1c; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.result { font-size: 1.15rem; background: #eef5ee; border-left: 4px solid #3a7d44; padding: .8rem 1rem; }
-.kept { background: #fbf3e4; border-left-color: #b7791f; }
-table { border-collapse: collapse; width: 100%; font-size: .85rem; } .wide { overflow-x: auto; }
-td, th { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
-td:first-child, th:first-child, td:last-child, th:last-child { text-align: left; }
-tr.chosen { background: #eef5ee; font-weight: 600; } img { max-width: 100%; } .dim { color: #666; font-size: .9rem; }
-.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1.2rem; }
-.examples p { margin: .2rem 0; } pre { white-space: pre-wrap; background: #f4f4f4; padding: .6rem; font-size: .85rem; }
-"""
 
 
 def write_page(found: Found, path: Path) -> None:
@@ -51,10 +37,10 @@ def page(found: Found) -> str:
     tuned, about = found.tuned, found.plan.about
     points = 100 * tuned.tolerance
     title = f"{found.loaded.name}: at most {points:g} points, as cheap as possible"
-    parts = [f"<h1>{_text(title)}</h1>", _result(found), *(f'<p class="dim">{_text(note)}.</p>' for note in found.notes)]
+    parts = [_result(found), *(paragraph(f"{note}.", "dim") for note in found.notes)]
     parts += ["<h2>Accuracy against cost</h2>", _front(tuned, found.plan.saving["objective"])]
     parts += ["<h2>What was tried</h2>", _table(tuned)]
-    parts += [f'<p class="dim">{_text(name)} was not tried: {_text(reason)}</p>' for name, reason in tuned.impossible.items()]
+    parts += [paragraph(f"{name} was not tried: {reason}", "dim") for name, reason in tuned.impossible.items()]
     parts += _examples(found)
     data = about["data"]
     told = (
@@ -62,36 +48,30 @@ def page(found: Found) -> str:
         f"{about['searched']} of them, the test the other {about['confirmed']}. {about['seconds']:.0f} s on "
         f"{about['machine']['processor']}, {about['date']}."
     )
-    parts += ["<h2>How this was made</h2>", f"<p>{_text(told)}</p>", f"<pre>{_text(about['command'])}</pre>"]
-    body = "\n".join(parts)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_text(title)}</title>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n'
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
+    parts += ["<h2>How this was made</h2>", paragraph(told), f"<pre>{text(about['command'])}</pre>"]
+    return whole_page(title, parts)
 
 
 def _result(found: Found) -> str:
     tuned, saving = found.tuned, found.plan.saving
     if tuned.chosen is None:
-        return f'<p class="result kept">All tokens are kept: {_text(tuned.reason)}.</p>'
+        return paragraph(f"All tokens are kept: {tuned.reason}.", "result kept")
     low, high = saving["interval"]
-    text = (
+    told = (
         f"{tuned.chosen.setting.label} saves {saving['saving']:.0%} [{low:.0%}, {high:.0%}] of {saving['objective']}. It loses "
         f"less than {100 * (tuned.bound or 0):.2f} points with 95 % confidence; on the examples of the test it lost "
         f"{100 * found.plan.loss:+.2f}."
     )
-    return f'<p class="result">{_text(text)}</p><p class="dim">{_text(tuned.reason.capitalize())}.</p>'
+    return paragraph(told, "result") + paragraph(f"{tuned.reason.capitalize()}.", "dim")
 
 
 def _front(tuned: Tuned, objective: str) -> str:
     """Loss against cost of everything that was measured, as a picture."""
     try:
-        figure = new_figure(figsize=(9, 4.6), layout="constrained")
+        drawn = new_figure(figsize=(9, 4.6), layout="constrained")
     except MissingExtraError as error:
-        return f'<p class="dim">No picture: {_text(error)}</p>'
-    axis = figure.subplots()
+        return paragraph(f"No picture: {error}", "dim")
+    axis = drawn.subplots()
     axis.axhline(0, color="#999", linewidth=0.8)
     axis.axhline(100 * tuned.tolerance, color="#b7791f", linestyle="--", linewidth=1, label="tolerance")
     groups = {"not tested": [], "tested, not accepted": [], "accepted": [], "chosen": []}  # type: dict[str, list[Trial]]
@@ -117,33 +97,21 @@ def _front(tuned: Tuned, objective: str) -> str:
     axis.set_ylim(bottom - 1, worst)
     axis.legend(fontsize=8, loc="upper right")
     early = sum(trial.losses is not None and trial.cost is None for trial in tuned.trials)
-    told = f'<p class="dim">{early} settings were dropped before their cost was measured.</p>' if early else ""
-    return f'<img alt="points lost against cost" src="{_figure(figure)}">{told}'
-
-
-def _figure(figure: Any) -> str:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=130)
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
-
-
-def _picture(image: Image.Image) -> str:
-    data = io.BytesIO()
-    image.convert("RGB").save(data, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+    told = paragraph(f"{early} settings were dropped before their cost was measured.", "dim") if early else ""
+    return figure(drawn, "points lost against cost") + told
 
 
 def _table(tuned: Tuned) -> str:
     heads = ("setting", "tokens", "cost", "loss in the search", "on", "loss in the test", "on", "verdict")
-    lines = ["<tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"]
+    rows = []
     for trial in tuned.trials:
         cells = [trial.setting.label, "" if trial.losses is None else f"{trial.share:.0%}"]
         cells.append("" if trial.cost is None else f"{trial.cost.median:.2f}")
         for losses in (trial.losses, trial.confirmed):
             cells += ["", ""] if losses is None else [f"{100 * losses.mean:+.1f}", str(len(losses.values))]
-        row = "".join(f"<td>{_text(cell)}</td>" for cell in [*cells, trial.verdict])
-        lines.append(f'<tr class="{"chosen" if trial is tuned.chosen else ""}">{row}</tr>')
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+        rows.append([*cells, trial.verdict])
+    chosen = next((number for number, trial in enumerate(tuned.trials) if trial is tuned.chosen), None)
+    return table(heads, rows, left=(len(heads) - 1,), chosen=chosen)
 
 
 def _examples(found: Found) -> list[str]:
@@ -157,14 +125,14 @@ def _examples(found: Found) -> list[str]:
     changed = [i for i in range(len(numbers)) if full.texts[i] != shown.answered.texts[i]]
     changed.sort(key=lambda i: shown.answered.scores[i] - full.scores[i])  # type: ignore[union-attr]
     heading = f"Answers that changed with {shown.setting.label}: {len(changed)} of {len(numbers)}"
-    parts = [f"<h2>{_text(heading)}</h2>", '<div class="examples">']
+    parts = [f"<h2>{text(heading)}</h2>", '<div class="examples">']
     for i in changed[:CHANGED]:
         example = book.examples[numbers[i]]
         right = f" (right: {' / '.join(example.answers)})" if example.answers else ""
-        parts += ["<div>", *(f'<img alt="what stayed" src="{_picture(image)}">' for image in _kept(found, shown, numbers[i]))]
-        parts.append(f"<p><b>{_text(_question(found, numbers[i]))}</b></p>")
-        parts.append(f"<p>all tokens: {_text(full.texts[i])}{_text(right)}</p>")
-        parts.append(f"<p>{_text(shown.setting.label)}: {_text(shown.answered.texts[i])}</p></div>")
+        parts += ["<div>", *(picture(image, "what stayed") for image in _kept(found, shown, numbers[i]))]
+        parts.append(f"<p><b>{text(_question(found, numbers[i]))}</b></p>")
+        parts.append(f"<p>all tokens: {text(full.texts[i])}{text(right)}</p>")
+        parts.append(f"<p>{text(shown.setting.label)}: {text(shown.answered.texts[i])}</p></div>")
     return [*parts, "</div>"]
 
 

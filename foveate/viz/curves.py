@@ -59,7 +59,17 @@ def save_accuracy_curves(report: dict[str, Any], path: str | Path) -> None:
 
 
 def save_comparison(report: dict[str, Any], path: str | Path) -> None:
-    """Draw a report of ``foveate compare``: accuracy against mean tokens over decoder layers.
+    """Draw a report of ``foveate compare`` (``comparison_figure``) to a file.
+
+    Raises
+    ------
+    MissingExtraError : matplotlib is not installed.
+    """
+    write_figure(comparison_figure(report), path, 140)
+
+
+def comparison_figure(report: dict[str, Any]) -> Any:
+    """A report of ``foveate compare`` as a figure: accuracy against mean tokens over decoder layers.
 
     One line per method with its 95 % interval, a star for a rule of its own. One panel per kind, or several where a kind has many
     methods; baselines are in each.
@@ -91,7 +101,7 @@ def save_comparison(report: dict[str, Any], path: str | Path) -> None:
     name = "pocket model" if report["model"] == "pocket" else report["model"]
     about = "pictures" if report.get("data") else "unseen scenes"
     figure.suptitle(f"{name}, {report['questions']} questions about {report['scenes']} {about}", fontsize=12)
-    write_figure(figure, path, 140)
+    return figure
 
 
 def _panel(axes: Any, report: dict[str, Any], names: Sequence[str]) -> None:
@@ -105,13 +115,14 @@ def _panel(axes: Any, report: dict[str, Any], names: Sequence[str]) -> None:
         points = sorted({(r["mean_tokens"], 100 * r["accuracy"]) for r in report["rows"] if r["method"] == name})
         style: dict[str, Any] = {"marker": marker, "linestyle": dash, "markersize": 3, "linewidth": 1}
         axes.plot([x for x, _ in points], [y for _, y in points], color="#8a8a8a", label=name, zorder=1, **style)
-    for name, color, marker in zip(names, COLORS, MARKERS, strict=False):
+    for number, (name, color, marker) in enumerate(zip(names, COLORS, MARKERS, strict=False)):
         rows = sorted((r for r in report["rows"] if r["method"] == name and r["budget"]), key=lambda r: r["mean_tokens"])
         tokens = [row["mean_tokens"] for row in rows]
         axes.fill_between(
             tokens, [100 * r["low"] for r in rows], [100 * r["high"] for r in rows], color=color, alpha=0.1, linewidth=0
         )
-        line = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.5}
+        # later ones are thinner and on top, so that curves which lie on each other stay visible
+        line = {"color": color, "marker": marker, "markersize": 6.5 - 0.6 * number, "linewidth": 3.4 - 0.45 * number}
         axes.plot(tokens, [100 * row["accuracy"] for row in rows], label=name, zorder=3, **line)
         for row in report["rows"]:
             if row["method"] == name and row["budget"] is None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import colorsys
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from ..errors import InputError, MissingExtraError
+from ..notebook import token_color
 from ..places import ready_file
 from ..report import ImageReport
 from .canvas import new_figure, write_figure
+from .charts import draw_layers, draw_scores
 
 DIMMED = 0.28  # brightness of dropped patches
 LEGEND = "coloured edge: kept; tint: merged into\nthe kept token of that colour; dark: dropped"
@@ -29,11 +30,6 @@ def as_seen(pixel_values: Tensor, processor: Any) -> Image.Image:
     mean, std = (np.array(getattr(settings, name), np.float32)[:, None, None] for name in ("image_mean", "image_std"))
     pixels = pixel_values.float().cpu().numpy() * std + mean
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
-
-
-def _color(number: int) -> NDArray[np.float32]:
-    """A colour per kept token; neighbours in the output get colours far apart."""
-    return np.array(colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.75, 1.0), np.float32) * 255
 
 
 def overlay(picture: Image.Image, report: ImageReport, side: int = 480) -> Image.Image:
@@ -53,13 +49,13 @@ def overlay(picture: Image.Image, report: ImageReport, side: int = 480) -> Image
     for place, output in enumerate(report.source):
         patch = canvas[place]
         if place in at:
-            color = _color(at[place])
-            patch[0], patch[-1], patch[:, 0], patch[:, -1] = color, color, color, color
+            edge = token_color(at[place])
+            patch[0], patch[-1], patch[:, 0], patch[:, -1] = edge, edge, edge, edge
         elif output < 0:
             patch *= DIMMED
         else:
             patch *= DIMMED + 0.2
-            patch += TINT * (_color(output) - patch)
+            patch += TINT * (token_color(output) - patch)
     image = canvas.reshape(rows, columns, cell, cell, 3).swapaxes(1, 2).reshape(rows * cell, columns * cell, 3)
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
@@ -95,7 +91,8 @@ def panels_of(name: str, report: ImageReport) -> dict[str, ImageReport]:
         cells = [-1] * len(report.source)
         for number, cell in enumerate(stage.kept):
             cells[cell] = number
-        left = replace(report, after=len(stage.kept), kept=stage.kept, source=cells, scores=None, threshold=None)
+        seen = None if stage.scores is None else [stage.scores.get(cell, math.nan) for cell in range(len(cells))]
+        left = replace(report, after=len(stage.kept), kept=stage.kept, source=cells, scores=seen, threshold=None)
         shown[f"{name}, decoder layer {stage.layer}: {len(stage.kept)}"] = left
     return shown
 
@@ -139,45 +136,9 @@ def save_figure(
         axis.set_frame_on(False)
     axes[0].set_xlabel(LEGEND, fontsize=8, color="0.35")
     if scored:
-        _draw_scores(axes[1 + len(shown)], scored)
+        draw_scores(axes[1 + len(shown)], scored)
     if steps and layers:
-        _draw_layers(axes[-1], layers)
+        draw_layers(axes[-1], layers)
     if title:
         figure.suptitle(title, parse_math=False)
     write_figure(figure, path, 110)
-
-
-def _draw_layers(axis: Any, layers: Mapping[str, Sequence[int]]) -> None:
-    """Visual tokens that each decoder layer runs."""
-    for name, counts in layers.items():
-        edges = np.arange(len(counts) + 1) - 0.5
-        axis.stairs(counts, edges, label="all tokens" if name == "full" else name, linewidth=1.8, baseline=None)
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("decoder layer")
-    axis.set_title("visual tokens per layer")
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=7)
-
-
-def _draw_scores(axis: Any, scored: list[tuple[str, ImageReport]]) -> None:
-    """Scores of the first method in descending order, which of them each method kept, and the fence."""
-    scores = np.array(scored[0][1].scores)
-    order = np.argsort(-scores, kind="stable")
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    axis.semilogy(np.arange(1, len(order) + 1), np.maximum(scores[order], 1e-7), color="0.6", linewidth=1.2, zorder=1)
-    for (name, report), marker, color in zip(
-        scored, "osd^v", ("#1f5fbf", "#c0392b", "#27ae60", "#8e44ad", "#b7950b"), strict=False
-    ):
-        kept = place[report.kept]
-        size = 16 if marker == "o" else 9
-        axis.scatter(kept + 1, np.maximum(scores[report.kept], 1e-7), s=size, marker=marker, color=color, label=f"{name} keeps")
-    fences = {report.threshold for _, report in scored if report.threshold is not None}
-    for fence in fences:
-        axis.axhline(fence, color="black", linestyle="--", linewidth=1, label="threshold")
-    axis.set_xscale("log")
-    axis.set_xlabel("visual tokens, sorted")
-    axis.set_title(f"scores of {scored[0][0]}")
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=7)

@@ -35,12 +35,22 @@ def group(line: CostLine) -> str:
 
 
 def save_roofline(costs: Mapping[str, Cost], path: str | Path) -> None:
-    """Draw runs on the same processor: every operator under its roof, and where the time of the prefill and of a step goes.
+    """Draw runs on the same processor to a file, as ``roofline_figure`` does.
+
+    Raises
+    ------
+    InputError : there are too many runs, or they are on several processors.
+    MissingExtraError : matplotlib is not installed.
+    """
+    write_figure(roofline_figure(costs), path, 140)
+
+
+def roofline_figure(costs: Mapping[str, Cost]) -> Any:
+    """Runs on the same processor: every operator under its roof, and where the time of the prefill and of a step goes.
 
     Parameters
     ----------
     costs : by the name of the run; six of them at most.
-    path : the PNG file.
 
     Raises
     ------
@@ -60,11 +70,11 @@ def save_roofline(costs: Mapping[str, Cost], path: str | Path) -> None:
     figure.suptitle(
         f"{first.model} on {first.hardware.name}, batch {first.work.run.batch}, {first.work.text} text tokens", fontsize=12
     )
-    write_figure(figure, path, 140)
+    return figure
 
 
 def _roof(axes: Any, costs: Mapping[str, Cost]) -> None:
-    """Intensity against speed; all points touch the roof, so those of each further run are drawn a step lower."""
+    """Intensity against speed. All points lie on their roof; each further run has a roof of its own, drawn a step lower."""
     lines = [line for cost in costs.values() for line in cost.lines if line.flops]
     hardware = next(iter(costs.values())).hardware
     low, high = 0.5 * min(line.intensity for line in lines), 3 * max(line.intensity for line in lines)
@@ -74,6 +84,10 @@ def _roof(axes: Any, costs: Mapping[str, Cost]) -> None:
     for peak in sorted(peaks):
         bend = peak / hardware.bandwidth
         axes.plot([low, bend, high], [low * hardware.bandwidth, peak, peak], color="black", linewidth=1.3, zorder=1)
+        for number, color in zip(range(1, len(costs)), COLORS[1:], strict=False):
+            lower = LOWER**number
+            roof = [lower * low * hardware.bandwidth, lower * peak, lower * peak]
+            axes.plot([low, bend, high], roof, color=color, linewidth=0.8, alpha=0.6, zorder=1)
         axes.text(0.9 * high, peak * 1.3, f"{peak / 1e12:,.4g} TFLOPS, bends at {bend:.0f}", ha="right", fontsize=8)
     axes.text(low * 1.5, low * 6 * hardware.bandwidth, f"{hardware.bandwidth / 1e9:,.4g} GB/s", fontsize=8)
     slowest = max(line.seconds for line in lines)
@@ -99,7 +113,8 @@ def _roof(axes: Any, costs: Mapping[str, Cost]) -> None:
     if any(line.phase == "decode" for line in lines):
         axes.scatter([], [], marker="o", facecolors="white", edgecolors="#555555", label="hollow: decode")
     axes.legend(fontsize=8, loc="lower right", title="larger: takes longer", title_fontsize=8)
-    axes.set_title("operators under the roof" + (", each further run a step lower" if len(costs) > 1 else ""), fontsize=10)
+    told = ", each further run and its roof a step lower" if len(costs) > 1 else ""
+    axes.set_title(f"operators under the roof{told}", fontsize=10)
 
 
 def _bars(axes: Any, costs: Mapping[str, Cost]) -> None:

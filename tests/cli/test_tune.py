@@ -277,13 +277,27 @@ def test_what_is_no_plan(tmp_path, capsys, monkeypatch):
 def test_drawn_scenes_of_the_second_model(capsys, monkeypatch, tmp_path):
     """Pictures of many sizes, and clips, with methods for videos among those that are tried."""
     monkeypatch.chdir(tmp_path)
-    asked = ("tune", "--model", "pocket-qwen", "--examples", "24", "--tolerance", "40", "--methods", "evs,spatial", "--json")
-    code, out, err = invoke(capsys, monkeypatch, *asked, *FAST)
+    asked = (
+        "tune",
+        "--model",
+        "pocket-qwen",
+        "--examples",
+        "24",
+        "--tolerance",
+        "40",
+        "--methods",
+        "evs,spatial",
+        "--json",
+        "--html",
+        "page.html",
+    )
+    code, out, err = invoke(capsys, monkeypatch, *asked, "--json", "--html", "page.html", *FAST)
     assert code == 0, err
     document = json.loads(out)
     assert {trial["method"]["method"] for trial in document["trials"]} == {"evs", "spatial", "compose"} - {"compose"}
     assert document["about"]["data"]["name"].startswith("validation scenes")
-    assert (tmp_path / "plan.html").stat().st_size > 10_000
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+    assert not (tmp_path / "plan.html").exists()
 
 
 def test_videos_of_ones_own(capsys, monkeypatch, tmp_path):

@@ -1,0 +1,33 @@
+"""``foveate figure``: figures of the PruMerge paper, drawn with the pocket model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import err, sayer
+
+EPILOG = "Examples:  foveate figure 3a --out attention.png  |  foveate figure 4"
+
+
+def figure_command(
+    number: Annotated[str, typer.Argument(help="1, 3a, 3b, 4 or 5.")],
+    out_file: Annotated[Path | None, typer.Option("--out", help="The picture. Default: figure-NUMBER.png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print its numbers as one JSON document.")] = False,
+) -> None:
+    """A figure of the LLaVA-PruMerge paper on scenes of the pocket world."""
+    from ..errors import InputError
+    from ..lab.paper_figures import TITLES, save_paper_figure
+    from ..viz.overlay import picture_file
+
+    if number not in TITLES:
+        raise InputError(f"there is no figure {number!r} here. Choose one of {', '.join(TITLES)}.")
+    place = picture_file(out_file or Path(f"figure-{number}.png"))
+    with err.status(f"drawing figure {number}"):
+        numbers = save_paper_figure(number, place)
+    if as_json:
+        print(json.dumps(numbers))
+    sayer(err)(f"picture: {place}")
