@@ -30,6 +30,7 @@ class Family:
     recurrent : some layers of the decoder hold a state instead of keys and values, so that no tokens can leave between layers.
     since : the first version of transformers whose model takes encoded pictures as the engine hands them in.
     vllm : its class in vLLM, and the module and class of ``serving.plugin`` that take its place; None = there is none.
+    handover : how visual tokens that were made outside go to vLLM (a name in ``serving.handover.HANDOVERS``).
     notes : what is different from what one may expect.
     """
 
@@ -51,6 +52,7 @@ class Family:
     joins: str = "mlp"
     since: str = "5.18"
     vllm: tuple[str, str] | None = None
+    handover: str = "prompt_embeds"
     notes: str = ""
 
 
@@ -172,12 +174,19 @@ FAMILIES = {
             shrinkable=True,
             since="5.21",
         ),
-        _qwen("qwen2_vl", "Qwen2-VL", "Qwen/Qwen2-VL-7B-Instruct", vllm=("Qwen2VLForConditionalGeneration", "qwen:FoveateQwen2VL")),
+        _qwen(
+            "qwen2_vl",
+            "Qwen2-VL",
+            "Qwen/Qwen2-VL-7B-Instruct",
+            vllm=("Qwen2VLForConditionalGeneration", "qwen:FoveateQwen2VL"),
+            handover="image_embeds",
+        ),
         _qwen(
             "qwen2_5_vl",
             "Qwen2.5-VL",
             "Qwen/Qwen2.5-VL-7B-Instruct",
             vllm=("Qwen2_5_VLForConditionalGeneration", "qwen:FoveateQwen25VL"),
+            handover="image_embeds",
         ),
         _qwen("qwen3_vl", "Qwen3-VL", "Qwen/Qwen3-VL-8B-Instruct"),
         _qwen("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen/Qwen3-VL-30B-A3B-Instruct"),

@@ -19,7 +19,9 @@ from ..loading import Loaded, usable_device
 from ..methods.base import Method
 from ..methods.saved import named
 from ..pictures import Pictures
-from .checks import check_embeds, check_servable
+from .checks import check_embeds
+from .handover import handover_of
+from .placing import Places, places_of
 from .scaling import encodes_apart, scales_first
 
 
@@ -33,12 +35,14 @@ class EncodedPrompt:
     visual : of each token of it, whether it is a placeholder.
     embeds : per picture, what takes the place of its placeholders [m_i, D], on the CPU.
     before : visual tokens per picture without reduction.
+    places : per picture, where its tokens stand; None where they are numbered one after the other.
     """
 
     ids: list[int]
     visual: list[bool]
     embeds: list[Tensor]
     before: list[int]
+    places: list[Places] | None = None
 
     @property
     def after(self) -> list[int]:
@@ -91,11 +95,15 @@ class PictureEncoder:
     Raises
     ------
     UnsupportedModelError : its language model cannot run elsewhere.
+
+    Attributes
+    ----------
+    handover : how its visual tokens go to vLLM.
     """
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded, self.parts = loaded, anatomy(loaded.model)
-        check_servable(self.parts)
+        self.handover = handover_of(self.parts)
         self.width = int(loaded.model.config.get_text_config().hidden_size)
 
     @functools.cached_property
@@ -136,13 +144,18 @@ class PictureEncoder:
         ids, mask = (encoded.inputs[name].cpu() for name in ("input_ids", "attention_mask"))
         visual = self.parts.visual(ids)
         found: list[tuple[list[Tensor], list[int]]] = [([], []) for _ in prompts]
-        for row, embeds, before in zip(encoded.report.rows, encoded.embeds, encoded.report.before, strict=True):
-            check_embeds(embeds, self.width, "the features of a picture")
-            found[row][0].append(embeds.cpu())
-            found[row][1].append(before)
-        return [
-            EncodedPrompt(ids[row][real].tolist(), visual[row][real].tolist(), *found[row]) for row, real in enumerate(mask.bool())
-        ]
+        for row, each, size in zip(encoded.report.rows, encoded.embeds, encoded.report.before, strict=True):
+            check_embeds(each, self.width, "the features of a picture")
+            found[row][0].append(each.cpu())
+            found[row][1].append(size)
+        made = []
+        for row, real in enumerate(mask.bool()):
+            shown, (embeds, before), places = visual[row][real], found[row], None
+            if self.parts.family.mrope:
+                positions = encoded.inputs["position_ids"][-3:, row].cpu()[:, real]
+                places = places_of(shown, positions, [len(each) for each in embeds])
+            made.append(EncodedPrompt(ids[row][real].tolist(), shown.tolist(), embeds, before, places))
+        return made
 
 
 def pictures_of(messages: Sequence[dict[str, Any]]) -> list[Image.Image]:

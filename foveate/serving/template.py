@@ -121,6 +121,23 @@ def around(processor: Any) -> tuple[str, str]:
     return found.pop()
 
 
+def check_marks(processor: Any) -> None:
+    """Refuse a chat template that does not write exactly one placeholder for each picture.
+
+    Raises
+    ------
+    InputError : it does not.
+    """
+    mark = processor.image_token
+    content = [{"type": "image"}, {"type": "text", "text": "a"}, {"type": "image"}]
+    messages = [{"role": "user", "content": content}]
+    written = processor.tokenizer.apply_chat_template(messages, chat_template=source_template(processor), tokenize=False)
+    if written.count(mark) != 2:
+        raise InputError(
+            f"the chat template writes {mark!r} {written.count(mark)} times for two pictures; once for each is needed."
+        )
+
+
 def collapsed(processor: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
     """Ids that a processor makes of a conversation whose pictures have one size, with one placeholder for each picture."""
     number, found = processor.tokenizer.convert_tokens_to_ids(placeholder(processor)), []

@@ -17,16 +17,15 @@ from typing import Any, TypeVar
 
 from ...chat import media_words
 from ...errors import FoveateError, InputError, UnsupportedModelError
-from ..encoding import PictureEncoder, method_of
+from ..encoding import EncodedPrompt, PictureEncoder, method_of
 from ..pictures import Loader, Unopened, from_data_url, is_data_url, measured, no_memory, refused
-from ..template import PLACEHOLDER, around
 from .batcher import Batcher, EncodingError
 from .limits import Budget, Held, Limits, RequestError, Share
 from .memory import Memory, RememberedPicture
 from .messages import Rendering
 from .metrics import Metrics
 from .requests import ChatRequest, RequestReader
-from .upstream import Events, UnavailableError, Upstream, check_url, embeds_part, failure
+from .upstream import Events, UnavailableError, Upstream, check_url, failure
 
 log = logging.getLogger("foveate.serving")
 T = TypeVar("T")
@@ -104,9 +103,9 @@ class Gateway:
         check_key(settings.vllm_key, "--vllm-key (FOVEATE_VLLM_KEY)")
         self.encoder = encoders[0]
         self.encoder.check(method_of(settings.method, settings.budget, settings.config))
-        around(self.encoder.loaded.processor)
-        processor = self.encoder.loaded.processor
-        reserved = tuple(dict.fromkeys((PLACEHOLDER, *media_words(processor))))
+        self.handover, processor = self.encoder.handover, self.encoder.loaded.processor
+        self.handover.check_processor(processor)
+        reserved = tuple(dict.fromkeys((*self.handover.words, *media_words(processor))))
         self.reader = RequestReader(settings.name, settings.method, settings.budget, settings.config, self.limits, reserved)
         self.rendering = Rendering(processor, reserved)
         self.held, self.opened = Held(self.limits.held), Budget(self.limits.decoded)
@@ -135,9 +134,20 @@ class Gateway:
             httpx.AsyncClient(cookies=no_cookies(), **options) as self.hosts,
             self.batcher,
         ):
-            self.upstream = Upstream(self.settings.vllm_url, self.settings.vllm_key, engine)
+            self.upstream = Upstream(self.settings.vllm_url, self.settings.vllm_key, engine, self.handover)
+            if self.handover.probe() is not None:
+                await self._greet()
             yield
         self.threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _greet(self) -> None:
+        """Say in the log what is wrong with an engine that is there; one that is not may come later."""
+        try:
+            await self.upstream.model()
+        except UnavailableError:
+            pass
+        except RequestError as error:
+            log.error("%s", error)
 
     async def alive(self) -> bool:
         """Whether the engine answers; it is asked once at a time, however many want to know."""
@@ -220,18 +230,22 @@ class Gateway:
         pictures = self.memory.get(keys)
         if pictures is not None:
             self.metrics.remembered.inc(len(pictures))
-            share.add(sum(len(each.part["data"]) for each in pictures))
+            share.add(sum(each.bytes for each in pictures))
             return pictures, None
         unopened = await self._in_thread(functools.partial(self._measured, data))
         conversation = asked.filled([{"type": "image", "image": each} for each in unopened])
         kept = [{"role": message["role"], "content": message["content"]} for message in conversation]
         found = await self.batcher.encode(kept, asked.method)
-        parts = await self._in_thread(lambda: [embeds_part(embeds) for embeds in found.embeds])
+        parts = await self._in_thread(functools.partial(self._parts, found))
         pictures = [RememberedPicture(*each) for each in zip(parts, found.before, found.after, strict=True)]
         if keys:
             self.memory.add(keys, pictures)
-        share.add(sum(len(each.part["data"]) for each in pictures))
+        share.add(sum(each.bytes for each in pictures))
         return pictures, len(found.ids)
+
+    def _parts(self, found: EncodedPrompt) -> list[dict[str, Any]]:
+        places = found.places or [None] * len(found.embeds)
+        return [self.handover.part(*each) for each in zip(found.embeds, places, strict=True)]
 
     async def _contents(self, loader: Loader, url: str, where: str) -> bytes:
         if is_data_url(url):

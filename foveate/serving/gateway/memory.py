@@ -19,6 +19,11 @@ class RememberedPicture:
     before: int
     after: int
 
+    @property
+    def bytes(self) -> int:
+        """On the wire."""
+        return _length(self.part)
+
 
 class Memory:
     """Pictures that were encoded lately, by their contents and the method; the one that was not asked for longest goes first.
@@ -56,12 +61,17 @@ class Memory:
         """Remember pictures, in place of older ones."""
         for key, picture in zip(keys, pictures, strict=True):
             if key in self._found:
-                self.held -= len(self._found.pop(key).part["data"])
+                self.held -= self._found.pop(key).bytes
             self._found[key] = picture
-            self.held += len(picture.part["data"])
+            self.held += picture.bytes
         while self.held > self.size:
-            self.held -= len(self._found.popitem(last=False)[1].part["data"])
+            self.held -= self._found.popitem(last=False)[1].bytes
 
 
 def _key(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _length(value: Any) -> int:
+    """Characters of the texts in a part of a message, which are embeddings but for a few."""
+    return sum(map(_length, value.values())) if isinstance(value, dict) else len(value)
