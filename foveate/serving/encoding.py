@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from PIL import Image
+import torch
 from torch import Tensor
 
-from ..chat import Prompt, collate
+from ..chat import Prompt, collate, video_part
 from ..engine.model.anatomy import anatomy
 from ..engine.vision.front import prepare
 from ..errors import InputError
@@ -36,6 +36,7 @@ class EncodedPrompt:
     embeds : per picture, what takes the place of its placeholders [m_i, D], on the CPU.
     before : visual tokens per picture without reduction.
     places : per picture, where its tokens stand; None where they are numbered one after the other.
+    frames : per picture, visual tokens of each frame that stay; None for what is no video.
     """
 
     ids: list[int]
@@ -43,6 +44,7 @@ class EncodedPrompt:
     embeds: list[Tensor]
     before: list[int]
     places: list[Places] | None = None
+    frames: list[list[int] | None] | None = None
 
     @property
     def after(self) -> list[int]:
@@ -130,35 +132,59 @@ class PictureEncoder:
 
         Parameters
         ----------
-        conversations : messages of transformers' chat templates, with pictures as ``{"type": "image", "image": PIL image}``;
-            each has at least one.
+        conversations : messages of transformers' chat templates, with pictures as ``{"type": "image", "image": PIL image}`` and
+            videos as ``{"type": "video", "video": Video}``; each has at least one, and all have the same kinds.
         method : what reduces.
 
         Raises
         ------
         InputError : the processor cannot use a conversation, or its features are not finite.
         """
-        prompts = [Prompt(messages, "", pictures_of(messages), [], "") for messages in conversations]
+        prompts = [
+            Prompt([_with_arrays(message) for message in messages], "", pictures_of(messages), videos_of(messages))
+            for messages in conversations
+        ]
         inputs = collate(self.loaded, prompts)
         encoded = Pictures(self.loaded.model, **inputs).reduce(method)
         ids, mask = (encoded.inputs[name].cpu() for name in ("input_ids", "attention_mask"))
         visual = self.parts.visual(ids)
-        found: list[tuple[list[Tensor], list[int]]] = [([], []) for _ in prompts]
-        for row, each, size in zip(encoded.report.rows, encoded.embeds, encoded.report.before, strict=True):
+        found: list[tuple[list[Tensor], list[int], list[list[int] | None]]] = [([], [], []) for _ in prompts]
+        for item, each in zip(encoded.report.items, encoded.embeds, strict=True):
             check_embeds(each, self.width, "the features of a picture")
-            found[row][0].append(each.cpu())
-            found[row][1].append(size)
+            part = item.part[item.part >= 0].cpu()
+            by_frame = None if item.modality == "image" else torch.bincount(part, minlength=len(item.grids)).tolist()
+            embeds, before, frames = found[item.row]
+            embeds.append(each.cpu())
+            before.append(item.before)
+            frames.append(by_frame)
         made = []
         for row, real in enumerate(mask.bool()):
-            shown, (embeds, before), places = visual[row][real], found[row], None
+            shown, (embeds, before, frames), places = visual[row][real], found[row], None
             if self.parts.family.mrope:
                 positions = encoded.inputs["position_ids"][-3:, row].cpu()[:, real]
                 places = places_of(shown, positions, [len(each) for each in embeds])
-            made.append(EncodedPrompt(ids[row][real].tolist(), shown.tolist(), embeds, before, places))
+            made.append(EncodedPrompt(ids[row][real].tolist(), shown.tolist(), embeds, before, places, frames))
         return made
 
 
-def pictures_of(messages: Sequence[dict[str, Any]]) -> list[Image.Image]:
+def pictures_of(messages: Sequence[dict[str, Any]]) -> list[Any]:
     """The pictures of a conversation, in their order."""
+    return _media_of(messages, "image")
+
+
+def videos_of(messages: Sequence[dict[str, Any]]) -> list[Any]:
+    """The videos of a conversation, in their order."""
+    return _media_of(messages, "video")
+
+
+def _media_of(messages: Sequence[dict[str, Any]], kind: str) -> list[Any]:
     contents = (message["content"] for message in messages if isinstance(message["content"], list))
-    return [part["image"] for content in contents for part in content if part["type"] == "image"]
+    return [part[kind] for content in contents for part in content if part["type"] == kind]
+
+
+def _with_arrays(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose videos are arrays of their frames, as processors take them."""
+    if not isinstance(message["content"], list):
+        return message
+    parts = [video_part(part["video"]) if part["type"] == "video" else part for part in message["content"]]
+    return {**message, "content": parts}

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..chat import takes_videos
 from ..engine.model.anatomy import Anatomy
 from ..errors import UnsupportedModelError
 from .checks import check_servable
 from .placing import Places, fields_of
-from .template import PLACEHOLDER, around, check_marks
+from .template import PLACEHOLDER, around, check_marks, written_alike
 
 
 class Handover(ABC):
@@ -55,6 +56,10 @@ class Handover(ABC):
     @abstractmethod
     def check_processor(self, processor: Any) -> None:
         """Raise ``InputError`` where a chat template or processor writes pictures in another way than vLLM can be told."""
+
+    def takes_videos(self, processor: Any) -> bool:
+        """Whether videos are handed over."""
+        return False
 
     @abstractmethod
     def part(self, embeds: Tensor, places: Places | None) -> dict[str, Any]:
@@ -101,6 +106,10 @@ class ImageEmbeds(Handover):
 
     def check_processor(self, processor: Any) -> None:
         check_marks(processor)
+
+    def takes_videos(self, processor: Any) -> bool:
+        """They are images with places of their own, if the chat template writes the same around them."""
+        return takes_videos(processor, self.parts.model) and written_alike(processor)
 
     def part(self, embeds: Tensor, places: Places | None) -> dict[str, Any]:
         if places is None:

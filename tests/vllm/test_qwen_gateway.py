@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,21 +17,28 @@ import pytest
 import torch
 from PIL import Image
 
+from foveate.chat import as_sampled
+from foveate.films import Bounds
 from foveate.pocket import load_pocket
+from foveate.pocket.native.clips import RATE, draw_clip
 from foveate.pocket.native.pictures import draw_picture
 from foveate.pocket.native.questions import exam
 from foveate.serving.encoding import method_of
+from foveate.video import video_in
 from tests.serving_fakes import data_url, shown
 
 from .stack import Stack, running
 
 NEW, TOP = 6, 10  # tokens of an answer and what comes after its end; log-probabilities at each
 BLOCK = 32  # tokens of a block of the prefix cache
+CLIPS = ((8, 144, 96), (6, 96, 160), (16, 80, 80))  # the last one is longer in time than in space
 SIZES = ((320, 240), (160, 352), (192, 192), (384, 384), (128, 208), (272, 272))
 ENGINE = {
     "whole prompts": f"--block-size {BLOCK} --enable-prompt-tokens-details",
     "prefill in pieces": f"--block-size {BLOCK} --max-num-batched-tokens 64 --max-num-seqs 4",
 }
+
+av = pytest.importorskip("av")
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class Asked:
     pictures: tuple[int, ...]
     method: str
     budget: float | None = None
+    clip: int | None = None  # after the pictures
+    frames: int = 16
 
 
 # adaptive counts, from one token a picture to all of them; a method that reads the question; several pictures
@@ -51,6 +62,10 @@ ASKED = (
     Asked((5, 0, 2), "fovea", 0.2),
     Asked((1,), "cdpruner", 40),
     Asked((0, 4), "resize", 0.4),
+    Asked((), "evs", 0.3, clip=0),
+    Asked((), "prumerge", clip=1),
+    Asked((4,), "vidcom2", 0.25, clip=0, frames=8),
+    Asked((), "full", clip=2, frames=32),
 )
 
 
@@ -67,8 +82,23 @@ def pocket() -> tuple[Any, Any]:
     return load_pocket("qwen")
 
 
+@functools.cache
+def filmed(number: int) -> tuple[bytes, str]:
+    """A film, and a question about it."""
+    random = Random(f"gateway/clip/{number}")
+    made, written = draw_clip(random, CLIPS[number], split="test"), io.BytesIO()
+    with av.open(written, "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=int(RATE))
+        stream.height, stream.width = made.frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for each in made.frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(each, format="rgb24")))
+        file.mux(stream.encode())
+    return written.getvalue(), exam(made, random)[0].text
+
+
 def question(asked: Asked) -> str:
-    return drawn(asked.pictures[-1])[1]
+    return drawn(asked.pictures[-1])[1] if asked.clip is None else filmed(asked.clip)[1]
 
 
 @dataclass(frozen=True)
@@ -85,10 +115,15 @@ class Answer:
 def by_transformers(asked: Asked) -> Answer:
     """By generate(), with the method attached."""
     model, processor = pocket()
-    content = [*({"type": "image", "image": drawn(number)[0]} for number in asked.pictures)]
+    content: list[dict[str, Any]] = [{"type": "image", "image": drawn(number)[0]} for number in asked.pictures]
+    options: dict[str, Any] = {}
+    if asked.clip is not None:
+        video = video_in(filmed(asked.clip)[0], "clip", asked.frames, Bounds())
+        content.append({"type": "video", "video": [*video.frames]})
+        options = {"videos_kwargs": as_sampled(video)}
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": question(asked)}]}]
     inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=options
     )
     told: dict[str, Any] = {"output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
     with method_of(asked.method, asked.budget)(model) as session:
@@ -108,10 +143,16 @@ def words() -> dict[str, int]:
     return found
 
 
+def clip_part(data: bytes) -> dict[str, Any]:
+    url = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
 def body(asked: Asked, **options: Any) -> dict[str, Any]:
     pictures = [shown(data_url(drawn(number)[0])) for number in asked.pictures]
-    content = [*pictures, {"type": "text", "text": question(asked)}]
-    method = {"method": asked.method, "budget": asked.budget}
+    clips = [] if asked.clip is None else [clip_part(filmed(asked.clip)[0])]
+    content = [*pictures, *clips, {"type": "text", "text": question(asked)}]
+    method = {"method": asked.method, "budget": asked.budget, "frames": asked.frames}
     return {"messages": [{"role": "user", "content": content}], "foveate": method, "temperature": 0, "max_tokens": NEW, **options}
 
 
@@ -186,17 +227,23 @@ def test_the_encoder_is_not_in_vllm(stack: Stack) -> None:
 
 
 def test_openai_client_streams_a_conversation(stack: Stack) -> None:
-    """Two turns with pictures, the second with another one; by the method of the gateway."""
+    """A turn with a picture and one with a clip, by the method of the gateway."""
     client = openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0)
     model, processor = pocket()
     sent: list[Any] = []
     own: list[Any] = []
-    for number in (0, 1):
-        image, text = drawn(number)
-        sent.append({"role": "user", "content": [shown(data_url(image)), {"type": "text", "text": text}]})
-        own.append({"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]})
+    video = video_in(filmed(0)[0], "clip", 16, Bounds())
+    image, data = drawn(0)[0], filmed(0)[0]
+    turns: list[tuple[Any, Any, str]] = [
+        (shown(data_url(image)), {"type": "image", "image": image}, drawn(0)[1]),
+        (clip_part(data), {"type": "video", "video": [*video.frames]}, filmed(0)[1]),
+    ]
+    for part, own_part, text in turns:
+        sent.append({"role": "user", "content": [part, {"type": "text", "text": text}]})
+        own.append({"role": "user", "content": [own_part, {"type": "text", "text": text}]})
+        options = {"videos_kwargs": as_sampled(video)} if own_part["type"] == "video" else {}
         inputs = processor.apply_chat_template(
-            own, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            own, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=options
         )
         with method_of("divprune", 0.25)(model) as session:
             out = model.generate(**inputs, do_sample=False, max_new_tokens=24)
