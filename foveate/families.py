@@ -27,6 +27,7 @@ class Family:
     two_way : tokens of a picture see each other in the decoder, not only those before them.
     marks : the field of the config that names tokens of text whose embeddings the model replaces where there are pictures.
     one_placeholder : videos have the placeholder of pictures in prompts, so that a call brings either.
+    stamped : each frame of a video is a run of placeholders of its own in prompts, after its time.
     recurrent : some layers of the decoder hold a state instead of keys and values, so that no tokens can leave between layers.
     since : the first version of transformers whose model takes encoded pictures as the engine hands them in.
     vllm : its class in vLLM, and the module and class of ``serving.plugin`` that take its place; None = there is none.
@@ -48,6 +49,7 @@ class Family:
     two_way: bool = False
     marks: str | None = None
     one_placeholder: bool = False
+    stamped: bool = False
     recurrent: bool = False
     joins: str = "mlp"
     since: str = "5.18"
@@ -114,9 +116,8 @@ def _qwen(model_type: str, name: str, example: str, **more: Any) -> Family:
 
 
 def _glm(model_type: str, name: str, example: str) -> Family:
-    return _qwen(
-        model_type, name, example, joins="convolution", one_placeholder=True, notes="pictures or videos in a call, not both"
-    )
+    places: dict[str, Any] = {"joins": "convolution", "one_placeholder": True, "stamped": True}
+    return _qwen(model_type, name, example, **places, notes="pictures or videos in a call, not both")
 
 
 def _intern(model_type: str, layers: str) -> TowerKind:
@@ -188,10 +189,17 @@ FAMILIES = {
             vllm=("Qwen2_5_VLForConditionalGeneration", "qwen:FoveateQwen25VL"),
             handover="image_embeds",
         ),
-        _qwen("qwen3_vl", "Qwen3-VL", "Qwen/Qwen3-VL-8B-Instruct"),
-        _qwen("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen/Qwen3-VL-30B-A3B-Instruct"),
-        _qwen("qwen3_5", "Qwen3.5", "Qwen/Qwen3.5-9B", recurrent=True, since="5.21"),
-        _qwen("qwen3_5_moe", "Qwen3.5-MoE", "Qwen/Qwen3.5-35B-A3B", recurrent=True, since="5.21"),
+        _qwen(
+            "qwen3_vl",
+            "Qwen3-VL",
+            "Qwen/Qwen3-VL-8B-Instruct",
+            stamped=True,
+            vllm=("Qwen3VLForConditionalGeneration", "qwen3:FoveateQwen3VL"),
+            handover="image_embeds",
+        ),
+        _qwen("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen/Qwen3-VL-30B-A3B-Instruct", stamped=True),
+        _qwen("qwen3_5", "Qwen3.5", "Qwen/Qwen3.5-9B", stamped=True, recurrent=True, since="5.21"),
+        _qwen("qwen3_5_moe", "Qwen3.5-MoE", "Qwen/Qwen3.5-35B-A3B", stamped=True, recurrent=True, since="5.21"),
         Family("internvl", "InternVL", "OpenGVLab/InternVL3-8B-hf", images="runs", projector=None, joins="shuffle", notes=_FRAMES),
         Family("qianfan_ocr", "Qianfan-OCR", "baidu/Qianfan-OCR", images="runs", projector=None, joins="shuffle"),
         Family("gemma3", "Gemma 3", "google/gemma-3-4b-it", projector=None, two_way=True, joins="pooled"),

@@ -55,7 +55,7 @@ class Bounds:
     seconds : counted from when this is made.
     """
 
-    pixels: int = FRAME
+    pixels: int = field(default_factory=lambda: FRAME)
     frames: float = math.inf
     seconds: float = math.inf
     began: float = field(default_factory=time.monotonic)

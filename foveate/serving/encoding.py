@@ -21,7 +21,7 @@ from ..methods.saved import named
 from ..pictures import Pictures
 from .checks import check_embeds
 from .handover import handover_of
-from .placing import Places, places_of
+from .placing import Places, places_of, with_levels
 from .scaling import encodes_apart, scales_first
 
 
@@ -33,7 +33,7 @@ class EncodedPrompt:
     ----------
     ids : the prompt, with one placeholder for each visual token that stays.
     visual : of each token of it, whether it is a placeholder.
-    embeds : per picture, what takes the place of its placeholders [m_i, D], on the CPU.
+    embeds : per picture, what takes the place of its placeholders [m_i, D], on the CPU; with ``placing.with_levels``.
     before : visual tokens per picture without reduction.
     places : per picture, where its tokens stand; None where they are numbered one after the other.
     frames : per picture, visual tokens of each frame that stay; None for what is no video.
@@ -106,7 +106,6 @@ class PictureEncoder:
     def __init__(self, loaded: Loaded) -> None:
         self.loaded, self.parts = loaded, anatomy(loaded.model)
         self.handover = handover_of(self.parts)
-        self.width = int(loaded.model.config.get_text_config().hidden_size)
 
     @functools.cached_property
     def scales_first(self) -> bool:
@@ -149,8 +148,8 @@ class PictureEncoder:
         ids, mask = (encoded.inputs[name].cpu() for name in ("input_ids", "attention_mask"))
         visual = self.parts.visual(ids)
         found: list[tuple[list[Tensor], list[int], list[list[int] | None]]] = [([], [], []) for _ in prompts]
-        for item, each in zip(encoded.report.items, encoded.embeds, strict=True):
-            check_embeds(each, self.width, "the features of a picture")
+        for item, each in zip(encoded.report.items, with_levels(encoded.embeds, encoded.deepstack), strict=True):
+            check_embeds(each, self.handover.width, "the features of a picture")
             part = item.part[item.part >= 0].cpu()
             by_frame = None if item.modality == "image" else torch.bincount(part, minlength=len(item.grids)).tolist()
             embeds, before, frames = found[item.row]

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..chat import takes_videos
 from ..engine.model.anatomy import Anatomy
-from ..errors import UnsupportedModelError
 from .checks import check_servable
 from .placing import Places, fields_of
 from .template import PLACEHOLDER, around, check_marks, written_alike
@@ -49,9 +48,13 @@ class Handover(ABC):
         self.parts = parts
         self.check()
 
-    @abstractmethod
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027
         """Raise ``UnsupportedModelError`` where the language model needs more than is handed over."""
+
+    @property
+    def width(self) -> int:
+        """Of a visual token, with the features that deeper layers add to it."""
+        return int(self.parts.model.config.get_text_config().hidden_size) * (1 + self.parts.deepstack_levels)
 
     @abstractmethod
     def check_processor(self, processor: Any) -> None:
@@ -98,18 +101,12 @@ class ImageEmbeds(Handover):
     plugin = True
     refusal = "go together"  # of the plugin, about places without their extent
 
-    def check(self) -> None:
-        if self.parts.deepstack_levels:
-            raise UnsupportedModelError(
-                f"{self.parts.family.name} cannot be served: its visual features enter several layers, which is not handed over."
-            )
-
     def check_processor(self, processor: Any) -> None:
         check_marks(processor)
 
     def takes_videos(self, processor: Any) -> bool:
-        """They are images with places of their own, if the chat template writes the same around them."""
-        return takes_videos(processor, self.parts.model) and written_alike(processor)
+        """They are images with places of their own, if templates write the same around them, and nothing between frames."""
+        return not self.parts.family.stamped and takes_videos(processor, self.parts.model) and written_alike(processor)
 
     def part(self, embeds: Tensor, places: Places | None) -> dict[str, Any]:
         if places is None:
@@ -121,7 +118,7 @@ class ImageEmbeds(Handover):
         return {"type": "image_embeds", "image_embeds": {name: saved(value) for name, value in fields.items()}}
 
     def probe(self) -> dict[str, Any] | None:
-        width = int(self.parts.model.config.get_text_config().hidden_size)
+        width = self.width
         part = self.part(torch.zeros(1, width, dtype=self.parts.model.dtype), Places(torch.zeros(1, 3, dtype=torch.long), 1))
         del part["image_embeds"]["image_extents"]
         return part

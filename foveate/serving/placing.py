@@ -49,12 +49,29 @@ def places_of(visual: Tensor, positions: Tensor, counts: Sequence[int]) -> list[
     return found
 
 
+def with_levels(embeds: Sequence[Tensor], deepstack: Sequence[Tensor]) -> list[Tensor]:
+    """Visual tokens with the features that deeper layers of the decoder add to them, side by side as vLLM has them.
+
+    Parameters
+    ----------
+    embeds : of each picture [m, D].
+    deepstack : of each [levels, m, D]; empty for models without.
+
+    Returns
+    -------
+    Of each picture [m, D * (1 + levels)].
+    """
+    if not deepstack:
+        return [*embeds]
+    return [torch.cat([each, *levels], -1) for each, levels in zip(embeds, deepstack, strict=True)]
+
+
 def fields_of(embeds: Sequence[Tensor], places: Sequence[Places], merge: int) -> dict[str, Tensor]:
     """Fields of ``image_embeds`` for k pictures or videos that keep m_i tokens each, as the plugin of vLLM takes them.
 
     Parameters
     ----------
-    embeds : of each [m_i, D].
+    embeds : of each [m_i, D], or as ``with_levels``.
     places : of each.
     merge : ``spatial_merge_size`` of the vision encoder.
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..placing import Places, fields_of
+from ..placing import Places, fields_of, with_levels
 
 if TYPE_CHECKING:
     from ...pictures import Encoded
 
 
 def qwen_request(encoded: Encoded, *, row: int = 0, merge: int = 2) -> dict[str, dict[str, Tensor]]:
-    """``multi_modal_data`` of a prompt for Qwen2-VL or Qwen2.5-VL: visual tokens that stay, at the places they had.
+    """``multi_modal_data`` of a prompt for Qwen2-VL, Qwen2.5-VL or Qwen3-VL: visual tokens that stay, at the places they had.
 
     The prompt itself has one placeholder for each image, as for pictures.
 
@@ -35,7 +35,8 @@ def qwen_request(encoded: Encoded, *, row: int = 0, merge: int = 2) -> dict[str,
     ------
     InputError : the prompt has no images, or videos.
     """
-    items = [(item, embeds) for item, embeds in zip(encoded.report.items, encoded.embeds, strict=True) if item.row == row]
+    embeds = with_levels(encoded.embeds, encoded.deepstack)
+    items = [(item, each) for item, each in zip(encoded.report.items, embeds, strict=True) if item.row == row]
     if not items or any(item.modality != "image" for item, _ in items):
         raise InputError(f"row {row} has no images, or a video; qwen_request makes requests of images")
     places = []
@@ -43,4 +44,4 @@ def qwen_request(encoded: Encoded, *, row: int = 0, merge: int = 2) -> dict[str,
         rows, columns = item.grids[0]
         positions = torch.stack([item.part, item.cell // columns, item.cell % columns], -1).cpu()
         places.append(Places(positions, max(rows, columns)))
-    return {"image": fields_of([embeds for _, embeds in items], places, merge)}
+    return {"image": fields_of([each for _, each in items], places, merge)}

@@ -11,20 +11,25 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 import foveate
+from foveate.chat import Prompt, collate
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import FAMILIES
-from foveate.loading import load_encoder
+from foveate.frames import build_processor, build_video_processor
+from foveate.loading import Loaded, load_encoder, prepared
 from foveate.serving.encoding import PictureEncoder, method_of
 from foveate.serving.export import described, export, ready_export
 from foveate.serving.gateway.launch import VllmServer
 from foveate.serving.handover import HANDOVERS, ImageEmbeds
 from foveate.serving.placing import places_of
+from tests import families
 from tests.serving_fakes import FakeEngine, data_url, metric, parts_of, shown, tensor
 
 from .asked import ASKED, picture, pocket, post, said, started
+from .processors import TEMPLATE, tokenizer
 
 SIZES = ((200, 160), (140, 300), (192, 192))
 PICTURES = [picture(number, size) for number, size in enumerate(SIZES)]
@@ -83,6 +88,40 @@ def test_the_engine_gets_what_the_whole_model_would_read(gateway: str, engine: F
     assert usage["foveate"]["visual_tokens_before"] == sum(true.report.before)
     assert usage["prompt_tokens"] == len(ids)
     assert metric(gateway, "foveate_prompt_mismatches_total") == 0
+
+
+def newest() -> Loaded:
+    """A small random Qwen3-VL."""
+    sizes = {"patch_size": families.PATCH, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 256, "max_pixels": 64 * 64}
+    template = TEMPLATE.replace("<image>", "<img><image></img>")
+    made = build_processor(
+        transformers.Qwen3VLProcessor,
+        image_processor=transformers.Qwen2VLImageProcessorPil(**sizes),
+        tokenizer=tokenizer(),
+        video_processor=build_video_processor("Qwen3VLVideoProcessor", patch_size=families.PATCH, merge_size=2),
+        chat_template=template,
+    )
+    return prepared("newest", families.load("qwen3_vl"), made)
+
+
+def test_features_of_deeper_layers_go_along(engine: FakeEngine) -> None:
+    """Qwen3-VL: side by side with each token, as vLLM reads them."""
+    loaded = newest()
+    with started(engine, PictureEncoder(loaded), method="divprune", budget=5) as url:
+        answer = post(url, asked(0, 1, text="w40 w41"))
+        assert answer.status_code == 200, answer.text
+        video = {"type": "video", "video": [data_url(PICTURES[0])] * 4}
+        refused = post(url, {"messages": [{"role": "user", "content": [video, said("w40")]}]})
+        assert (refused.status_code, "without videos" in refused.text) == (400, True)
+    content = [*({"type": "image", "image": PICTURES[number]} for number in (0, 1)), said("w40 w41")]
+    inputs = collate(loaded, [Prompt([{"role": "user", "content": content}], "", [*PICTURES[:2]], [], "")])
+    true = foveate.encode(loaded.model, "divprune", budget=5, **inputs)
+    sent = [part["image_embeds"] for part in parts_of(engine.seen[-1]["messages"]) if part["type"] == "image_embeds"]
+    assert len(true.deepstack[0]) == 3
+    for part, embeds, levels in zip(sent, true.embeds, true.deepstack, strict=True):
+        found = tensor(part["image_embeds"])
+        assert found.shape == (5, 4 * embeds.shape[1])
+        torch.testing.assert_close(found, torch.cat([embeds, *levels], 1), atol=2e-5, rtol=1e-4)
 
 
 def test_pictures_of_earlier_turns_are_remembered(gateway: str, engine: FakeEngine) -> None:
