@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -98,7 +99,7 @@ class Upstream:
         except RequestError as error:
             told = str(error)
         if self.handover.refusal not in told:
-            options = " ".join(f"'{each}'" if " " in each else each for each in self.handover.arguments)
+            options = shlex.join(self.handover.arguments)
             raise RequestError(
                 f"the engine cannot be told where visual tokens of this model stand ({told}). Install foveate in its environment, "
                 f"where vLLM finds the plugin by itself, and start vLLM with {options}.",

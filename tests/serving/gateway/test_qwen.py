@@ -13,9 +13,11 @@ import pytest
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
+from typer.testing import CliRunner
 
 import foveate
 from foveate.chat import Prompt, collate
+from foveate.cli.main import app
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import FAMILIES
 from foveate.frames import build_processor, build_video_processor
@@ -178,6 +180,14 @@ def test_the_export_is_the_whole_model(tmp_path: Path) -> None:
         VllmServer(tmp_path / "whole", python=_with(tmp_path, plugin=False))
     with pytest.raises(InputError, match="only 'foveate serve'"):
         ready_export("pocket-qwen", tmp_path / "whole", text_only=True)
+
+
+def test_the_command_says_how_to_serve_it(tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["export", "pocket-qwen", str(tmp_path / "whole")])
+    assert found.exit_code == 0, found.output
+    said_ = found.output.replace("\n", " ")
+    assert '--enable-mm-embeds --limit-mm-per-prompt \'{"image": 0, "video": 0}\'' in said_
+    assert "--enable-prompt-embeds" not in said_
 
 
 def _with(folder: Path, *, plugin: bool) -> str:
