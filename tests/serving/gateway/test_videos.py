@@ -218,6 +218,7 @@ def bad() -> dict[str, tuple[dict[str, Any], str]]:
         "a frame that is none": ({**listed, "video": [frame, 3]}, "list of URLs"),
         "a file as frames": ({**listed, "video": frame}, "list of URLs"),
         "too many frames": ({**listed, "video": [frame] * 33}, "at most 32"),
+        "thin frames": ({**listed, "video": [data_url(Image.new("RGB", (4, 2000)))] * 2}, "200"),
         "a damaged frame": ({**listed, "video": [frame, frame[:-400] + "A" * 12]}, "frame 2 of video 1"),
         "no rate": ({**listed, "fps": 0}, "fps"),
         "a rate that is none": ({**listed, "fps": "fast"}, "fps"),
