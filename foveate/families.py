@@ -27,9 +27,11 @@ class Family:
     two_way : tokens of a picture see each other in the decoder, not only those before them.
     marks : the field of the config that names tokens of text whose embeddings the model replaces where there are pictures.
     one_placeholder : videos have the placeholder of pictures in prompts, so that a call brings either.
+    stamped : each frame of a video is a run of placeholders of its own in prompts, after its time.
     recurrent : some layers of the decoder hold a state instead of keys and values, so that no tokens can leave between layers.
     since : the first version of transformers whose model takes encoded pictures as the engine hands them in.
     vllm : its class in vLLM, and the module and class of ``serving.plugin`` that take its place; None = there is none.
+    handover : how visual tokens that were made outside go to vLLM (a name in ``serving.handover.HANDOVERS``).
     notes : what is different from what one may expect.
     """
 
@@ -47,10 +49,12 @@ class Family:
     two_way: bool = False
     marks: str | None = None
     one_placeholder: bool = False
+    stamped: bool = False
     recurrent: bool = False
     joins: str = "mlp"
     since: str = "5.18"
     vllm: tuple[str, str] | None = None
+    handover: str = "prompt_embeds"
     notes: str = ""
 
 
@@ -112,9 +116,8 @@ def _qwen(model_type: str, name: str, example: str, **more: Any) -> Family:
 
 
 def _glm(model_type: str, name: str, example: str) -> Family:
-    return _qwen(
-        model_type, name, example, joins="convolution", one_placeholder=True, notes="pictures or videos in a call, not both"
-    )
+    places: dict[str, Any] = {"joins": "convolution", "one_placeholder": True, "stamped": True}
+    return _qwen(model_type, name, example, **places, notes="pictures or videos in a call, not both")
 
 
 def _intern(model_type: str, layers: str) -> TowerKind:
@@ -172,17 +175,31 @@ FAMILIES = {
             shrinkable=True,
             since="5.21",
         ),
-        _qwen("qwen2_vl", "Qwen2-VL", "Qwen/Qwen2-VL-7B-Instruct", vllm=("Qwen2VLForConditionalGeneration", "qwen:FoveateQwen2VL")),
+        _qwen(
+            "qwen2_vl",
+            "Qwen2-VL",
+            "Qwen/Qwen2-VL-7B-Instruct",
+            vllm=("Qwen2VLForConditionalGeneration", "qwen:FoveateQwen2VL"),
+            handover="image_embeds",
+        ),
         _qwen(
             "qwen2_5_vl",
             "Qwen2.5-VL",
             "Qwen/Qwen2.5-VL-7B-Instruct",
             vllm=("Qwen2_5_VLForConditionalGeneration", "qwen:FoveateQwen25VL"),
+            handover="image_embeds",
         ),
-        _qwen("qwen3_vl", "Qwen3-VL", "Qwen/Qwen3-VL-8B-Instruct"),
-        _qwen("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen/Qwen3-VL-30B-A3B-Instruct"),
-        _qwen("qwen3_5", "Qwen3.5", "Qwen/Qwen3.5-9B", recurrent=True, since="5.21"),
-        _qwen("qwen3_5_moe", "Qwen3.5-MoE", "Qwen/Qwen3.5-35B-A3B", recurrent=True, since="5.21"),
+        _qwen(
+            "qwen3_vl",
+            "Qwen3-VL",
+            "Qwen/Qwen3-VL-8B-Instruct",
+            stamped=True,
+            vllm=("Qwen3VLForConditionalGeneration", "qwen3:FoveateQwen3VL"),
+            handover="image_embeds",
+        ),
+        _qwen("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen/Qwen3-VL-30B-A3B-Instruct", stamped=True),
+        _qwen("qwen3_5", "Qwen3.5", "Qwen/Qwen3.5-9B", stamped=True, recurrent=True, since="5.21"),
+        _qwen("qwen3_5_moe", "Qwen3.5-MoE", "Qwen/Qwen3.5-35B-A3B", stamped=True, recurrent=True, since="5.21"),
         Family("internvl", "InternVL", "OpenGVLab/InternVL3-8B-hf", images="runs", projector=None, joins="shuffle", notes=_FRAMES),
         Family("qianfan_ocr", "Qianfan-OCR", "baidu/Qianfan-OCR", images="runs", projector=None, joins="shuffle"),
         Family("gemma3", "Gemma 3", "google/gemma-3-4b-it", projector=None, two_way=True, joins="pooled"),

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .engine.model.anatomy import Anatomy, anatomy
-from .errors import FoveateError, InputError, MissingExtraError, UnsupportedModelError, first_line
+from .engine.model.anatomy import anatomy
+from .errors import FoveateError, InputError, MissingExtraError, first_line
 from .fingerprint import digest, fingerprint
 from .jsonl import parsed
 from .pocket import ADAPTERS, MODELS, NAME
@@ -90,7 +90,6 @@ def load_encoder(name: str = POCKET, *, dtype: str | None = None, device: str | 
     Raises
     ------
     InputError : the model cannot be loaded.
-    UnsupportedModelError : its language model cannot run elsewhere with embeddings in plain order.
     """
     if is_adapter(name):
         return _without_layers(merged(load(name, dtype=dtype, device=device)))
@@ -109,7 +108,6 @@ def load_encoder(name: str = POCKET, *, dtype: str | None = None, device: str | 
         raise
     except Exception as error:  # whatever a broken config, processor, weight file or device leads to
         raise InputError(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
-    check_plain_positions(anatomy(model))
     return prepared(name, model.eval(), processor)
 
 
@@ -240,31 +238,9 @@ def merged(loaded: Loaded) -> Loaded:
 
 def _without_layers(loaded: Loaded) -> Loaded:
     """A model without the layers of its decoder."""
-    parts = anatomy(loaded.model)
-    check_plain_positions(parts)
-    parts.decoder.layers = nn.ModuleList()
+    anatomy(loaded.model).decoder.layers = nn.ModuleList()
     loaded.model.config.get_text_config().num_hidden_layers = 0
     return loaded
-
-
-def check_plain_positions(parts: Anatomy) -> None:
-    """Refuse models whose decoder needs more than embeddings in their order.
-
-    Raises
-    ------
-    UnsupportedModelError : positions are (t, h, w), tokens of a picture see each other, or features enter several layers.
-    """
-    family, why = parts.family, None
-    if family.mrope:
-        why = (
-            "its visual tokens have (t, h, w) positions, which embeddings in a prompt do not carry; see the plugin, docs/plugin.md"
-        )
-    elif family.two_way:
-        why = "its visual tokens see each other in both directions, and a plain language model reads from left to right"
-    elif parts.deepstack_levels:
-        why = "its visual features enter several layers"
-    if why:
-        raise UnsupportedModelError(f"{family.name} cannot be served from embeddings: {why}.")
 
 
 def own_device(device: str | None) -> str | None:

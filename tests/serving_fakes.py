@@ -26,6 +26,8 @@ WORDS = 6  # of an answer
 class FakeEngine:
     """Answers with the shapes and sums of the embeddings that it gets; ``behave`` says what it does otherwise.
 
+    Of images with places it is as strict as vLLM with the plugin of foveate, or, where it behaves "stock", without.
+
     Attributes
     ----------
     seen : bodies of the requests.
@@ -68,6 +70,9 @@ class FakeEngine:
             return JSONResponse({"error": {"message": "max_tokens is too large", "code": 400}}, 400)
         if self.behave == "fails":
             return JSONResponse({"error": {"message": "EngineCore died", "code": 500}}, 500)
+        placed = [part["image_embeds"] for part in parts_of(body["messages"]) if part["type"] == "image_embeds"]
+        if any(("image_extents" in each) != ("image_positions" in each) for each in placed) and self.behave != "stock":
+            return JSONResponse({"error": {"message": "image_positions and image_extents go together", "code": 400}}, 400)
         words, tokens = describe(body["messages"])
         usage = {"prompt_tokens": tokens + self.offset, "completion_tokens": WORDS, "total_tokens": tokens + WORDS}
         if body["stream"]:
@@ -96,19 +101,33 @@ class FakeEngine:
             self.cancelled += not finished
 
 
+def parts_of(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [part for message in messages for part in message["content"]]
+
+
+def tensor(text: str) -> torch.Tensor:
+    return torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True)
+
+
 def describe(messages: list[dict[str, Any]]) -> tuple[list[str], int]:
     """What an engine says of its messages: shapes and sums of embeddings, texts; and how many tokens the pocket model has of it."""
     words, tokens = [], 1 + 1  # <s>, assistant:
+    if any(part["type"] == "image_embeds" for part in parts_of(messages)):
+        tokens += 2 * len(messages)  # of the second one: <|im_start|> user ... <|im_end|>, and <|im_start|> assistant
     for message in messages:
         tokens += 1
         for part in message["content"]:
             if part["type"] == "prompt_embeds":
-                embeds = torch.load(io.BytesIO(base64.b64decode(part["data"])), weights_only=True)
-                words.append(f"[{len(embeds)}x{embeds.shape[1]}:{checksum(embeds)}]")
-                tokens += len(embeds)
+                embeds = tensor(part["data"])
+            elif part["type"] == "image_embeds":
+                embeds = tensor(part["image_embeds"]["image_embeds"])
+                tokens += 2  # <|vision_start|>, <|vision_end|>
             else:
                 words.append(part["text"])
                 tokens += len(part["text"].split())
+                continue
+            words.append(f"[{len(embeds)}x{embeds.shape[1]}:{checksum(embeds)}]")
+            tokens += len(embeds)
     return words + ["."] * max(0, WORDS - len(words)), tokens
 
 

@@ -333,7 +333,7 @@ def test_frames_that_are_too_large(tmp_path, monkeypatch):
 
 
 def test_frames_of_a_film_that_are_too_large(clip, monkeypatch):
-    monkeypatch.setattr("foveate.video.FRAME", 192 * 192 - 1)
+    monkeypatch.setattr("foveate.films.FRAME", 192 * 192 - 1)
     with pytest.raises(foveate.InputError, match="is 192 x 192 pixels; at most"):
         open_video(clip)
 

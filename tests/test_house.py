@@ -14,7 +14,7 @@ ROOT = Path(foveate.__file__).parent
 BENCHMARKS = ROOT.parent / "benchmarks"
 LAYERS = (  # a file imports from its own layer and those below; a room that is not listed fails
     "_moved families fingerprint jsonl places precision tokens cuts heads images errors notebook",
-    "methods report video frames",
+    "methods report video films frames",
     "engine viz analysis",
     "api pictures",
     "loading chat answering pocket",

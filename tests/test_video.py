@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import foveate
-from foveate import video
+from foveate import films
 from foveate.video import open_video
 
 av = pytest.importorskip("av")
@@ -105,7 +105,7 @@ def test_any_number_of_frames(tmp_path, count):
 )
 def test_a_long_clip_is_not_decoded_in_full(tmp_path, monkeypatch, name, codec, groups):
     path = write(tmp_path / name, codec, count=200, gop=10, rate=25)
-    decoded, opened = [], video._opened
+    decoded, opened = [], films._opened
 
     @contextmanager
     def counting(path):
@@ -124,7 +124,7 @@ def test_a_long_clip_is_not_decoded_in_full(tmp_path, monkeypatch, name, codec, 
         with opened(path) as (container, stream):
             yield Counting(container), stream
 
-    monkeypatch.setattr(video, "_opened", counting)
+    monkeypatch.setattr(films, "_opened", counting)
     found = [number_of(frame) for frame in open_video(path, 4).frames]
     assert found == even(200, 4)
     assert 4 <= len(decoded) <= 4 * 10 * groups
@@ -306,7 +306,7 @@ def test_streams_that_begin_in_the_middle(tmp_path, monkeypatch):
     def fail(path):
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr(video, "_scan", fail)
+    monkeypatch.setattr(films, "_scan", fail)
     with pytest.raises(foveate.InputError, match="changes midway"):
         open_video(write(tmp_path / "a.mp4", count=2))
 

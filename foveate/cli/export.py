@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +29,7 @@ def export_command(
     """Write the language model of a vision-language model as a folder that vLLM serves, with pictures as embeddings."""
     from ..errors import InputError
     from ..serving.export import METHOD, export
+    from ..serving.handover import HANDOVERS
 
     chosen = None if method is None and config is None and plan is None else method_of(method, None, fields, config, plan)
     if chosen is None and fields:
@@ -42,7 +44,7 @@ def export_command(
     out.print(
         f"{told.architecture}, {told.parameters / 1e6:,.1f} million parameters, {told.dtype}, in {folder}\n"
         f"logits differ by {told.logit_difference:.2g} from the model's own; {chats}\n"
-        f"serve it:  vllm serve {folder} --enable-prompt-embeds {served}",
+        f"serve it:  vllm serve {folder} {shlex.join(HANDOVERS[told.handover].arguments)} {served}",
         markup=False,
         soft_wrap=True,
     )

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..engine.model.anatomy import Anatomy
 from ..errors import InputError, UnsupportedModelError
-from ..loading import check_plain_positions
 
 
 def check_servable(parts: Anatomy) -> None:
@@ -15,14 +14,23 @@ def check_servable(parts: Anatomy) -> None:
 
     Raises
     ------
-    UnsupportedModelError : as ``loading.check_plain_positions``, or the model embeds some words in another way beside pictures.
+    UnsupportedModelError : positions are (t, h, w), tokens of a picture see each other, features enter several layers, or the model
+        embeds some words in another way beside pictures.
     """
-    check_plain_positions(parts)
-    if parts.family.marks is not None:
-        raise UnsupportedModelError(
-            f"{parts.family.name} cannot be served from embeddings: beside pictures it replaces the embeddings of some words, "
-            "which another engine would look up."
+    family, why = parts.family, None
+    if family.mrope:
+        why = (
+            "its visual tokens have (t, h, w) positions, which embeddings in a prompt do not carry. 'foveate serve' and the plugin "
+            "hand them over for Qwen2-VL, Qwen2.5-VL and Qwen3-VL (docs/serving.md)"
         )
+    elif family.two_way:
+        why = "its visual tokens see each other in both directions, and a plain language model reads from left to right"
+    elif parts.deepstack_levels:
+        why = "its visual features enter several layers"
+    elif family.marks is not None:
+        why = "beside pictures it replaces the embeddings of some words, which another engine would look up"
+    if why:
+        raise UnsupportedModelError(f"{family.name} cannot be served from embeddings: {why}.")
 
 
 def check_embeds(embeds: object, width: int, what: str = "image_embeds") -> None:

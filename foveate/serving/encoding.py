@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from PIL import Image
+import torch
 from torch import Tensor
 
-from ..chat import Prompt, collate
+from ..chat import Prompt, collate, video_part
 from ..engine.model.anatomy import anatomy
 from ..engine.vision.front import prepare
 from ..errors import InputError
@@ -19,7 +19,9 @@ from ..loading import Loaded, usable_device
 from ..methods.base import Method
 from ..methods.saved import named
 from ..pictures import Pictures
-from .checks import check_embeds, check_servable
+from .checks import check_embeds
+from .handover import handover_of
+from .placing import Places, places_of, with_levels
 from .scaling import encodes_apart, scales_first
 
 
@@ -31,14 +33,18 @@ class EncodedPrompt:
     ----------
     ids : the prompt, with one placeholder for each visual token that stays.
     visual : of each token of it, whether it is a placeholder.
-    embeds : per picture, what takes the place of its placeholders [m_i, D], on the CPU.
+    embeds : per picture, what takes the place of its placeholders [m_i, D], on the CPU; with ``placing.with_levels``.
     before : visual tokens per picture without reduction.
+    places : per picture, where its tokens stand; None where they are numbered one after the other.
+    frames : per picture, visual tokens of each frame that stay; None for what is no video.
     """
 
     ids: list[int]
     visual: list[bool]
     embeds: list[Tensor]
     before: list[int]
+    places: list[Places] | None = None
+    frames: list[list[int] | None] | None = None
 
     @property
     def after(self) -> list[int]:
@@ -91,12 +97,15 @@ class PictureEncoder:
     Raises
     ------
     UnsupportedModelError : its language model cannot run elsewhere.
+
+    Attributes
+    ----------
+    handover : how its visual tokens go to vLLM.
     """
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded, self.parts = loaded, anatomy(loaded.model)
-        check_servable(self.parts)
-        self.width = int(loaded.model.config.get_text_config().hidden_size)
+        self.handover = handover_of(self.parts)
 
     @functools.cached_property
     def scales_first(self) -> bool:
@@ -122,30 +131,59 @@ class PictureEncoder:
 
         Parameters
         ----------
-        conversations : messages of transformers' chat templates, with pictures as ``{"type": "image", "image": PIL image}``;
-            each has at least one.
+        conversations : messages of transformers' chat templates, with pictures as ``{"type": "image", "image": PIL image}`` and
+            videos as ``{"type": "video", "video": Video}``; each has at least one, and all have the same kinds.
         method : what reduces.
 
         Raises
         ------
         InputError : the processor cannot use a conversation, or its features are not finite.
         """
-        prompts = [Prompt(messages, "", pictures_of(messages), [], "") for messages in conversations]
+        prompts = [
+            Prompt([_with_arrays(message) for message in messages], "", pictures_of(messages), videos_of(messages))
+            for messages in conversations
+        ]
         inputs = collate(self.loaded, prompts)
         encoded = Pictures(self.loaded.model, **inputs).reduce(method)
         ids, mask = (encoded.inputs[name].cpu() for name in ("input_ids", "attention_mask"))
         visual = self.parts.visual(ids)
-        found: list[tuple[list[Tensor], list[int]]] = [([], []) for _ in prompts]
-        for row, embeds, before in zip(encoded.report.rows, encoded.embeds, encoded.report.before, strict=True):
-            check_embeds(embeds, self.width, "the features of a picture")
-            found[row][0].append(embeds.cpu())
-            found[row][1].append(before)
-        return [
-            EncodedPrompt(ids[row][real].tolist(), visual[row][real].tolist(), *found[row]) for row, real in enumerate(mask.bool())
-        ]
+        found: list[tuple[list[Tensor], list[int], list[list[int] | None]]] = [([], [], []) for _ in prompts]
+        for item, each in zip(encoded.report.items, with_levels(encoded.embeds, encoded.deepstack), strict=True):
+            check_embeds(each, self.handover.width, "the features of a picture")
+            part = item.part[item.part >= 0].cpu()
+            by_frame = None if item.modality == "image" else torch.bincount(part, minlength=len(item.grids)).tolist()
+            embeds, before, frames = found[item.row]
+            embeds.append(each.cpu())
+            before.append(item.before)
+            frames.append(by_frame)
+        made = []
+        for row, real in enumerate(mask.bool()):
+            shown, (embeds, before, frames), places = visual[row][real], found[row], None
+            if self.parts.family.mrope:
+                positions = encoded.inputs["position_ids"][-3:, row].cpu()[:, real]
+                places = places_of(shown, positions, [len(each) for each in embeds])
+            made.append(EncodedPrompt(ids[row][real].tolist(), shown.tolist(), embeds, before, places, frames))
+        return made
 
 
-def pictures_of(messages: Sequence[dict[str, Any]]) -> list[Image.Image]:
+def pictures_of(messages: Sequence[dict[str, Any]]) -> list[Any]:
     """The pictures of a conversation, in their order."""
+    return _media_of(messages, "image")
+
+
+def videos_of(messages: Sequence[dict[str, Any]]) -> list[Any]:
+    """The videos of a conversation, in their order."""
+    return _media_of(messages, "video")
+
+
+def _media_of(messages: Sequence[dict[str, Any]], kind: str) -> list[Any]:
     contents = (message["content"] for message in messages if isinstance(message["content"], list))
-    return [part["image"] for content in contents for part in content if part["type"] == "image"]
+    return [part[kind] for content in contents for part in content if part["type"] == kind]
+
+
+def _with_arrays(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose videos are arrays of their frames, as processors take them."""
+    if not isinstance(message["content"], list):
+        return message
+    parts = [video_part(part["video"]) if part["type"] == "video" else part for part in message["content"]]
+    return {**message, "content": parts}

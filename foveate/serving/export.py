@@ -5,34 +5,29 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from ..engine.model.anatomy import Anatomy, anatomy
 from ..engine.vision.front import prepare
-from ..errors import FoveateError, InputError, first_line
+from ..errors import InputError
 from ..jsonl import parsed
 from ..loading import Loaded, is_adapter, load, merged, quiet_loading
 from ..methods.base import Method
 from ..methods.trained import Trained
 from ..places import ready_folder, writing
-from .checks import check_servable
+from .conversations import ExportError, check_conversations
 from .files import fingerprint
-from .template import PLACEHOLDER, chat_template, collapsed, placeholder
+from .handover import Handover, ImageEmbeds, PromptEmbeds, handover_of
+from .template import PLACEHOLDER, chat_template, placeholder
 
 MARK, METHOD = "foveate_export.json", "method"
 # settings of a tokenizer that are of its processor, or of the place it was loaded from
 STALE = ("chat_template", "processor_class", "image_token", "model_specific_special_tokens", "is_local", "local_files_only")
-
-
-class ExportError(FoveateError):
-    """A language model cannot be taken out of its vision-language model, or does not do there what it did in it."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +38,16 @@ class Exported:
     ----------
     source : Hub id or folder of the vision-language model.
     files : a fingerprint of its files.
-    architecture : the class of the language model.
+    architecture : the class of what was written.
     width : of its embeddings.
     dtype : of its weights.
     parameters : how many there are.
-    logit_difference : to the language model in its place, the largest over a text and over embeddings.
+    logit_difference : to the language model in its place, the largest over a text and over embeddings; 0 for a whole model.
     conversations : how many were compared, token by token, with what the processor makes of them.
     no_chat : why there is no chat template, "" where there is one; without it, prompts have to come as tokens.
     foveate : version that wrote it.
     method : whose weights are in the folder ``method`` beside, with their digest; "" = none are.
+    handover : how vLLM gets visual tokens (a name in ``handover.HANDOVERS``).
     """
 
     source: str
@@ -65,13 +61,15 @@ class Exported:
     no_chat: str
     foveate: str
     method: str = ""
+    handover: str = PromptEmbeds.name
 
 
-def export(name: str, out: Path, *, dtype: str | None = None, method: Method | None = None) -> Exported:
+def export(name: str, out: Path, *, dtype: str | None = None, method: Method | None = None, text_only: bool = False) -> Exported:
     """Write the language model of a checkpoint as a folder for vLLM: weights, tokenizer, chat template.
 
     Where a chat template of the model writes a picture, the new one writes the word for embeddings in a prompt of vLLM,
-    ``<prompt_embeds>``; and it writes the first token of a prompt, if the processor does.
+    ``<prompt_embeds>``; and it writes the first token of a prompt, if the processor does. Models whose visual tokens have (t, h, w)
+    positions are written whole, as they are: vLLM knows these positions of the whole model only.
 
     Parameters
     ----------
@@ -79,11 +77,12 @@ def export(name: str, out: Path, *, dtype: str | None = None, method: Method | N
     out : a folder that is new, empty, or an earlier export.
     dtype : of the weights; None = as saved.
     method : with weights of its own, which are written into the folder ``method`` there; None = none are.
+    text_only : refuse models that would be written whole.
 
     Raises
     ------
     InputError : the model cannot be loaded, ``out`` holds something else, or the method has no weights or those of another model.
-    UnsupportedModelError : its language model needs more than embeddings.
+    UnsupportedModelError : its language model needs more than vLLM can be handed.
     ExportError : what was written does not do what the model does; nothing is left in ``out`` then.
     """
     out = Path(out).expanduser()
@@ -92,7 +91,7 @@ def export(name: str, out: Path, *, dtype: str | None = None, method: Method | N
     with quiet_loading(bars=False):
         loaded = merged(load(name, dtype=dtype, device="cpu"))
     model, parts = loaded.model, anatomy(loaded.model)
-    check_servable(parts)
+    handover = PromptEmbeds(parts) if text_only else handover_of(parts)
     if getattr(model, "is_quantized", False):
         raise InputError(f"the weights of {name!r} are quantised. Export the unquantised model, and let vLLM quantise it.")
     if method is not None and method.made_for is not None and not method.trained():
@@ -100,10 +99,8 @@ def export(name: str, out: Path, *, dtype: str | None = None, method: Method | N
         method = None
     if method is not None:
         _check_method(parts, method, is_adapter(name))
-    text = language_model(parts)
-    difference = compared(model, text)
     with writing(out):
-        return _written(loaded, parts, text, difference, name, out, method)
+        return _written(loaded, handover, name, out, method)
 
 
 def parts_of(method: Method | None) -> tuple[Trained, ...]:
@@ -121,30 +118,29 @@ def _check_method(parts: Anatomy, method: Method, merged: bool) -> None:
         raise InputError(strange[0])
 
 
-def _written(loaded: Loaded, parts: Anatomy, text: Any, difference: float, name: str, out: Path, method: Method | None) -> Exported:
+def _written(loaded: Loaded, handover: Handover, name: str, out: Path, method: Method | None) -> Exported:
     """The folder, which is there in whole or not at all."""
     from .. import __version__
 
     made = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         with quiet_loading(bars=False):
-            text.save_pretrained(made)
-        no_chat = write_tokenizer(loaded.processor, made)
+            model, difference, no_chat, number = WRITERS[handover.name](loaded, handover.parts, made)
         for part in parts_of(method):
             part.save_pretrained(made / METHOD)
-        number = 0 if no_chat else check_conversations(loaded.processor, parts, made)
         told = Exported(
             source=name,
             files=fingerprint(name),
-            architecture=type(text).__name__,
-            width=int(text.config.hidden_size),
-            dtype=str(text.dtype).removeprefix("torch."),
-            parameters=sum(parameter.numel() for parameter in text.parameters()),
+            architecture=type(model).__name__,
+            width=handover.parts.model.config.get_text_config().hidden_size,
+            dtype=str(model.dtype).removeprefix("torch."),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
             logit_difference=difference,
             conversations=number,
             no_chat=no_chat,
             foveate=__version__,
             method=" ".join(f"{part.name} {part.settings()['weights']}" for part in parts_of(method)),
+            handover=handover.name,
         )
         (made / MARK).write_text(json.dumps(asdict(told), indent=1) + "\n")
         for path in (made, *made.rglob("*")):
@@ -155,6 +151,31 @@ def _written(loaded: Loaded, parts: Anatomy, text: Any, difference: float, name:
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return told
+
+
+def _write_text(loaded: Loaded, parts: Anatomy, folder: Path) -> tuple[Any, float, str, int]:
+    """Write the language model; it, the largest difference of logits, why there is no chat template, compared conversations."""
+    from transformers import AutoTokenizer
+
+    text = language_model(parts)
+    difference = compared(parts.model, text)
+    text.save_pretrained(folder)
+    no_chat, number = write_tokenizer(loaded.processor, folder), 0
+    if not no_chat:
+        if AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(PLACEHOLDER) != parts.placeholders["image"]:
+            raise ExportError(f"the written tokenizer does not read {PLACEHOLDER} as the placeholder of pictures")
+        number = check_conversations(loaded.processor, folder, {"type": "text", "text": PLACEHOLDER})
+    return text, difference, no_chat, number
+
+
+def _write_whole(loaded: Loaded, parts: Anatomy, folder: Path) -> tuple[Any, float, str, int]:
+    """The same for a whole model, which is written as it is."""
+    parts.model.save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
+    return parts.model, 0.0, "", check_conversations(loaded.processor, folder, {"type": "image"})
+
+
+WRITERS = {PromptEmbeds.name: _write_text, ImageEmbeds.name: _write_whole}
 
 
 def check_folder(out: Path) -> None:
@@ -181,13 +202,14 @@ def described(folder: Path) -> Exported:
         raise InputError(f"{folder} is no export. Write one with 'foveate export MODEL {folder}'.") from error
 
 
-def ready_export(name: str, folder: Path | None = None, *, dtype: str | None = None) -> Path:
+def ready_export(name: str, folder: Path | None = None, *, dtype: str | None = None, text_only: bool = False) -> Path:
     """An export of a model: the one that is there, or a new one.
 
     Parameters
     ----------
     name : as for ``export``.
     folder : where it is, or is to be; None = a place of its own in the cache of the user.
+    text_only : as for ``export``.
 
     Raises
     ------
@@ -199,11 +221,13 @@ def ready_export(name: str, folder: Path | None = None, *, dtype: str | None = N
             Path.home() / ".cache" / "foveate" / "exports" / "-".join([Path(name).name, *([dtype] if dtype else []), mark[:12]])
         )
     if not (folder / MARK).is_file():
-        export(name, folder, dtype=dtype)
+        export(name, folder, dtype=dtype, text_only=text_only)
     told = described(folder)
     if told.files != mark:
         what = "whose weights or settings are others now" if told.source == name else f"and not of {name!r}"
         raise InputError(f"{folder} is an export of {told.source!r}, {what}. Give another folder, or remove it.")
+    if text_only and told.handover != PromptEmbeds.name:
+        raise InputError(f"{folder} holds a whole model, which only 'foveate serve' can use. Give another folder.")
     if dtype not in (None, told.dtype):
         raise InputError(f"{folder} is an export in {told.dtype} and not in {dtype}. Give another folder, or remove it.")
     return folder
@@ -321,63 +345,3 @@ def _renamed(value: Any, token: str) -> Any:
     if isinstance(value, list):
         return [_renamed(each, token) for each in value]
     return PLACEHOLDER if value == token else value
-
-
-CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
-    (("user", "what is this ?"),),
-    (("user", "# what is this ?"),),
-    (("user", "what is # this ?"),),
-    (("user", "# and # : is there a star ?"),),
-    (("system", "answer in a word"), ("user", "# what is this ?")),
-    (("user", "# what is this ?"), ("assistant", "a red star"), ("user", "# and this ?")),
-)
-
-
-def check_conversations(processor: Any, parts: Anatomy, folder: Path) -> int:
-    """Compare, for a few conversations, what the written template and tokenizer give with what the processor gives.
-
-    Returns
-    -------
-    How many were compared: templates may refuse some roles.
-
-    Raises
-    ------
-    ExportError : one differs, or all are refused.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer, picture = AutoTokenizer.from_pretrained(folder), Image.new("RGB", (336, 224), (90, 120, 200))
-    if tokenizer.convert_tokens_to_ids(PLACEHOLDER) != parts.placeholders["image"]:
-        raise ExportError(f"the written tokenizer does not read {PLACEHOLDER} as the placeholder of pictures")
-    compared = 0
-    for conversation in CONVERSATIONS:
-        try:
-            ids = collapsed(processor, _messages(conversation, {"type": "image", "image": picture}))
-        except Exception as error:  # a template says with an error of its own that it does not take a role, or several pictures
-            if len(conversation) == 1 and conversation[0][1].count("#") < 2:
-                raise ExportError(f"the processor cannot make a prompt of one picture: {first_line(error)}") from error
-            continue
-        written: Any = tokenizer.apply_chat_template(
-            _messages(conversation, {"type": "text", "text": PLACEHOLDER}), add_generation_prompt=True, tokenize=True
-        )
-        written = written["input_ids"]
-        if written != ids:
-            raise ExportError(
-                f"the written chat template gives other tokens than the processor for {conversation}: "
-                f"{tokenizer.decode(written)!r} instead of {tokenizer.decode(ids)!r}"
-            )
-        compared += 1
-    return compared
-
-
-def _messages(conversation: Sequence[tuple[str, str]], picture: dict[str, Any]) -> list[dict[str, Any]]:
-    """A conversation for chat templates; # stands for a picture."""
-    found = []
-    for role, said in conversation:
-        texts = said.split("#")
-        parts: list[dict[str, Any]] = []
-        for number, text in enumerate(texts):
-            parts += [picture] if number else []
-            parts += [{"type": "text", "text": text.strip()}] if text.strip() else []
-        found.append({"role": role, "content": parts})
-    return found

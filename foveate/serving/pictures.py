@@ -25,17 +25,22 @@ PIECE = 2**16  # characters
 HEADERS = {"Accept-Encoding": "identity"}  # what is packed may be any size when unpacked
 
 
-def from_data_url(url: str, where: str) -> bytes:
+def from_data_url(url: str, where: str, kinds: Collection[str] = ("image",)) -> bytes:
     """The contents of a data URL.
+
+    Parameters
+    ----------
+    kinds : first parts of the types of media that are taken; "image" for pictures.
 
     Raises
     ------
-    RequestError : it is none of a picture, or damaged.
+    RequestError : it is of none of these, or damaged.
     """
     head, comma, data = url.partition(",")
     kind, *options = head[len("data:") :].lower().split(";")
-    if not comma or not kind.startswith("image/"):
-        raise RequestError(f"{where}: the data URL is none of a picture. It begins with data:image/png;base64, or the like.")
+    if not comma or kind.partition("/")[0] not in kinds:
+        what, example = ("picture", "image/png") if "video" not in kinds else ("video", "video/mp4")
+        raise RequestError(f"{where}: the data URL is none of a {what}. It begins with data:{example};base64, or the like.")
     if "base64" not in options:
         return _unquoted(data)
     try:

@@ -33,6 +33,8 @@ def scaled(processor: Any, image: Image.Image) -> Image.Image:
 def _shortest(processor: Any) -> int:
     """The shortest side of a picture that the processor has scaled, 0 where it does not say."""
     size = processor.image_processor.size
+    if size.get("longest_edge"):  # beside it, Qwen's processors mean numbers of pixels
+        return 0
     return int(size.get("shortest_edge") or min(size.get("height") or 0, size.get("width") or 0))
 
 
@@ -49,6 +51,8 @@ def scales_first(loaded: Loaded) -> bool:
     """
     try:
         short = _shortest(loaded.processor)
+        if not short:
+            return False
         for picture in _pictures([(3 * short, 2 * short), (2 * short, 3 * short), (5 * short // 2, 5 * short // 2)]):
             small = scaled(loaded.processor, picture)
             if small.size == picture.size or not _same(_inputs(loaded, [picture]), _inputs(loaded, [small])):
@@ -88,13 +92,13 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _seen(loaded: Loaded, images: Sequence[Image.Image]) -> tuple[list[bytes], int]:
-    """The tiles that the encoder gets of pictures, without those that only fill up, and the number of placeholders."""
+    """The tiles, or patches, that the encoder gets of pictures, without those that only fill up, and the number of placeholders."""
     inputs, tokenizer = _inputs(loaded, images), loaded.processor.tokenizer
     tiles = [
         tile.float().cpu().numpy().tobytes()
         for values in inputs.values()
-        if isinstance(values, Tensor) and values.is_floating_point() and values.ndim >= 3
-        for tile in values.reshape(-1, *values.shape[-3:])
+        if isinstance(values, Tensor) and values.is_floating_point() and values.ndim >= 2
+        for tile in (values if values.ndim == 2 else values.reshape(-1, *values.shape[-3:]))
         if bool(tile.any())
     ]
     number = tokenizer.convert_tokens_to_ids(placeholder(loaded.processor))

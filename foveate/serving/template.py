@@ -121,6 +121,35 @@ def around(processor: Any) -> tuple[str, str]:
     return found.pop()
 
 
+def check_marks(processor: Any) -> None:
+    """Refuse a chat template that does not write exactly one placeholder for each picture.
+
+    Raises
+    ------
+    InputError : it does not.
+    """
+    mark = processor.image_token
+    content = [{"type": "image"}, {"type": "text", "text": "a"}, {"type": "image"}]
+    messages = [{"role": "user", "content": content}]
+    written = processor.tokenizer.apply_chat_template(messages, chat_template=source_template(processor), tokenize=False)
+    if written.count(mark) != 2:
+        raise InputError(
+            f"the chat template writes {mark!r} {written.count(mark)} times for two pictures; once for each is needed."
+        )
+
+
+def written_alike(processor: Any) -> bool:
+    """Whether a chat template writes a video as it writes a picture, but for the placeholder."""
+    template, tokenizer = source_template(processor), processor.tokenizer
+    both = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": "a"}]}], chat_template=template, tokenize=False
+        )
+        for kind in ("image", "video")
+    ]
+    return both[1].count(processor.video_token) == 1 and both[0] == both[1].replace(processor.video_token, processor.image_token)
+
+
 def collapsed(processor: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
     """Ids that a processor makes of a conversation whose pictures have one size, with one placeholder for each picture."""
     number, found = processor.tokenizer.convert_tokens_to_ids(placeholder(processor)), []

@@ -1,4 +1,4 @@
-"""``foveate serve --launch`` with the pocket model, as a user starts it."""
+"""``foveate serve --launch`` with a pocket model, as a user starts it."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ class Stack:
     ----------
     folder : for its log and the export.
     options : further ones of the command line.
+    engine : further ones of vLLM.
     """
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        port = free_port()
+    def __init__(self, folder: Path, *options: str, engine: str = "") -> None:
+        port, arguments = free_port(), f"{ENGINE} {engine}"
         self.url, self.log = f"http://127.0.0.1:{port}", folder / "gateway.log"
         with self.log.open("wb") as written:
             self.process = psutil.Popen(
                 [
                     *(sys.executable, "-c", "from foveate.cli.main import run; run()", "serve", "--port", str(port), *options),
-                    *("--launch", "--vllm-python", sys.executable, "--export", str(folder / "text"), "--vllm-args", ENGINE),
+                    *("--launch", "--vllm-python", sys.executable, "--export", str(folder / "text"), "--vllm-args", arguments),
                 ],
                 env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...chat import Prompt, collate, media_words
 from ...errors import FoveateError, first_line
 from ...loading import load_encoder
+from ..checks import check_servable
 from ..encoding import EncodedPrompt, PictureEncoder, method_of
 from ..export import described, ready_export
 from .base import Answered, BatchEngine, EngineError, Job
@@ -87,6 +88,7 @@ class RowEncoder:
     def __init__(self, name: str, wanted: AnswerSettings) -> None:
         method = method_of(wanted.method, wanted.budget, wanted.config)
         self.encoder = PictureEncoder(load_encoder(name))
+        check_servable(self.encoder.parts)
         self.encoder.check(method)
         self.reserved = media_words(self.encoder.loaded.processor)
 
@@ -210,7 +212,7 @@ class Vllm(BatchEngine, name="vllm", rows=64, options=("export",)):
         method_of(wanted.method, wanted.budget, wanted.config)
 
     def start(self, job: Job) -> Iterator[list[dict[str, Any]]]:
-        folder = ready_export(job.model, job.export).absolute()
+        folder = ready_export(job.model, job.export, text_only=True).absolute()
         return answered(job.source, job.lines, job.wanted, VllmEngine(job.model, job.wanted, folder), job.size)
 
 

@@ -15,10 +15,12 @@ from PIL import Image
 
 from ...errors import FoveateError
 from ...methods.base import Method
-from ..encoding import EncodedPrompt, PictureEncoder, pictures_of
+from ...video import Video
+from ..encoding import EncodedPrompt, PictureEncoder, pictures_of, videos_of
 from ..pictures import Unopened, decoded
 from ..scaling import scaled
-from .limits import Budget
+from ..videos import UnopenedVideo, decoded_video
+from .limits import Budget, Limits
 
 
 @dataclass(eq=False)
@@ -26,6 +28,7 @@ class _Job:
     conversation: list[dict[str, Any]]
     method: Method
     pictures: int
+    kinds: frozenset[str]
     bytes: int
     done: asyncio.Future[EncodedPrompt]
     came: float = field(default_factory=time.perf_counter)
@@ -42,15 +45,22 @@ class Batcher:
     encoders : each works on one batch at a time.
     opened : bytes of pictures that are open at a time.
     openers : threads in which pictures are opened.
-    pictures : of one batch, at most; a request with more is a batch of its own.
+    pictures : of one batch, at most, each frame of a video counted; a request with more is a batch of its own.
+    limits : of reading videos.
     observe : told of each batch: its pictures, the seconds that it took, and those that its requests waited.
     """
 
     def __init__(
-        self, encoders: Sequence[PictureEncoder], opened: Budget, openers: Executor, pictures: int = 16, observe: Any = None
+        self,
+        encoders: Sequence[PictureEncoder],
+        opened: Budget,
+        openers: Executor,
+        pictures: int = 16,
+        observe: Any = None,
+        limits: Limits | None = None,
     ) -> None:
         self.encoders, self.pictures, self.observe = list(encoders), pictures, observe
-        self.opened, self.openers = opened, openers
+        self.opened, self.openers, self.limits = opened, openers, limits or Limits()
         self.scales = encoders[0].scales_first
         self._waiting: deque[_Job] = deque()
         self._came = asyncio.Event()
@@ -77,15 +87,17 @@ class Batcher:
             thread.shutdown(wait=True, cancel_futures=True)
 
     async def encode(self, conversation: list[dict[str, Any]], method: Method) -> EncodedPrompt:
-        """Encode the pictures of one conversation, which are ``Unopened``; the result is the same in whatever batch it is.
+        """Encode the unopened pictures and videos of one conversation; the result is the same in whatever batch it is.
 
         Raises
         ------
         FoveateError : the conversation or its pictures cannot be used.
         """
-        pictures: Any = pictures_of(conversation)
-        size = sum(picture.bytes for picture in pictures)
-        job = _Job(conversation, method, len(pictures), size, asyncio.get_running_loop().create_future())
+        pictures, videos = pictures_of(conversation), videos_of(conversation)
+        size = sum(medium.bytes for medium in (*pictures, *videos))
+        number = len(pictures) + sum(video.frames for video in videos)
+        kinds = frozenset(["image"] * bool(pictures) + ["video"] * bool(videos))
+        job = _Job(conversation, method, number, kinds, size, asyncio.get_running_loop().create_future())
         self._waiting.append(job)
         self._came.set()
         return await job.done
@@ -105,7 +117,7 @@ class Batcher:
             if job.done.done():
                 continue
             few = pictures + job.pictures <= self.pictures and (self.scales or size + job.bytes <= self.opened.size)
-            if not batch or (job.method is batch[0].method and few):
+            if not batch or (job.method is batch[0].method and job.kinds == batch[0].kinds and few):
                 batch.append(job)
                 pictures += job.pictures
                 size += job.bytes
@@ -150,15 +162,18 @@ class Batcher:
             return error if isinstance(error, FoveateError) else EncodingError(error)
 
     async def _part(self, part: dict[str, Any]) -> dict[str, Any]:
-        if part["type"] != "image":
+        kind = part["type"]
+        if kind not in ("image", "video"):
             return part
-        picture: Unopened = part["image"]
-        async with self.opened.part(picture.bytes) if self.scales else contextlib.nullcontext():
-            image = await asyncio.get_running_loop().run_in_executor(self.openers, self._open, picture)
-        return {"type": "image", "image": image}
+        medium = part[kind]
+        async with self.opened.part(medium.bytes) if self.scales else contextlib.nullcontext():
+            opened = await asyncio.get_running_loop().run_in_executor(self.openers, self._open, medium)
+        return {"type": kind, kind: opened}
 
-    def _open(self, picture: Unopened) -> Image.Image:
-        image = decoded(picture)
+    def _open(self, medium: Unopened | UnopenedVideo) -> Image.Image | Video:
+        if isinstance(medium, UnopenedVideo):
+            return decoded_video(medium, self.limits)
+        image = decoded(medium)
         return scaled(self.encoders[0].loaded.processor, image) if self.scales else image
 
     async def _run(

@@ -17,16 +17,17 @@ from typing import Any, TypeVar
 
 from ...chat import media_words
 from ...errors import FoveateError, InputError, UnsupportedModelError
-from ..encoding import PictureEncoder, method_of
-from ..pictures import Loader, Unopened, from_data_url, is_data_url, measured, no_memory, refused
-from ..template import PLACEHOLDER, around
+from ..encoding import EncodedPrompt, PictureEncoder, method_of
+from ..pictures import Loader, no_memory, refused
+from ..placing import Places
 from .batcher import Batcher, EncodingError
 from .limits import Budget, Held, Limits, RequestError, Share
+from .media import contents_of, measured_media
 from .memory import Memory, RememberedPicture
 from .messages import Rendering
 from .metrics import Metrics
 from .requests import ChatRequest, RequestReader
-from .upstream import Events, UnavailableError, Upstream, check_url, embeds_part, failure
+from .upstream import Events, UnavailableError, Upstream, check_url, failure
 
 log = logging.getLogger("foveate.serving")
 T = TypeVar("T")
@@ -104,14 +105,15 @@ class Gateway:
         check_key(settings.vllm_key, "--vllm-key (FOVEATE_VLLM_KEY)")
         self.encoder = encoders[0]
         self.encoder.check(method_of(settings.method, settings.budget, settings.config))
-        around(self.encoder.loaded.processor)
-        processor = self.encoder.loaded.processor
-        reserved = tuple(dict.fromkeys((PLACEHOLDER, *media_words(processor))))
+        self.handover, processor = self.encoder.handover, self.encoder.loaded.processor
+        self.handover.check_processor(processor)
+        reserved = tuple(dict.fromkeys((*self.handover.words, *media_words(processor))))
         self.reader = RequestReader(settings.name, settings.method, settings.budget, settings.config, self.limits, reserved)
-        self.rendering = Rendering(processor, reserved)
+        self.videos = self.handover.takes_videos(processor)
+        self.rendering = Rendering(processor, reserved, ("image", "video") if self.videos else ("image",))
         self.held, self.opened = Held(self.limits.held), Budget(self.limits.decoded)
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="pictures")
-        self.batcher = Batcher(encoders, self.opened, self.threads, settings.batch, self.metrics.observe_batch)
+        self.batcher = Batcher(encoders, self.opened, self.threads, settings.batch, self.metrics.observe_batch, self.limits)
         self.memory = Memory(settings.memory, self.encoder.encodes_apart)
         self.metrics.queue.set_function(lambda: self.batcher.waiting)
         self.metrics.held.set_function(lambda: self.held.bytes)
@@ -135,9 +137,20 @@ class Gateway:
             httpx.AsyncClient(cookies=no_cookies(), **options) as self.hosts,
             self.batcher,
         ):
-            self.upstream = Upstream(self.settings.vllm_url, self.settings.vllm_key, engine)
+            self.upstream = Upstream(self.settings.vllm_url, self.settings.vllm_key, engine, self.handover)
+            if self.handover.probe() is not None:
+                await self._greet()
             yield
         self.threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _greet(self) -> None:
+        """Say in the log what is wrong with an engine that is there; one that is not may come later."""
+        try:
+            await self.upstream.model()
+        except UnavailableError:
+            pass
+        except RequestError as error:
+            log.error("%s", error)
 
     async def alive(self) -> bool:
         """Whether the engine answers; it is asked once at a time, however many want to know."""
@@ -189,59 +202,61 @@ class Gateway:
         asked = await self._in_thread(functools.partial(self._read, body))  # bodies are large
         body.clear()
         self.check(asked.name, asked.budget, asked.config)
-        pictures, tokens = await self._pictures(asked, share) if asked.urls else ([], None)
+        pictures, tokens = await self._pictures(asked, share) if asked.media else ([], None)
         body_of = {**asked.options, "messages": asked.filled([each.part for each in pictures]), "stream": asked.stream}
         if asked.stream:
             body_of["stream_options"] = {"include_usage": True}
         before, after = [each.before for each in pictures], [each.after for each in pictures]
         if pictures:
             self.metrics.observe_reduction(asked.name, before, after)
-        usage = {
+        usage: dict[str, Any] = {
             "method": asked.name,
             "budget": asked.budget,
             "visual_tokens": sum(after),
             "visual_tokens_before": sum(before),
-            "pictures": [{"visual_tokens": kept, "visual_tokens_before": all_} for kept, all_ in zip(after, before, strict=True)],
+            "pictures": [each.usage() for each in pictures if each.frames is None],
         }
+        if any(each.frames is not None for each in pictures):
+            usage["videos"] = [each.usage() for each in pictures if each.frames is not None]
         return Prepared(body_of, usage, None if "tools" in asked.options else tokens, asked.usage)
 
     def _read(self, body: bytearray) -> ChatRequest:
         asked = self.reader.read(body)
-        self.rendering.check(asked.messages, len(asked.urls), asked.options.get("tools"))
+        kinds = [medium.kind for medium in asked.media]
+        if "video" in kinds and not self.videos:
+            raise RequestError(
+                f"{self.settings.name} is served without videos: send frames as pictures, or serve Qwen2-VL or Qwen2.5-VL.",
+                param="messages",
+            )
+        self.rendering.check(asked.messages, kinds, asked.options.get("tools"))
         return asked
 
     async def _pictures(self, asked: ChatRequest, share: Share) -> tuple[list[RememberedPicture], int | None]:
         """The pictures of a request, encoded or remembered; and the tokens of its prompt, where it was made for that."""
         await self.upstream.model()  # raises where the engine is not there: no picture is encoded for nothing
         loader = Loader(self.settings.hosts, self.limits, self.hosts, share.add)
-        places = [(url, f"picture {number + 1}") for number, url in enumerate(asked.urls)]
-        data = await asyncio.gather(*(self._contents(loader, url, where) for url, where in places))
-        keys = await self._in_thread(functools.partial(self.memory.keys, data, asked.method))
+        data = await contents_of(asked.media, asked.frames, loader, self._in_thread)
+        keys = await self._in_thread(functools.partial(self.memory.keys, [each.identity for each in data], asked.method))
         pictures = self.memory.get(keys)
         if pictures is not None:
             self.metrics.remembered.inc(len(pictures))
-            share.add(sum(len(each.part["data"]) for each in pictures))
+            share.add(sum(each.bytes for each in pictures))
             return pictures, None
-        unopened = await self._in_thread(functools.partial(self._measured, data))
-        conversation = asked.filled([{"type": "image", "image": each} for each in unopened])
+        processor = self.encoder.loaded.processor
+        conversation = asked.filled(await self._in_thread(functools.partial(measured_media, data, processor, self.limits)))
         kept = [{"role": message["role"], "content": message["content"]} for message in conversation]
         found = await self.batcher.encode(kept, asked.method)
-        parts = await self._in_thread(lambda: [embeds_part(embeds) for embeds in found.embeds])
-        pictures = [RememberedPicture(*each) for each in zip(parts, found.before, found.after, strict=True)]
+        parts = await self._in_thread(functools.partial(self._parts, found))
+        frames: Sequence[list[int] | None] = found.frames or [None] * len(parts)
+        pictures = [RememberedPicture(*each) for each in zip(parts, found.before, found.after, frames, strict=True)]
         if keys:
             self.memory.add(keys, pictures)
-        share.add(sum(len(each.part["data"]) for each in pictures))
+        share.add(sum(each.bytes for each in pictures))
         return pictures, len(found.ids)
 
-    async def _contents(self, loader: Loader, url: str, where: str) -> bytes:
-        if is_data_url(url):
-            return await self._in_thread(functools.partial(from_data_url, url, where))
-        return await loader.load(url, where)
-
-    def _measured(self, data: Sequence[bytes]) -> list[Unopened]:
-        scaler = getattr(self.encoder.loaded.processor, "image_processor", None)
-        places = ((each, f"picture {number + 1}") for number, each in enumerate(data))
-        return [measured(each, where, self.limits, scaler, len(data) > 1) for each, where in places]
+    def _parts(self, found: EncodedPrompt) -> list[dict[str, Any]]:
+        places: Sequence[Places | None] = found.places or [None] * len(found.embeds)
+        return [self.handover.part(*each) for each in zip(found.embeds, places, strict=True)]
 
     def _check(self, name: str, budget: float | None, config: str) -> None:
         try:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ...errors import FoveateError, InputError
 from ..export import described
+from ..handover import HANDOVERS
 
 log = logging.getLogger("foveate.serving")
 HOST = "127.0.0.1"
@@ -26,6 +27,7 @@ PATIENCE = 15.0  # seconds that an engine has to end
 DEAF = 5.0  # seconds without an open port after which an engine that had one is taken for lost
 STARTED = "-- started by foveate serve"  # a line of the log
 CAUSES = 3  # errors of a log that are told
+PLUGINS = "vllm.general_plugins"  # entry points that vLLM loads
 LONGEST_PAUSE = 30.0  # seconds between two starts of an engine that keeps dying
 
 
@@ -57,37 +59,47 @@ class VllmServer:
 
     Raises
     ------
-    InputError : the folder is no export, or one without a chat template, or there is no such Python or no vLLM in it.
+    InputError : the folder is no export, or one without a chat template, or there is no such Python, no vLLM in it, or no plugin
+        where vLLM needs it.
     """
 
     def __init__(self, folder: Path, *, python: str | None = None, arguments: Sequence[str] = (), patience: float = 1800.0) -> None:
         told = described(folder)
         if told.no_chat:
             raise InputError(f"{folder} has no chat template: {told.no_chat}")
+        handover = HANDOVERS[told.handover]
         self.python, self.patience = python or sys.executable, patience
         self.port, self.key = free_port(), secrets.token_urlsafe(24)
         self.url = f"http://{HOST}:{self.port}"
         self.command = [
             *(self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),
-            *("--host", HOST, "--port", str(self.port), "--enable-prompt-embeds", "--dtype", told.dtype),
-            *("--chat-template-content-format", "openai", *arguments),
+            *("--host", HOST, "--port", str(self.port), "--dtype", told.dtype),
+            *("--chat-template-content-format", "openai", *handover.arguments, *arguments),
         ]
         self.log = Path(tempfile.mkdtemp(prefix="foveate-vllm-")) / "vllm.log"
         self.failure: LaunchError | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._check()
+        self._check(handover.plugin)
 
-    def _check(self) -> None:
-        looking = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
-        try:
-            found = subprocess.run([self.python, "-c", looking], capture_output=True, check=False).returncode == 0  # noqa: S603
-        except OSError as error:
-            raise InputError(f"{self.python} cannot be run: {error.strerror}") from error
-        if not found:
+    def _check(self, plugin: bool) -> None:
+        if not self._true("importlib.util.find_spec('vllm')"):
             raise InputError(
                 f"vLLM is not installed for {self.python}. Install it there (pip install vllm), name the Python of its environment "
                 "with --vllm-python, or start it yourself and give --vllm-url."
             )
+        if plugin and not self._true(f"importlib.metadata.entry_points(group='{PLUGINS}', name='foveate')"):
+            raise InputError(
+                f"foveate is not installed for {self.python}, and for this model vLLM needs its plugin, which says where visual "
+                f"tokens stand. Install it there: {self.python} -m pip install foveate."
+            )
+
+    def _true(self, what: str) -> bool:
+        """Whether an expression is true in the Python of vLLM."""
+        looking = f"import importlib.metadata, importlib.util, sys; sys.exit(not {what})"
+        try:
+            return subprocess.run([self.python, "-c", looking], capture_output=True, check=False).returncode == 0  # noqa: S603
+        except OSError as error:
+            raise InputError(f"{self.python} cannot be run: {error.strerror}") from error
 
     async def __aenter__(self) -> VllmServer:
         self._start()

@@ -22,8 +22,12 @@ class Limits:
     ----------
     body_bytes, body_seconds : of the body of a request, and until all of it has come; the same of all its pictures that are loaded
         from hosts.
-    pictures : of one request.
-    pixels : of one picture.
+    pictures : of one request, videos included.
+    pixels : of one picture, or of a frame.
+    frames : of one video, that are taken.
+    video_pixels : of all of these together.
+    film : frames that a video may have, also those that are not taken.
+    decoding : seconds until a video is read.
     waiting : requests that are being worked on or wait; one more is turned away.
     seconds : until an answer is complete, and has been taken.
     answers : ``n`` of one request.
@@ -39,6 +43,10 @@ class Limits:
     body_seconds: float = 30.0
     pictures: int = 8
     pixels: int = 25_000_000
+    frames: int = 32
+    video_pixels: int = 100_000_000
+    film: int = 200_000
+    decoding: float = 20.0
     waiting: int = 256
     seconds: float = 300.0
     answers: int = 8

@@ -13,11 +13,29 @@ from ...methods.base import Method
 
 @dataclass(frozen=True)
 class RememberedPicture:
-    """An encoded picture: the part of a message that vLLM gets, and its visual tokens before and after reduction."""
+    """An encoded picture or video.
+
+    Attributes
+    ----------
+    part : of a message, that vLLM gets.
+    before, after : visual tokens.
+    frames : of a video, those of each frame that stay.
+    """
 
     part: dict[str, Any]
     before: int
     after: int
+    frames: list[int] | None = None
+
+    def usage(self) -> dict[str, Any]:
+        """What clients are told of it."""
+        told: dict[str, Any] = {"visual_tokens": self.after, "visual_tokens_before": self.before}
+        return told if self.frames is None else {**told, "frames": self.frames}
+
+    @property
+    def bytes(self) -> int:
+        """On the wire."""
+        return _length(self.part)
 
 
 class Memory:
@@ -33,13 +51,16 @@ class Memory:
         self.size, self.apart, self.held = size, apart, 0
         self._found: OrderedDict[str, RememberedPicture] = OrderedDict()
 
-    def keys(self, pictures: Sequence[bytes], method: Method) -> list[str]:
-        """By what pictures are known; none where their tokens also depend on the question."""
+    def keys(self, pictures: Sequence[bytes | Sequence[Any]], method: Method) -> list[str]:
+        """By what pictures are known; none where their tokens also depend on the question.
+
+        A picture is its contents; of a video, all contents and all that says how it is read.
+        """
         if not self.size or method.before_decoder().reads_question:
             return []
         # by what it is: two methods of one name have other settings
         told = repr(sorted(method.settings().items()))
-        contents = [hashlib.sha256(data).hexdigest() for data in pictures]
+        contents = [_digest(data) for data in pictures]
         if self.apart:
             return [_key(told, each) for each in contents]
         return [_key(told, *contents, str(place)) for place in range(len(contents))]
@@ -56,12 +77,23 @@ class Memory:
         """Remember pictures, in place of older ones."""
         for key, picture in zip(keys, pictures, strict=True):
             if key in self._found:
-                self.held -= len(self._found.pop(key).part["data"])
+                self.held -= self._found.pop(key).bytes
             self._found[key] = picture
-            self.held += len(picture.part["data"])
+            self.held += picture.bytes
         while self.held > self.size:
-            self.held -= len(self._found.popitem(last=False)[1].part["data"])
+            self.held -= self._found.popitem(last=False)[1].bytes
+
+
+def _digest(value: Any) -> str:
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    return _key(*(_digest(each) if isinstance(each, bytes) else repr(each) for each in value))
 
 
 def _key(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _length(value: Any) -> int:
+    """Characters of the texts in a part of a message, which are embeddings but for a few."""
+    return sum(map(_length, value.values())) if isinstance(value, dict) else len(value)

@@ -16,7 +16,25 @@ from .limits import Limits, RequestError
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FIELDS = frozenset(("role", "content", "name"))
 FIELDS_OF = {"assistant": FIELDS | {"tool_calls"}, "tool": FIELDS | {"tool_call_id"}}
+JPEGS = "data:video/jpeg;base64,"
+FPS, FASTEST = 2.0, (0.01, 1000)  # of frames that do not say: what Qwen's processors take of a film
 DETAILS = (None, "auto", "high")  # of a picture; its size is chosen by the model, and its tokens by "foveate"
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A picture or video of a request.
+
+    Attributes
+    ----------
+    kind : "image" or "video".
+    urls : where it is; of a video that is sent frame by frame, where each of them is.
+    fps : of a video that is sent frame by frame, None where it is a file.
+    """
+
+    kind: str
+    urls: tuple[str, ...]
+    fps: float | None = None
 
 
 @dataclass
@@ -25,13 +43,13 @@ class Conversation:
 
     Attributes
     ----------
-    messages : texts as lists of parts; a picture is ``{"type": "image", "number": its place in urls}``.
-    urls : of the pictures, in their order.
+    messages : texts as lists of parts; a picture is ``{"type": "image", "number": its place in media}``, a video likewise.
+    media : pictures and videos, in their order.
     texts : all that a chat template may write, in its order, and where it is.
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
-    urls: list[str] = field(default_factory=list)
+    media: list[Medium] = field(default_factory=list)
     texts: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -51,8 +69,11 @@ def read_messages(messages: Any, limits: Limits) -> Conversation:
     found = Conversation()
     for place, message in enumerate(messages):
         found.messages.append(_message(message, f"messages[{place}]", found))
-    if len(found.urls) > limits.pictures:
-        raise RequestError(f"{len(found.urls)} pictures in one request; at most {limits.pictures} are allowed", param="messages")
+    if len(found.media) > limits.pictures:
+        raise RequestError(f"{len(found.media)} pictures in one request; at most {limits.pictures} are allowed", param="messages")
+    longest = max((len(medium.urls) for medium in found.media), default=0)
+    if longest > limits.frames:
+        raise RequestError(f"a video of {longest} frames; at most {limits.frames} are allowed", param="messages")
     return found
 
 
@@ -138,11 +159,42 @@ def _part(part: Any, where: str, role: str, found: Conversation) -> dict[str, An
                 )
         if not isinstance(url, str):
             raise RequestError(f"{where}.image_url.url must be a text", param=where)
-        if role != "user":
-            raise RequestError(f"{where}: pictures can only be in messages of the user", param=where)
-        found.urls.append(url)
-        return {"type": "image", "number": len(found.urls) - 1}
-    raise RequestError(f"{where} must be of type text or image_url, and is {shown(kind)}", param=where)
+        return _shown(Medium("image", (url,)), where, role, found)
+    if kind in ("video_url", "video"):
+        return _shown(_video_url(part, where) if kind == "video_url" else _frames(part, where), where, role, found)
+    raise RequestError(f"{where} must be of type text or image_url, video_url or video, and is {shown(kind)}", param=where)
+
+
+def _shown(medium: Medium, where: str, role: str, found: Conversation) -> dict[str, Any]:
+    if role != "user":
+        raise RequestError(f"{where}: pictures can only be in messages of the user", param=where)
+    found.media.append(medium)
+    return {"type": medium.kind, "number": len(found.media) - 1}
+
+
+def _video_url(part: dict[str, Any], where: str) -> Medium:
+    """A video by one URL. As vLLM has it, ``data:video/jpeg;base64,`` is followed by frames with commas between."""
+    url = told = known(part, frozenset(("type", "video_url", "cache_control")), where).get("video_url")
+    if isinstance(told, dict):
+        url = known(told, frozenset(("url",)), f"{where}.video_url").get("url")
+    if not isinstance(url, str):
+        raise RequestError(f"{where}.video_url.url must be a text", param=where)
+    if url[: len(JPEGS)].lower() == JPEGS:
+        return Medium("video", tuple(f"data:image/jpeg;base64,{frame}" for frame in url[len(JPEGS) :].split(",")), FPS)
+    return Medium("video", (url,))
+
+
+def _frames(part: dict[str, Any], where: str) -> Medium:
+    """A video frame by frame, as Qwen's messages have it."""
+    part = known(part, frozenset(("type", "video", "fps", "cache_control")), where)
+    urls, fps = part.get("video"), part.get("fps", FPS)
+    if not isinstance(urls, list) or not urls or not all(isinstance(url, str) for url in urls):
+        raise RequestError(
+            f'{where}.video must be a list of URLs, one for each frame. A file is {{"type": "video_url"}}.', param=where
+        )
+    if not isinstance(fps, int | float) or isinstance(fps, bool) or not FASTEST[0] <= fps <= FASTEST[1]:
+        raise RequestError(f"{where}.fps must be a number from {FASTEST[0]} to {FASTEST[1]}, frames per second", param=where)
+    return Medium("video", tuple(urls), float(fps))
 
 
 def check_characters(asked: Any) -> None:
@@ -216,12 +268,12 @@ class Rendering:
     ----------
     processor : whose template.
     words : to be counted.
+    kinds : of media that it writes.
     """
 
-    def __init__(self, processor: Any, words: Sequence[str]) -> None:
+    def __init__(self, processor: Any, words: Sequence[str], kinds: Sequence[str] = ("image",)) -> None:
         self.tokenizer, self.template, self.words = processor.tokenizer, source_template(processor), words
-        content: list[dict[str, Any]] = [{"type": "image"}, {"type": "text", "text": "a"}]
-        self.per_picture = self._counted(self.write([{"role": "user", "content": content}]))
+        self.per = {kind: self._counted(self.write([{"role": "user", "content": _example(kind)}])) for kind in kinds}
 
     def write(self, messages: list[dict[str, Any]], tools: Any = None) -> str:
         """The prompt of a conversation."""
@@ -234,8 +286,8 @@ class Rendering:
         read = written if normalizer is None else normalizer.normalize_str(written)
         return {word: max(written.count(word), read.count(word)) for word in self.words}
 
-    def check(self, messages: Sequence[dict[str, Any]], pictures: int, tools: Any = None) -> None:
-        """Refuse messages of which the template makes other words for pictures than its pictures need.
+    def check(self, messages: Sequence[dict[str, Any]], kinds: Sequence[str], tools: Any = None) -> None:
+        """Refuse messages of which the template makes other words for pictures than its media, of these kinds, need.
 
         Raises
         ------
@@ -246,12 +298,16 @@ class Rendering:
         except Exception as error:  # templates raise what their authors chose
             raise RequestError(f"the chat template of the model does not take the messages: {cut(first_line(error))}") from error
         for word, number in self._counted(written).items():
-            if number != pictures * self.per_picture[word]:
+            if number != sum(self.per[kind][word] for kind in kinds):
                 raise RequestError(
-                    f"in the prompt {word!r} is written {number} times for {pictures} pictures. The texts make this "
+                    f"in the prompt {word!r} is written {number} times for {len(kinds)} pictures. The texts make this "
                     "word, which stands for pictures, or the chat template leaves pictures out.",
                     param="messages",
                 )
+
+
+def _example(kind: str) -> list[dict[str, Any]]:
+    return [{"type": kind}, {"type": "text", "text": "a"}]
 
 
 def _as_engines_read(message: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..encoding import method_of
 from ..template import PLACEHOLDER
 from .limits import Limits as Limits
 from .limits import RequestError as RequestError
-from .messages import check_characters, check_length, check_words, read_messages, strings, too_deep
+from .messages import Medium, check_characters, check_length, check_words, read_messages, strings, too_deep
 
 # what goes on to the engine: it knows others, which would let a client change templates, caches or other clients' turns
 FORWARDED = frozenset(
@@ -30,6 +30,7 @@ HARMLESS = frozenset(
 )
 NEUTRAL: dict[str, Any] = {"modalities": ["text"], "verbosity": "medium"}  # what may be asked for, since it is done anyway
 IN_NO_PROMPT = frozenset(("stop",))  # texts that no template writes
+FRAMES = 16  # of a video, where a request does not say
 LARGEST_BUDGET = 10**6  # visual tokens
 
 
@@ -39,8 +40,9 @@ class ChatRequest:
 
     Attributes
     ----------
-    messages : texts as lists of parts; a picture is ``{"type": "image", "number": its place in urls}``.
-    urls : of the pictures, in their order.
+    messages : texts as lists of parts; a picture is ``{"type": "image", "number": its place in media}``, a video likewise.
+    media : pictures and videos, in their order.
+    frames : that are taken of a video.
     method : what reduces them.
     name, budget, config : by which it was asked for.
     options : for the engine.
@@ -49,7 +51,8 @@ class ChatRequest:
     """
 
     messages: list[dict[str, Any]]
-    urls: list[str]
+    media: list[Medium]
+    frames: int
     method: Method
     name: str
     budget: float | None
@@ -58,12 +61,12 @@ class ChatRequest:
     stream: bool
     usage: bool
 
-    def filled(self, pictures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages with something in place of each picture."""
+    def filled(self, media: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with something in place of each picture and video."""
         return [
             {
                 **message,
-                "content": [pictures[part["number"]] if part["type"] == "image" else part for part in message["content"]],
+                "content": [media[part["number"]] if "number" in part else part for part in message["content"]],
             }
             for message in self.messages
         ]
@@ -115,7 +118,8 @@ class RequestReader:
         check_length(texts, self.limits)
         check_words(texts, self.reserved)
         method, stream = self._method(asked.get("foveate")), bool(asked.get("stream"))
-        return ChatRequest(found.messages, found.urls, *method, options, stream, _usage(asked.get("stream_options")))
+        frames = self._frames(asked.get("foveate"))
+        return ChatRequest(found.messages, found.media, frames, *method, options, stream, _usage(asked.get("stream_options")))
 
     def _parsed(self, body: bytes | bytearray) -> dict[str, Any]:
         """A body as JSON that is not too much to look at."""
@@ -138,7 +142,7 @@ class RequestReader:
     def _method(self, asked: Any) -> tuple[Method, str, float | None, str]:
         if asked is None:
             return method_of(self.method, self.budget, self.config), self.method, self.budget, self.config
-        if not isinstance(asked, dict) or asked.keys() - {"method", "budget"}:
+        if not isinstance(asked, dict) or asked.keys() - {"method", "budget", "frames"}:
             raise RequestError('foveate must be an object such as {"method": "prumerge+", "budget": 144}', param="foveate")
         name, budget = asked.get("method"), asked.get("budget")
         if not isinstance(name or "", str) or not isinstance(budget, int | float | None) or isinstance(budget, bool):
@@ -152,6 +156,12 @@ class RequestReader:
             return method_of(name or self.method, budget, config), name or self.method, budget, config
         except (InputError, UnsupportedModelError) as error:
             raise RequestError(str(error), param="foveate") from error
+
+    def _frames(self, asked: Any) -> int:
+        frames = None if asked is None else asked.get("frames")
+        if not _within(frames, 1, self.limits.frames):
+            raise RequestError(f"foveate.frames must be a whole number from 1 to {self.limits.frames}", param="foveate")
+        return min(FRAMES, self.limits.frames) if frames is None else frames
 
 
 def _usage(asked: Any) -> bool:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
+import shlex
 from collections.abc import AsyncIterator
-from io import BytesIO
 from typing import Any
 from urllib.parse import urlsplit
 
-import torch
-from torch import Tensor
-
 from ...errors import InputError
+from ..handover import Handover
 from .limits import BusyError, RequestError
 
 TOLD = 500  # characters of what the engine says of an error
@@ -21,13 +18,6 @@ TOLD = 500  # characters of what the engine says of an error
 
 class UnavailableError(BusyError):
     """The engine cannot be reached, or went away; the request can be sent again."""
-
-
-def embeds_part(embeds: Tensor) -> dict[str, Any]:
-    """The part of a message that puts embeddings [m, D] into a prompt of vLLM."""
-    saved = BytesIO()
-    torch.save(embeds.contiguous().clone(), saved)  # a slice would bring all of its storage
-    return {"type": "prompt_embeds", "data": base64.b64encode(saved.getvalue()).decode()}
 
 
 def check_url(url: str) -> None:
@@ -54,12 +44,14 @@ class Upstream:
     url : with or without /v1 at its end.
     key : its API key.
     client : of httpx.
+    handover : how it gets visual tokens.
     """
 
-    def __init__(self, url: str, key: str | None, client: Any) -> None:
+    def __init__(self, url: str, key: str | None, client: Any, handover: Handover) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.client = client
         self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self.handover = handover
         self._model: str | None = None
 
     async def alive(self) -> bool:
@@ -73,21 +65,47 @@ class Upstream:
         return bool(response.status_code == 200)
 
     async def model(self) -> str:
-        """The name of its model.
+        """The name of its model, once it is known to take visual tokens as they are handed over.
 
         Raises
         ------
         UnavailableError : it does not answer.
+        RequestError : it does not take visual tokens so.
         """
         if self._model is None:
             response = await self._send("GET", "/v1/models", None)
             try:
-                self._model = str(json.loads(await _whole(response))["data"][0]["id"])
+                found = str(json.loads(await _whole(response))["data"][0]["id"])
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 raise UnavailableError("the engine does not say which model it serves") from error
             finally:
                 await response.aclose()
+            await self._probe(found)
+            self._model = found
         return self._model
+
+    async def _probe(self, model: str) -> None:
+        """Raise ``RequestError`` where the engine takes what it must refuse: it would put visual tokens in wrong places."""
+        part = self.handover.probe()
+        if part is None:
+            return
+        content = [part, {"type": "text", "text": "a"}]
+        asked = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 1}
+        try:
+            await (await self._send("POST", "/v1/chat/completions", asked)).aclose()
+            told = "it answers where the plugin refuses"
+        except UnavailableError:
+            raise
+        except RequestError as error:
+            told = str(error)
+        if self.handover.refusal not in told:
+            options = shlex.join(self.handover.arguments)
+            raise RequestError(
+                f"the engine cannot be told where visual tokens of this model stand ({told}). Install foveate in its environment, "
+                f"where vLLM finds the plugin by itself, and start vLLM with {options}.",
+                502,
+                "engine_error",
+            )
 
     async def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         """A whole answer.

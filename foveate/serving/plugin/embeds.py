@@ -32,7 +32,7 @@ def check_placed(positions: Tensor, extents: Tensor, counts: list[int], longest:
 
     Parameters
     ----------
-    positions : [sum of counts, 3] (t, h, w) of each embedding in its image.
+    positions : [sum of counts, 3] (t, h, w) of each embedding in its image; t may go on beyond the extent, as in long videos.
     extents : [images] by how much an image moves on the text after it.
     counts : embeddings of each image.
     longest : what all extents together may be.
@@ -48,6 +48,8 @@ def check_placed(positions: Tensor, extents: Tensor, counts: list[int], longest:
         )
     if not 0 < int(extents.min()) <= int(extents.sum()) <= longest:
         raise InputError(f"image_extents={extents.tolist()}: each must be at least 1, and together at most {longest}")
-    inside = (positions >= 0) & (positions < extents.repeat_interleave(torch.tensor(counts))[:, None])
+    ends = extents.repeat_interleave(torch.tensor(counts))[:, None].repeat(1, 3)
+    ends[:, 0] = longest
+    inside = (positions >= 0) & (positions < ends)
     if not bool(inside.all()):
         raise InputError("image_positions lie outside of their images: each must be at least 0 and below the extent")

@@ -87,14 +87,20 @@ class PlacingInfo(Qwen2VLProcessingInfo):
     """Hands out the parser."""
 
     video_needs_metadata = False
+    parser = PlacingParser
+
+    def width(self) -> int | None:
+        """Of an embedding, None where none are taken."""
+        expected: int | None = self._get_expected_hidden_size()
+        return expected
 
     def get_data_parser(self) -> PlacingParser:
-        return PlacingParser(
+        return self.parser(
             self.get_hf_config().vision_config.spatial_merge_size,
             int(self.ctx.model_config.max_model_len),
             pruned=bool(self.ctx.get_mm_config().video_pruning_rate),
             video_needs_metadata=self.video_needs_metadata,
-            expected_hidden_size=self._get_expected_hidden_size(),
+            expected_hidden_size=self.width(),
             allow_missing_mm_embeddings=self.allow_missing_mm_embeddings,
         )
 
@@ -105,16 +111,23 @@ class NewerInfo(PlacingInfo, Qwen2_5_VLProcessingInfo):
     video_needs_metadata = True
 
 
-class PlacingProcessor(Qwen2VLMultiModalProcessor):
-    """Hands places on to the model."""
+class PlacingFields:
+    """Hands places on to the model; mixed into a processor of vLLM."""
+
+    info: PlacingInfo
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Mapping[str, Any]:
+        stock: Any = super()
         merge = self.info.get_hf_config().vision_config.spatial_merge_size
-        return {**super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs), **_fields(merge, hf_inputs)}
+        return {**stock._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs), **_fields(merge, hf_inputs)}
 
 
-class NewerProcessor(PlacingProcessor, Qwen2_5_VLMultiModalProcessor):
-    """The same for Qwen2.5-VL."""
+class PlacingProcessor(PlacingFields, Qwen2VLMultiModalProcessor):
+    """For Qwen2-VL."""
+
+
+class NewerProcessor(PlacingFields, Qwen2_5_VLMultiModalProcessor):
+    """For Qwen2.5-VL."""
 
 
 class Placing:

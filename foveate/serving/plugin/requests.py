@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ..placing import Places, fields_of, with_levels
 
 if TYPE_CHECKING:
     from ...pictures import Encoded
 
 
 def qwen_request(encoded: Encoded, *, row: int = 0, merge: int = 2) -> dict[str, dict[str, Tensor]]:
-    """``multi_modal_data`` of a prompt for Qwen2-VL or Qwen2.5-VL: visual tokens that stay, at the places they had.
+    """``multi_modal_data`` of a prompt for Qwen2-VL, Qwen2.5-VL or Qwen3-VL: visual tokens that stay, at the places they had.
 
     The prompt itself has one placeholder for each image, as for pictures.
 
@@ -34,20 +35,13 @@ def qwen_request(encoded: Encoded, *, row: int = 0, merge: int = 2) -> dict[str,
     ------
     InputError : the prompt has no images, or videos.
     """
-    items = [(item, embeds) for item, embeds in zip(encoded.report.items, encoded.embeds, strict=True) if item.row == row]
+    embeds = with_levels(encoded.embeds, encoded.deepstack)
+    items = [(item, each) for item, each in zip(encoded.report.items, embeds, strict=True) if item.row == row]
     if not items or any(item.modality != "image" for item, _ in items):
         raise InputError(f"row {row} has no images, or a video; qwen_request makes requests of images")
-    positions, extents, counts = [], [], []
-    for item, embeds in items:
+    places = []
+    for item, _ in items:
         rows, columns = item.grids[0]
-        positions.append(torch.stack([item.part, item.cell // columns, item.cell % columns], -1))
-        extents.append(max(rows, columns))
-        counts.append(len(embeds))
-    return {
-        "image": {
-            "image_embeds": torch.cat([embeds for _, embeds in items]).cpu(),
-            "image_grid_thw": torch.tensor([[1, merge, merge * count] for count in counts]),
-            "image_positions": torch.cat(positions).cpu(),
-            "image_extents": torch.tensor(extents),
-        }
-    }
+        positions = torch.stack([item.part, item.cell // columns, item.cell % columns], -1).cpu()
+        places.append(Places(positions, max(rows, columns)))
+    return {"image": fields_of([each for _, each in items], places, merge)}

@@ -59,8 +59,8 @@ def post(url: str, sent: Any, **options: Any) -> httpx.Response:
 
 
 @functools.cache
-def pocket() -> Any:
-    return load_pocket()
+def pocket(name: str = "pocket") -> Any:
+    return load_pocket(name)
 
 
 def expected(method: str, budget: float | None, *pictures: int, text: str = ASKED) -> tuple[list[int], list[str]]:
