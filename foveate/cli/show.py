@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .common import DEFAULT, POCKET, Configs, Fields, Imports, PlanFile, err, methods_of, sayer
+from .common import DEFAULT, POCKET, Configs, Fields, Imports, PlanFile, err, methods_of, out, sayer
 
 EPILOG = (
     'Examples:  foveate show scene.png "what color is the star ?" --method prumerge+ --method fovea --budget 64  |  '
@@ -35,7 +35,7 @@ def show_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print answers and counts as one JSON document.")] = False,
 ) -> None:
     """One picture of a question: the answers with all tokens and with fewer, what was kept, and the scores as heat."""
-    from ..errors import InputError
+    from ..errors import FoveateError, InputError
 
     if not question.strip():
         raise InputError("the question is empty")
@@ -66,14 +66,23 @@ def show_command(
             counts = f"{answer.visual_tokens} of {whole.visual_tokens} tokens{mean}" if answer is not whole else ""
             counts = counts or f"{whole.visual_tokens} tokens"
             ways.append(Way(title(name), answer.text, counts, answer.report.images if answer.report else None))
-        if isinstance(shown, Video):
-            seen = frames_as_seen(inputs, loaded.processor, shown.frames)
-            save_question(question, seen, shown.seconds, ways, place)
-        else:
-            save_question(question, [first_as_seen(inputs, loaded.processor, shown)], [], ways, place)
+        unsaved = None
+        try:
+            if isinstance(shown, Video):
+                seen = frames_as_seen(inputs, loaded.processor, shown.frames)
+                save_question(question, seen, shown.seconds, ways, place)
+            else:
+                save_question(question, [first_as_seen(inputs, loaded.processor, shown)], [], ways, place)
+        except FoveateError as error:  # the answers are told all the same
+            unsaved = error
     for line in notes:
         sayer(err)(f"note: {line}", "yellow")
     if as_json:
         tokens = {name: answer.visual_tokens for name, answer in answers.items()}
-        print(json.dumps({"answers": {n: a.text for n, a in answers.items()}, "visual_tokens": tokens, "picture": str(place)}))
+        told = {"answers": {name: answer.text for name, answer in answers.items()}, "visual_tokens": tokens}
+        print(json.dumps({**told, "picture": None if unsaved else str(place)}))
+    if unsaved:
+        for way in () if as_json else ways:
+            sayer(out)(f"{way.name}: {way.answer} ({way.counts})")
+        raise unsaved
     sayer(err)(f"picture: {place}")

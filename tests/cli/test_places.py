@@ -49,6 +49,9 @@ def commands(scene: str, place: Path) -> dict[str, list[str]]:
         "export": ["export", "pocket", f"{place}/text"],
         "eval": ["eval", "--save", str(place)],
         "batch": ["batch", f"{scene}.jsonl", f"{place}/out.jsonl"],
+        "show": ["show", scene, "what color is the star ?", "--out", f"{place}/shown.png"],
+        "figure": ["figure", "3a", "--out", f"{place}/figure.png"],
+        "new-method": ["new-method", "edges", "--folder", str(place)],
         "tune --out": ["tune", "--out", f"{place}/plan.json"],
         "tune --store": ["tune", "--out", f"{scene}.json", "--store", f"{place}/answers.jsonl"],
     }
@@ -111,6 +114,10 @@ def test_full_disks(scene, tmp_path, capsys, monkeypatch):
     code, out, err = invoke(capsys, monkeypatch, "ask", scene, "what ?", "--json", "--save", str(tmp_path / "kept.png"))
     assert code == 2
     assert json.loads(out)["picture"] is None
+    code, out, err = invoke(capsys, monkeypatch, "show", scene, "what color is the star ?", "--out", str(tmp_path / "shown.png"))
+    assert code == 2
+    assert out.count("tokens)") == 2, "both answers are told"
+    assert "shown.png cannot be written (No space left on device)" in err
     code, out, err = invoke(capsys, monkeypatch, "demo", "--folder", str(tmp_path / "demo"))
     assert code == 2
     assert out.count("expected:") == 3
