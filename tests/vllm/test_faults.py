@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 from foveate.loading import load_encoder
+from foveate.pocket.native.clips import draw_clip
 from foveate.pocket.scenes import draw_scene
 from foveate.serving.encoding import PictureEncoder
 from foveate.serving.gateway.app import create_app
@@ -48,9 +49,17 @@ def scene(number: int) -> str:
     return data_url(Image.fromarray(draw_scene(Random(number)).image))
 
 
-def asked(number: int, **options: Any) -> dict[str, Any]:
-    """A good request; every third one is streamed, every fourth has an answer of fixed length."""
-    content = [shown(scene(number)), {"type": "text", "text": QUESTIONS[number % len(QUESTIONS)]}]
+@functools.cache
+def clip(number: int) -> dict[str, Any]:
+    """A moving picture, as a video."""
+    frames = [Image.fromarray(frame) for frame in draw_clip(Random(number), (5, 112, 96)).frames]
+    return {"type": "video_url", "video_url": {"url": data_url(frames[0], "GIF", save_all=True, append_images=frames[1:])}}
+
+
+def asked(number: int, clips: bool = False, **options: Any) -> dict[str, Any]:
+    """A good request; every third one is streamed, every fourth has an answer of fixed length, every fifth may be about a clip."""
+    about = clip(number) if clips and number % 5 == 4 else shown(scene(number))
+    content = [about, {"type": "text", "text": QUESTIONS[number % len(QUESTIONS)]}]
     length = {"max_tokens": 40, "ignore_eos": True} if number % 4 == 3 else {"max_tokens": 16}
     sent = {"messages": [{"role": "user", "content": content}], "temperature": 0, "foveate": METHODS[number % len(METHODS)]}
     return {**sent, **length, "stream": number % 3 == 0, **options}
@@ -61,6 +70,7 @@ def said(*content: Any, **options: Any) -> dict[str, Any]:
 
 
 TEXT = {"type": "text", "text": "what is written ?"}
+GREY, LARGE = (data_url(Image.new("L", size)) for size in ((64, 64), (900, 900)))
 NOISE = base64.b64encode(Random(0).randbytes(3000)).decode()
 BAD: dict[str, tuple[Any, int, str]] = {
     "half a body": (b'{"messages": [{"role"', 400, "no JSON"),
@@ -95,17 +105,34 @@ BAD: dict[str, tuple[Any, int, str]] = {
     "no base64": (said(shown("data:image/png;base64,%%%"), TEXT), 400, "not valid base64"),
     "a file": (said(shown("file:///etc/passwd"), TEXT), 400, "taken from data URLs"),
     "another host": (said(shown("http://127.0.0.1:9/a.png"), TEXT), 400, "taken from data URLs"),
-    "placeholder": (said({"type": "text", "text": "<prompt_embeds> ?"}), 400, "stands for pictures"),
+    "no rate": (said({"type": "video", "video": [scene(0)], "fps": 0}), 400, "fps"),
+    "no frames": (said({"type": "video", "video": []}), 400, "a list of URLs"),
+    "a video of the assistant": ({"messages": [{"role": "assistant", "content": [clip(0)]}]}, 400, "messages of the user"),
     "embeddings": (said({"type": "prompt_embeds", "data": NOISE}), 400, "text or image_url"),
     "another model": (said(TEXT, model="gpt"), 404, "no model 'gpt'"),
+}
+OWN: dict[str, dict[str, tuple[Any, int, str]]] = {
+    "pocket": {
+        "placeholder": (said({"type": "text", "text": "<prompt_embeds> ?"}), 400, "stands for pictures"),
+        "a video": (said(clip(0), TEXT), 400, "without videos"),
+    },
+    "pocket-qwen": {
+        "placeholder": (said({"type": "text", "text": "<|video_pad|> ?"}), 400, "stands for pictures"),
+        "noise for a video": (said({"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{NOISE}"}}), 400, "video 1"),
+        "too many frames": (said({"type": "video", "video": [GREY] * 33}), 400, "at most 32"),
+        "a large video": (said({"type": "video", "video": [LARGE] * 32}), 400, "together"),
+        "embeddings with places": (said({"type": "image_embeds", "image_embeds": {"image_embeds": NOISE}}), 400, "must be of type"),
+    },
 }
 
 
 class Served(Stack):
-    """A stack, and what clients saw of it."""
+    """A stack with one of the pocket models, and what clients saw of it."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, "--max-body-mb", "1", "--max-pixels", "1000000", "--timeout", "100")
+    def __init__(self, folder: Path, model: str) -> None:
+        self.model, self.clips = model, model == "pocket-qwen"
+        limits = ("--max-body-mb", "1", "--max-pixels", "1000000", "--max-video-pixels", "20000000", "--timeout", "100")
+        super().__init__(folder, "--model", model, *limits)
         self.seen = collections.Counter[str]()
         self.pids: set[int] = set()
         self.slow: socket.socket | None = None
@@ -113,6 +140,10 @@ class Served(Stack):
     def wait(self) -> None:
         super().wait()
         self.pids |= {child.pid for child in self.process.children(recursive=True)}
+
+    def asked(self, number: int, **options: Any) -> dict[str, Any]:
+        """A good request."""
+        return asked(number, self.clips, **options)
 
     def core(self) -> psutil.Process:
         """The process of vLLM that schedules and computes."""
@@ -137,9 +168,9 @@ class Served(Stack):
             self.seen["408"] += 1
 
 
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with running(Served(tmp_path_factory.mktemp("faults"))) as found:
+@pytest.fixture(scope="module", params=OWN)
+def gateway(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with running(Served(tmp_path_factory.mktemp("faults"), request.param)) as found:
         yield found
 
 
@@ -181,7 +212,7 @@ def right(gateway: Served) -> dict[int, str]:
     """The answers to good requests, one after the other; without those in which rounding may choose a word."""
     found: dict[int, str] = {}
     for number in range(24):
-        sent = asked(number, stream=False, logprobs=True, top_logprobs=2)
+        sent = gateway.asked(number, stream=False, logprobs=True, top_logprobs=2)
         choice = httpx.post(f"{gateway.url}/v1/chat/completions", json=sent, timeout=60).json()["choices"][0]
         gateway.seen["200"] += 1
         steps = [[each["logprob"] for each in step["top_logprobs"]] for step in choice["logprobs"]["content"]]
@@ -194,23 +225,23 @@ def right(gateway: Served) -> dict[int, str]:
 
 def test_good_requests_among_bad_ones(gateway: Served, right: dict[int, str]) -> None:
     """Each good request gets its answer, each bad one its reason, and nothing is left of clients that went away."""
-    gateway.slow = gateway.raw(asked(0), 100)  # the rest of its body never comes
+    gateway.slow = gateway.raw(gateway.asked(0), 100)  # the rest of its body never comes
 
     async def leave_early(client: httpx.AsyncClient) -> None:
-        sent = asked(1, stream=True, **LONG)
+        sent = gateway.asked(1, stream=True, **LONG)
         async with client.stream("POST", f"{gateway.url}/v1/chat/completions", json=sent) as answer:
             assert answer.status_code == 200
             await anext(answer.aiter_lines())
         gateway.seen["499"] += 1
 
-    one_by_one = asyncio.Lock()
+    one_by_one, bad_ones = asyncio.Lock(), {**BAD, **OWN[gateway.model]}
 
     async def leave(part: int | None) -> None:
         async with one_by_one:
             core = gateway.core()
             core.suspend()  # a busy machine stands still for seconds, and there must be no answer before the client leaves
             try:
-                opened = gateway.raw(asked(2, stream=False, **LONG), part)
+                opened = gateway.raw(gateway.asked(2, stream=False, **LONG), part)
                 await asyncio.sleep(0.2)
                 opened.close()
             finally:
@@ -218,10 +249,10 @@ def test_good_requests_among_bad_ones(gateway: Served, right: dict[int, str]) ->
         gateway.seen["499"] += 1
 
     async def good(client: httpx.AsyncClient, number: int) -> None:
-        assert await ask(gateway, client, asked(number)) == ("200", right[number])
+        assert await ask(gateway, client, gateway.asked(number)) == ("200", right[number])
 
     async def bad(client: httpx.AsyncClient, name: str) -> None:
-        sent, status, why = BAD[name]
+        sent, status, why = bad_ones[name]
         found = await ask(gateway, client, sent)
         assert found[0] == str(status), (name, found)
         assert why in found[1], (name, found)
@@ -230,7 +261,7 @@ def test_good_requests_among_bad_ones(gateway: Served, right: dict[int, str]) ->
         async with connected(gateway) as client:
             numbers = [*right] * 3
             works = [functools.partial(good, client, number) for number in numbers[:52]]
-            works += [functools.partial(bad, client, name) for name in BAD]
+            works += [functools.partial(bad, client, name) for name in bad_ones]
             works += [functools.partial(leave_early, client)] * 4
             works += [functools.partial(leave, part) for part in (None, None, None, 100, 5000)]
             Random(0).shuffle(works)
@@ -251,17 +282,16 @@ def test_good_requests_among_bad_ones(gateway: Served, right: dict[int, str]) ->
 
 
 def adds_up(gateway: Served) -> None:
-    """No request is in progress but one that does not come, and the gateway counted what clients saw."""
+    """No request is in progress, one whose body does not come included, and the gateway counted what clients saw."""
     end = time.monotonic() + 10
     while True:
         gateway.slow_told(0)
-        slow = int(gateway.slow is not None)
         found = gateway.metrics()
         counted = {key.split('"')[1]: value for key, value in found.items() if key.startswith("foveate_requests_total")}
-        if (found["foveate_requests_running"] == slow and counted == gateway.seen) or time.monotonic() > end:
+        if (found["foveate_requests_running"] == 0 and counted == gateway.seen) or time.monotonic() > end:
             break
         time.sleep(0.2)
-    assert (counted, found["foveate_requests_running"]) == (dict(gateway.seen), slow)
+    assert (counted, found["foveate_requests_running"]) == (dict(gateway.seen), 0)
     assert found["foveate_encoder_queue"] == 0
     assert found["foveate_prompt_mismatches_total"] == 0
     assert not [child for child in gateway.process.children(recursive=True) if child.status() == psutil.STATUS_ZOMBIE]
@@ -269,19 +299,20 @@ def adds_up(gateway: Served) -> None:
 
 def test_features_that_are_not_finite_never_reach_vllm(gateway: Served, right: dict[int, str]) -> None:
     """In vLLM they would spoil answers to others."""
-    encoder = PictureEncoder(load_encoder("pocket"))
-    for parameter in encoder.parts.projector.parameters():
+    encoder = PictureEncoder(load_encoder(gateway.model))
+    last = encoder.parts.projector or encoder.loaded.model.model.visual.merger
+    for parameter in last.parameters():
         torch.nn.init.constant_(parameter, float("nan"))
     engine = gateway.engine()
     url = f"http://127.0.0.1:{engine.cmdline()[engine.cmdline().index('--port') + 1]}"
-    broken = create_app(GatewaySettings("pocket", url, vllm_key=engine.environ()["VLLM_API_KEY"]), [encoder])
+    broken = create_app(GatewaySettings(gateway.model, url, vllm_key=engine.environ()["VLLM_API_KEY"]), [encoder])
 
     async def both(there: str) -> None:
         async with connected(gateway) as client:
             for number in [*right][:12]:
-                refused = await client.post(f"{there}/v1/chat/completions", json=asked(number))
+                refused = await client.post(f"{there}/v1/chat/completions", json=gateway.asked(number))
                 assert (refused.status_code, "finite" in refused.text) == (400, True)
-                assert await ask(gateway, client, asked(number)) == ("200", right[number])
+                assert await ask(gateway, client, gateway.asked(number)) == ("200", right[number])
             text = await client.post(f"{there}/v1/chat/completions", json=said(TEXT, max_tokens=4))
             assert text.status_code == 200  # it does reach vLLM
 
@@ -307,7 +338,7 @@ def test_vllm_is_killed_and_comes_back(gateway: Served, right: dict[int, str], p
             if back.is_set():
                 return
             number = numbers[turn % len(numbers)]
-            found.append((number, await ask(gateway, client, asked(number))))
+            found.append((number, await ask(gateway, client, gateway.asked(number))))
             if found[-1][1][0] != "200":
                 await asyncio.sleep(1)
 
@@ -358,7 +389,7 @@ def test_a_body_that_does_not_come(gateway: Served) -> None:
 def test_nothing_is_left_when_it_ends(gateway: Served) -> None:
     """An answer that has begun is completed; then the gateway, vLLM and all that it started are gone."""
     gateway.pids |= {child.pid for child in gateway.process.children(recursive=True)}
-    sent = asked(1, stream=True, max_tokens=100, ignore_eos=True)
+    sent = gateway.asked(1, stream=True, max_tokens=100, ignore_eos=True)
     with httpx.stream("POST", f"{gateway.url}/v1/chat/completions", json=sent, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
