@@ -62,6 +62,16 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """Write a text file as ``write_bytes`` does.
+
+    Raises
+    ------
+    FoveateError : it cannot be written.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, contents: bytes) -> None:
     """Write a file as a whole: where that fails, what was there before stays. Links and special files stay what they are.
 
     Raises
@@ -71,13 +81,13 @@ def write_text(path: str | Path, text: str) -> None:
     place = Path(path).expanduser()
     with writing(path):
         if place.exists() and not place.is_file():
-            place.write_text(text, encoding="utf-8")
+            place.write_bytes(contents)
             return
         place = place.resolve()
         handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name[:80]}-")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(contents)
             os.chmod(temporary, place.stat().st_mode & 0o777 if place.exists() else 0o666 & ~_umask())
             os.replace(temporary, place)
         except BaseException:

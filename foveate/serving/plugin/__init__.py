@@ -5,9 +5,10 @@ embeddings of any number. Nothing of vLLM is imported before it serves a model t
 from __future__ import annotations
 
 from ...families import FAMILIES
+from .connector import stored_request
 from .requests import qwen_request
 
-__all__ = ["qwen_request", "register"]
+__all__ = ["qwen_request", "register", "stored_request"]
 
 MODELS = dict(family.vllm for family in FAMILIES.values() if family.vllm)
 
