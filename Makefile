@@ -84,8 +84,9 @@ $(VENV)/docs: $(VENV)/dev
 	$(PIP) -e '.[docs]'
 	touch $@
 
+# not --quiet: what is not said is not counted, and --strict then lets broken links pass
 docs: $(VENV)/docs
-	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "look at it: $(BIN)/python -m http.server --directory build/site"
 
 notebooks: $(VENV)/docs

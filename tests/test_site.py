@@ -169,3 +169,23 @@ def test_rows_are_added_to_the_leaderboard(tmp_path):
     (mine / "comparison.md").write_text("# A\n\n20 questions (seed 1); all tokens: 95 % right.\n\n...")
     with pytest.raises(ValueError, match="the leaderboard is of 10 questions"):
         leaderboard.add_rows(mine, results)
+
+
+def test_pages_of_models_say_what_is_served():
+    """The command that serves a model is on its page exactly where the table of families has a way to hand its tokens over."""
+    from foveate.families import FAMILIES
+
+    for slug, page in models.PAGES.items():
+        family = FAMILIES[page.kind]
+        placed = family.handover == "image_embeds"
+        served = placed or not (family.mrope or family.two_way or family.marks)
+        text = models.model_page(slug)
+        assert ("foveate serve --model" in text) == served, slug
+        assert ("--enable-mm-embeds" in text) == placed, slug
+
+
+def test_warnings_of_the_build_are_counted():
+    """With --quiet, mkdocs counts no warning, and broken links pass."""
+    (line,) = (line for line in (DOCS.parent / "Makefile").read_text(encoding="utf-8").splitlines() if "mkdocs build" in line)
+    assert "--strict" in line
+    assert "--quiet" not in line

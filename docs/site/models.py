@@ -25,9 +25,19 @@ With one count for all pictures, [the plugin](../plugin.md) works inside vLLM, w
 vllm serve {example} --trust-request-mm-kwargs \\
   --hf-overrides '{{"foveate": {{"method": "{method}", "budget": 144}}}}'
 ```"""
-EMBEDS = """`foveate serve` refuses this family: tokens have (t, h, w) positions, which vLLM does not take with
-embeddings in the prompt.
-[The plugin](../plugin.md#embeddings-for-qwen2-vl-and-qwen25-vl) hands vLLM encoded pictures that keep them:
+PLACED = """foveate and vLLM share the work. vLLM has foveate's plugin and loads no vision encoder:
+
+```bash
+vllm/bin/pip install foveate   # into the environment of vLLM, which finds the plugin by itself
+vllm serve {example} --enable-mm-embeds \\
+  --limit-mm-per-prompt '{{"image": 0, "video": 0}}' \\
+  --chat-template-content-format openai --host 127.0.0.1 --port 8001
+foveate serve --model {example} \\
+  --method {method} --budget {budget} --vllm-url http://127.0.0.1:8001
+```
+
+Tokens that stay keep their (t, h, w) positions: [serving](../serving.md#qwen2-vl-qwen25-vl-and-qwen3-vl).
+Without a server, [the plugin](../plugin.md#embeddings-for-qwen2-vl-qwen25-vl-and-qwen3-vl) takes encoded pictures:
 
 ```python
 import vllm
@@ -38,6 +48,7 @@ llm = vllm.LLM("{example}", enable_mm_embeds=True)
 # text: the prompt as the chat template writes it
 llm.generate({{"prompt": text, "multi_modal_data": qwen_request(encoded)}})
 ```"""
+VLLM = (GATEWAY, GATEWAY + INSIDE, PLACED)  # others give the reason
 NONE = "Not yet: {reason}. Use transformers, or `foveate batch` with its own engine ([batch](../batch.md))."
 TEXT = """# {name}
 
@@ -159,7 +170,7 @@ PAGES = {
         "fovea",
         "0.25",
         ANY,
-        EMBEDS,
+        PLACED,
         (SUBSTITUTE, AFTER, THW, "The video processor needs torchvision; foveate brings a stand-in ([videos](../videos.md))."),
     ),
     "qwen2.5-vl": ModelPage(
@@ -168,7 +179,7 @@ PAGES = {
         "fovea",
         "0.25",
         f"{ANY} The second pocket model is a small one of this family: [its results](../results/pocket-qwen.md).",
-        EMBEDS,
+        PLACED,
         (SUBSTITUTE, AFTER, THW, "`pixelprune` leaves equal cells out before the encoder: documents and screens, not photos."),
     ),
     "qwen3-vl": ModelPage(
@@ -177,11 +188,12 @@ PAGES = {
         "fovea",
         "0.25",
         ANY,
-        "no way was found to hand vLLM the features that its encoder adds in deeper layers",
+        PLACED,
         (
             SUBSTITUTE,
             AFTER,
             THW,
+            "With vLLM: pictures, no videos. It was compared with transformers in vLLM without HTTP, and not over HTTP.",
             "Features of the encoder enter the first decoder layers. Methods inside the decoder can cut after these: "
             "`foveate.FastV(budget=0.5, layer=3)`; an earlier layer is refused.",
         ),
@@ -212,7 +224,7 @@ def model_page(slug: str) -> str:
     page = PAGES[slug]
     info = row_of(page.kind)
     names = {"example": info.example, "method": page.method, "budget": page.budget, "reason": page.vllm}
-    known = page.vllm.startswith(("`", "`" * 3))
+    known = page.vllm in VLLM
     return TEXT.format(
         name=info.name,
         kind=page.kind,
