@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -44,6 +45,51 @@ def ready_file(path: str | Path) -> Path:
     if place.exists() and not os.access(place, os.W_OK):
         raise InputError(f"{place} cannot be written (Permission denied). Choose another place.")
     return place
+
+
+def ready_files(*paths: str | Path | None) -> None:
+    """Several files that can be written, each of its own; None = is not wanted.
+
+    Raises
+    ------
+    InputError : one cannot be written, or two are the same.
+    """
+    places: dict[Path, str | Path] = {}
+    for path in paths:
+        if path is not None:
+            place = ready_file(path).resolve()
+            if place in places:
+                raise InputError(
+                    f"{path} is to hold two results, and the second would replace the first. Give each a name of its own."
+                )
+            places[place] = path
+
+
+@contextmanager
+def saving() -> Iterator[Callable[..., bool]]:
+    """Save several results: one that cannot be written stops none of the others, and is told when all were tried.
+
+    Yields
+    ------
+    A function that calls ``write(*arguments)`` and returns whether that worked.
+
+    Raises
+    ------
+    FoveateError : something could not be written; the message names all of it.
+    """
+    errors: list[str] = []
+
+    def save(write: Callable[..., Any], *arguments: Any) -> bool:
+        try:
+            write(*arguments)
+        except FoveateError as error:
+            errors.append(str(error))
+            return False
+        return True
+
+    yield save
+    if errors:
+        raise FoveateError(" ".join(errors))
 
 
 @contextmanager

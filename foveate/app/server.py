@@ -27,7 +27,8 @@ HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"x-content-type-options", b"nosniff"),
 )
-UPLOAD = "/upload"
+UPLOAD = "/gradio_api/upload"
+FORM = 2**16  # bytes of a form beside its file
 Asgi = Any  # an application, or one of its arguments
 
 
@@ -40,10 +41,12 @@ class Guard:
     key : that must be given as the password of HTTP basic authentication, with any user name, or as a bearer token; None = none.
     hosts : names by which the server may be asked, so that pages of other sites cannot; empty = any.
     uploads : folder that uploaded files are in.
+    upload : bytes of a file, at most.
     """
 
-    def __init__(self, app: Asgi, key: str | None, hosts: Collection[str], uploads: Path) -> None:
+    def __init__(self, app: Asgi, key: str | None, hosts: Collection[str], uploads: Path, upload: int = 2**20) -> None:
         self.app, self.key, self.hosts, self.uploads = app, key, frozenset(hosts), uploads.resolve()
+        self.upload = upload
 
     async def __call__(self, scope: Asgi, receive: Asgi, send: Asgi) -> None:
         if scope["type"] == "lifespan":
@@ -58,7 +61,12 @@ class Guard:
         if self.key is not None and not self._has_key(headers.get("authorization", "")):
             await _refuse(send, 401, "give the key as the password; any user name will do.")
             return
-        if scope["method"] == "POST" and not scope["path"].endswith(UPLOAD):
+        if scope["method"] == "POST" and scope["path"] == UPLOAD:
+            length = headers.get("content-length", "")
+            if not length.isdecimal() or int(length) > self.upload + FORM:  # one file at a time, however many parts the form has
+                await _refuse(send, 413, f"the file is too large: at most {self.upload // 2**20} MiB are taken.")
+                return
+        elif scope["method"] == "POST":
             body = await _body(receive)
             problem = (413, "the request is too large") if body is None else self._problem(body)
             if problem:
@@ -176,4 +184,4 @@ def create_app(playground: Playground, uploads: Path, *, hosts: Collection[str],
     off: dict[str, Any] = {"ssr_mode": False, "pwa": False, "mcp_server": False, "run_history": False}
     gr.mount_gradio_app(outer, blocks, "/", max_file_size=upload_mb * 2**20, **look, **off)
     blocks.has_launched = True  # only then does Gradio itself check where files are
-    return Guard(outer, key, hosts, uploads)
+    return Guard(outer, key, hosts, uploads, upload_mb * 2**20)

@@ -39,6 +39,8 @@ def app_command(
     max_upload_mb: Annotated[int, typer.Option(min=1, help="Largest file that is taken, in MiB.")] = 20,
 ) -> None:
     """A page in the browser: one question, answered with all visual tokens and with up to three methods, side by side."""
+    if api_key == "":
+        raise InputError("--api-key is empty. Give it a key, or leave it out.")
     if api_key is None and "FOVEATE_API_KEY" in os.environ:  # which is empty: the command line takes that for none
         raise InputError("the variable FOVEATE_API_KEY is empty. Give it a key, or unset it.")
     if not api_key and host not in LOOPBACK:

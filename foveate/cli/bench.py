@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import InputError
-from ..places import ready_file, write_text
+from ..places import ready_files, saving, write_text
 from .common import DEFAULT, POCKET, Configs, Fields, Imports, PlanFile, err, methods_of, out, sayer, wide
 from .html import HtmlFile, lines_part, table_part, write_html
 
@@ -82,24 +82,23 @@ def bench_command(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     alone = json_file == Path("-")  # one document on stdout, and nothing else
-    for file in (None if alone else json_file, html):
-        if file is not None:
-            ready_file(file)
+    ready_files(None if alone else json_file, html)
     methods = methods_of(method or ([] if config or plan else [DEFAULT]), budget, fields, config, plan=plan)
     options = BenchOptions(model, methods, sizes, image, prompt, new_tokens, rounds, dtype, device, attn, seed)
     with err.status("starting") as status:
         document, measured = run_bench(options, lambda what: status.update(escape(what)))
     if alone:
         print(json.dumps(document))
-        return
-    show(document, measured, out)
-    if json_file is not None:
-        write_text(json_file, json.dumps(document, indent=1) + "\n")
-        err.print(f"ledger: {json_file}", soft_wrap=True, markup=False)
-    if html is not None:
-        tables = [table_part(made) for each in measured for made in (times_table(each), ratios_table(each))]
-        notes = [f"note: {line}" for line in document["notes"]]
-        write_html(html, headline(document), [*tables, *lines_part([*remarks(document, measured), *notes])], document["command"])
+    else:
+        show(document, measured, out)
+    with saving() as save:
+        if json_file is not None and not alone and save(write_text, json_file, json.dumps(document, indent=1) + "\n"):
+            err.print(f"ledger: {json_file}", soft_wrap=True, markup=False)
+        if html is not None:
+            tables = [table_part(made) for each in measured for made in (times_table(each), ratios_table(each))]
+            notes = [f"note: {line}" for line in document["notes"]]
+            lines = lines_part([*remarks(document, measured), *notes])
+            save(write_html, html, headline(document), [*tables, *lines], document["command"])
 
 
 def parse_sizes(text: str) -> list[int]:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..places import ready_file
+from ..places import ready_files, saving
 from .common import (
     POCKET,
     ExampleFile,
@@ -84,19 +84,18 @@ def compare_command(
     if plan is not None:
         methods = ",".join(filter(None, [methods, str(planned_file(plan))]))
     options = checked(CompareOptions(methods, budgets, own, scenes, each, seed, model, store, save, table, mine))
-    if html is not None:
-        ready_file(html)
+    ready_files(options.store, html)
     resumable(options.store)
     report = run_compare(options, err)
     if as_json:
         print(json.dumps(report))
     else:
         show(report, out)
-    if save:
-        write_files(report, save)
-        sayer(err)(f"written to {save}")
-    if html is not None:
-        write_html(html, *page_parts(report), report["command"])
+    with saving() as keep:
+        if save and keep(write_files, report, save):
+            sayer(err)(f"written to {save}")
+        if html is not None:
+            keep(write_html, html, *page_parts(report), report["command"])
 
 
 def planned_file(plan: Path) -> Path:
@@ -274,12 +273,13 @@ def write_files(report: dict[str, Any], folder: Path) -> None:
     from ..lab.tables import files
     from ..places import write_text
 
-    for name, text in files(report).items():
-        write_text(folder / name, text)
-    if "table" not in report:
-        from ..viz.curves import save_comparison
+    with saving() as keep:
+        for name, text in files(report).items():
+            keep(write_text, folder / name, text)
+        if "table" not in report:
+            from ..viz.curves import save_comparison
 
-        save_comparison(report, folder / "comparison.png")
+            keep(save_comparison, report, folder / "comparison.png")
 
 
 def page_parts(report: dict[str, Any]) -> tuple[str, list[str]]:

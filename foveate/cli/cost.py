@@ -17,7 +17,7 @@ from ..analysis.hardware import HARDWARE, Hardware
 from ..analysis.roofline import PARTS, Cost, Part
 from ..errors import InputError, first_line
 from ..jsonl import parsed
-from ..places import ready_file
+from ..places import ready_files, saving
 from .common import POCKET, Fields, err, method_of, out, wide
 from .html import HtmlFile, lines_part, picture_part, table_part, write_html
 
@@ -75,7 +75,7 @@ def cost_command(
     from ..viz.overlay import picture_file
 
     save = save and picture_file(save)
-    html = html and ready_file(html)
+    ready_files(save, html)
     options: dict[str, Any] = {
         "hardware": _hardware(hardware, bandwidth, peak),
         "text": text,
@@ -112,13 +112,14 @@ def cost_command(
         print(json.dumps({"runs": {name: each.to_dict() for name, each in costs.items()}, "picture": str(save) if save else None}))
     else:
         show(costs, wide(out, WIDTH), operators)
-    if save:
-        from ..viz.roofline_chart import save_roofline
+    with saving() as keep:
+        if save:
+            from ..viz.roofline_chart import save_roofline
 
-        save_roofline(costs, save)
-        err.print(f"picture: {save}", soft_wrap=True, markup=False)
-    if html:
-        write_html(html, headline(costs), page_parts(costs), command())
+            if keep(save_roofline, costs, save):
+                err.print(f"picture: {save}", soft_wrap=True, markup=False)
+        if html:
+            keep(write_html, html, headline(costs), page_parts(costs), command())
 
 
 def _hardware(name: str, bandwidth: float | None, peak: float | None) -> str | Hardware:

@@ -20,14 +20,16 @@ def figure_command(
 ) -> None:
     """A figure of the LLaVA-PruMerge paper on scenes of the pocket world."""
     from ..errors import InputError
-    from ..lab.paper_figures import TITLES, save_paper_figure
+    from ..lab.paper_figures import TITLES, paper_figure
+    from ..viz.canvas import write_figure
     from ..viz.overlay import picture_file
 
     if number not in TITLES:
         raise InputError(f"there is no figure {number!r} here. Choose one of {', '.join(TITLES)}.")
     place = picture_file(out_file or Path(f"figure-{number}.png"))
     with err.status(f"drawing figure {number}"):
-        numbers = save_paper_figure(number, place)
+        drawn, numbers = paper_figure(number)
     if as_json:
         print(json.dumps(numbers))
+    write_figure(drawn, place, 130)  # the numbers are told, also where it cannot be written
     sayer(err)(f"picture: {place}")

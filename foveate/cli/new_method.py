@@ -13,6 +13,7 @@ import typer
 from .common import out, sayer
 
 EPILOG = "Example:  foveate new-method edges && python -m pytest test_edges.py"
+IMPORTED = ("ProjectorReducer", "Reduction", "VisualTokens")  # by the method, so that no class may be called so
 PATH, RUN = "from pathlib import Path\n\n", "from foveate.methods.registry import import_file\n"
 METHOD = '''"""{title}: say here what it is, and of which paper."""
 
@@ -131,12 +132,14 @@ def write_method(name: str, folder: Path | None) -> tuple[Path, Path]:
     ------
     InputError : the name is none, or is taken, or a file is there already.
     """
-    from ..errors import InputError, shown
+    from ..errors import FoveateError, InputError, shown
     from ..methods.registry import registered
     from ..places import ready_file, write_text
 
     module = name.replace("-", "_")
-    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or keyword.iskeyword(module):
+    cls = "".join(part.capitalize() for part in name.split("-"))
+    taken = keyword.iskeyword(module) or keyword.iskeyword(cls) or cls in IMPORTED or module == "conftest"
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or taken:
         raise InputError(f"{shown(name)} is no name of a method. Use small letters, digits and hyphens, such as my-edges.")
     if name in registered():
         raise InputError(f"there is a method {name!r} already. Choose another name.")
@@ -149,11 +152,15 @@ def write_method(name: str, folder: Path | None) -> tuple[Path, Path]:
     for place in (method, test):
         if ready_file(place).exists():
             raise InputError(f"{place} is there already. Choose another name, or move it away.")
-    fields = {"name": name, "title": name, "cls": "".join(part.capitalize() for part in name.split("-"))}
+    fields = {"name": name, "title": name, "cls": cls}
     # a file of the package registers itself; any other one has to be run
     path, run, load = ("", "", "") if inside else (PATH, RUN, f'import_file(Path(__file__).with_name("{module}.py"))\n')
     write_text(method, METHOD.format(**fields))
-    write_text(test, TEST.format(**fields, path=path, run=run, load=load))
+    try:
+        write_text(test, TEST.format(**fields, path=path, run=run, load=load))
+    except FoveateError:
+        method.unlink()  # a method without its test would be in the way next time
+        raise
     return method, test
 
 

@@ -38,7 +38,7 @@ def show_command(
     from ..errors import FoveateError, InputError
 
     if not question.strip():
-        raise InputError("the question is empty")
+        raise InputError("the question is empty. Ask something.")
     methods = methods_of(method or ([] if config or plan else [DEFAULT]), budget, fields, config, plan=plan)
     from ..answering import ask, open_shown, title, unknown
     from ..chat import make_inputs

@@ -54,7 +54,7 @@ def tune_command(
     """Find the setting that saves most and loses less than a tolerance, on your model and your examples."""
     from ..errors import InputError
     from ..lab.scoring import score_of
-    from ..places import ready_file
+    from ..places import ready_files, saving
     from ..tuning.costs import OBJECTIVES
 
     if not 0 < tolerance < 100:
@@ -67,9 +67,9 @@ def tune_command(
         raise InputError(f"--objective {objective!r}: expected one of {', '.join(OBJECTIVES)}")
     names = None if methods is None else parts_of(methods, "methods", "fovea,prumerge+")
     judge = score_of(score)
-    ready_file(out_file)
-    page = ready_file(html or out_file.with_suffix(".html"))
-    answers = ready_file(store or out_file.with_suffix(".answers.jsonl"))
+    page, answers = html or out_file.with_suffix(".html"), store or out_file.with_suffix(".answers.jsonl")
+    page, answers = page.expanduser(), answers.expanduser()
+    ready_files(out_file, page, answers)
     resumable(answers)
 
     from ..measuring import ledger
@@ -91,11 +91,13 @@ def tune_command(
         print(json.dumps(found.document))
     else:
         show(found.tuned, found.plan.saving, objective, out)
-    found.plan.save(out_file)  # what was found is told, also where it cannot be written
     from ..tuning.page import write_page
 
-    write_page(found, page)
-    sayer(err)(f"plan: {out_file}; page: {page}")
+    with saving() as keep:  # what was found is told, also where it cannot be written
+        if keep(found.plan.save, out_file):
+            sayer(err)(f"plan: {out_file}")
+        if keep(write_page, found, page):
+            sayer(err)(f"page: {page}")
 
 
 def show(tuned: Tuned, saving: dict[str, Any], objective: str, console: Console) -> None:

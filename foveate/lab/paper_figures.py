@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from ..methods.registry import get
 from ..pictures import Pictures
 from ..pocket.scenes import LEVELS
 from ..report import ImageReport
-from ..viz.canvas import new_figure, write_figure
+from ..viz.canvas import new_figure
 from ..viz.views import kept
 from .examples import examples
 from .testset import TestSet
@@ -63,13 +62,12 @@ class Reducer:
         return (vision.image_size // vision.patch_size) ** 2
 
 
-def save_paper_figure(number: str, path: str | Path) -> dict[str, Any]:
-    """Draw a figure of the paper with the pocket model, and return the numbers in it.
+def paper_figure(number: str) -> tuple[Any, dict[str, Any]]:
+    """A figure of the paper, drawn by matplotlib with the pocket model, and the numbers in it.
 
     Parameters
     ----------
     number : "1", "3a", "3b", "4" or "5".
-    path : of the picture.
 
     Raises
     ------
@@ -81,8 +79,7 @@ def save_paper_figure(number: str, path: str | Path) -> dict[str, Any]:
     reducer = Reducer(load())
     figure, numbers = DRAWN[number](reducer)
     figure.suptitle(f"Figure {number} of LLaVA-PruMerge, with the pocket model\n{TITLES[number]}", fontsize=12)
-    write_figure(figure, path, 130)
-    return {"figure": number, "title": TITLES[number], **numbers}
+    return figure, {"figure": number, "title": TITLES[number], **numbers}
 
 
 def scenes(reducer: Reducer) -> list[tuple[str, Image.Image]]:

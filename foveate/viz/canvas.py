@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtraError
-from ..places import writing
+from ..places import write_bytes
 
 
 def new_figure(**options: Any) -> Any:
@@ -24,11 +25,12 @@ def new_figure(**options: Any) -> Any:
 
 
 def write_figure(figure: Any, path: str | Path, dpi: int) -> None:
-    """Write a figure to its file.
+    """Write a figure to its file, whose ending says in which format. Where that fails, what was there before stays.
 
     Raises
     ------
     FoveateError : it cannot be written, for example because the disk is full.
     """
-    with writing(path):
-        figure.savefig(path, dpi=dpi)
+    data = io.BytesIO()
+    figure.savefig(data, format=Path(path).suffix[1:] or "png", dpi=dpi)
+    write_bytes(path, data.getvalue())

@@ -73,8 +73,8 @@ def picture_file(path: str | Path) -> Path:
     except ImportError as error:
         raise MissingExtraError("matplotlib", "viz") from error
     path = Path(path).expanduser()
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give the name of a picture")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is a folder or a device; give the name of a picture")
     path = path if path.suffix else path.with_suffix(".png")
     kinds = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import foveate
 import foveate.serving.export
 from foveate import places
 from foveate.pocket.scenes import draw_scene
+from foveate.viz import canvas
 
 from .test_main import invoke, run
 
@@ -89,19 +92,16 @@ def test_the_list_of_commands_is_whole():
 
 def full(monkeypatch, written: str) -> None:
     """Files of this ending end up on a full disk."""
-    from matplotlib.figure import Figure
+    write = places.write_bytes
 
-    make, draw = places.write_text, Figure.savefig
-    for module in ("foveate.cli.bench", "foveate.cli.eval", "foveate.places"):
-        if module in sys.modules:
-            monkeypatch.setattr(
-                f"{module}.write_text", lambda path, text: make(FULL if str(path).endswith(written) else path, text), raising=False
-            )
-    monkeypatch.setattr(
-        Figure,
-        "savefig",
-        lambda self, path, **more: draw(self, FULL, **more, format="png") if str(path).endswith(written) else None,
-    )
+    def written_there(path, contents):
+        if not str(path).endswith(written):
+            return write(path, contents)
+        with places.writing(path):
+            FULL.write_bytes(contents)
+
+    for module in (places, canvas):
+        monkeypatch.setattr(module, "write_bytes", written_there)
 
 
 def test_full_disks(scene, tmp_path, capsys, monkeypatch):
@@ -122,16 +122,68 @@ def test_full_disks(scene, tmp_path, capsys, monkeypatch):
     assert code == 2
     assert out.count("expected:") == 3
     assert "No space left" in err
-    code, out, err = invoke(capsys, monkeypatch, "cost", "--save", str(tmp_path / "roofline.png"))
+    page = tmp_path / "cost.html"
+    code, out, err = invoke(capsys, monkeypatch, "cost", "--save", str(tmp_path / "roofline.png"), "--html", str(page))
     assert code == 2
     assert "prefill" in out
+    assert page.exists(), "one that cannot be written stops no other"
+    code, out, err = invoke(capsys, monkeypatch, "figure", "4", "--out", str(tmp_path / "figure.png"), "--json")
+    assert code == 2
+    assert json.loads(out)["figure"] == "4"
     full(monkeypatch, ".json")
-    code, out, err = invoke(
-        capsys, monkeypatch, "bench", "--rounds", "1", "--new-tokens", "2", "--json", str(tmp_path / "bench.json")
-    )
+    page = tmp_path / "bench.html"
+    asked = ("bench", "--rounds", "1", "--new-tokens", "2", "--html", str(page))
+    code, out, err = invoke(capsys, monkeypatch, *asked, "--json", str(tmp_path / "bench.json"))
     assert code == 2
     assert "KV cache" in out
     assert "No space left" in err
+    assert page.exists()
+    page.unlink()
+    code, out, err = invoke(capsys, monkeypatch, *asked, "--json", "-")
+    assert code == 0, err
+    assert json.loads(out)
+    assert page.exists()
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    from foveate.viz.canvas import new_figure, write_figure
+
+    old = tmp_path / "kept.png"
+    old.write_bytes(b"old")
+
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", no_room)
+    with pytest.raises(foveate.FoveateError, match=r"kept\.png cannot be written \(No space left on device\)"):
+        write_figure(new_figure(), old, 100)
+    assert [*tmp_path.iterdir()] == [old]
+    assert old.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("tune", "--out", "{0}/plan.html"),
+        ("tune", "--out", "{0}/plan.json", "--store", "{0}/plan.json"),
+        ("tune", "--out", "{0}/plan.json", "--html", "{0}/../{1}/plan.json"),
+        ("bench", "--json", "{0}/same", "--html", "{0}/same"),
+        ("cost", "--save", "{0}/same.png", "--html", "{0}/same.png"),
+        ("compare", "--store", "{0}/same", "--html", "{0}/same"),
+    ],
+)
+def test_two_results_for_one_file(asked, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("foveate.loading._read", lambda *_, **__: pytest.fail("nothing is to be loaded"))
+    code, out, err = invoke(capsys, monkeypatch, *(part.format(tmp_path, tmp_path.name) for part in asked))
+    assert (code, out) == (2, ""), err
+    assert "is to hold two results" in err
+
+
+def test_a_picture_is_no_device(capsys, monkeypatch, scene):
+    code, _, err = invoke(capsys, monkeypatch, "show", scene, "what ?", "--out", str(FULL))
+    assert code == 2
+    assert "/dev/full is a folder or a device" in err
+    assert not FULL.with_suffix(".png").exists()
 
 
 def test_what_a_comparison_found_is_told(tmp_path, capsys, monkeypatch):

@@ -51,7 +51,7 @@ def stored_request(encoded: Encoded, folder: str | Path, *, row: int = 0, merge:
         # vLLM's prefix cache knows an image by its key alone, so the places of its tokens are in it, too
         key = f"foveate-{digest(contents, json.dumps([positions.tolist(), int(extent)]))}"
         file = ready_folder(place / key) / FILE
-        if not file.exists():
+        if not file.is_file() or file.stat().st_size != len(contents):  # it may have been copied in part
             write_bytes(file, contents)
         keys.append(key)
     return {"multi_modal_data": {"image": fields}, "multi_modal_uuids": {"image": keys}}
