@@ -14,199 +14,29 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import deque
-from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from random import Random
 from typing import Annotated, Any
 
 import numpy as np
-import simpy
 import typer
 from rich.console import Console
 from scipy.optimize import minimize
 
-from foveate.errors import InputError
+from benchmarks.fleet_cell import Cell, Times
+from foveate.errors import FoveateError, InputError
 from foveate.lab.tables import markdown_table
 from foveate.measuring import ledger
-from foveate.places import write_text
+from foveate.places import ready_file, write_text
 
 LEDGER = Path(__file__).parent / "results" / "serving-short-answers.json"
 TEXT = 32  # tokens of a prompt beside the picture, in the load run
 WAYS = {"full@0": 576, "prumerge+:144@0": 144, "prumerge+:40@0": 40}  # of the load run: visual tokens that stay
 RUNS = 5  # of a closed load
-SIMULATED, LEFT_OUT = 3000, 300  # requests of an open load, and the first of them, which find an empty service
 ENGINES = 4  # of a cell
 ENCODERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of a cell, that are tried
-Process = Generator[simpy.Event, Any, None]
-
-
-@dataclass(frozen=True)
-class Times:
-    """Service times, in seconds, and limits of an engine.
-
-    Attributes
-    ----------
-    encode : of a picture. An encoder takes all that wait as one batch, which takes as long as its pictures one by one.
-    other : of a request on its way, on average: client, gateway, and what else keeps neither encoder nor engine busy. Requests
-        that are sent together come one after the other, so it is drawn for each (exponential).
-    step : of a step of the engine with nothing in it.
-    prompt : what each token of a prompt adds to a step.
-    written : what each answer that runs adds to a step.
-    batched : tokens of a step, at most.
-    running : requests of an engine that run at a time, at most.
-    pictures : of a batch of an encoder, at most.
-    """
-
-    encode: float
-    other: float
-    step: float
-    prompt: float
-    written: float
-    batched: int = 4096
-    running: int = 16
-    pictures: int = 16
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-                raise InputError(f"{each.name} is {value!r}; expected a number of 0 or more")
-        if min(self.batched, self.running, self.pictures) < 1 or self.step + self.prompt <= 0:
-            raise InputError(
-                "an engine needs steps that take time, and there must be room for one token, one request and one picture"
-            )
-
-
-@dataclass(eq=False)
-class Request:
-    """One request: tokens that are to be read and written, and what tells of its first and its last one."""
-
-    unread: int
-    unwritten: int
-    first: simpy.Event
-    done: simpy.Event
-
-
-@dataclass
-class Engine:
-    """Continuous batching with prompts in pieces."""
-
-    env: simpy.Environment
-    times: Times
-    waiting: deque[Request] = field(default_factory=deque)
-    running: list[Request] = field(default_factory=list)
-    came: simpy.Event | None = None
-
-    def add(self, request: Request) -> None:
-        self.waiting.append(request)
-        if self.came is not None and not self.came.triggered:
-            self.came.succeed()
-
-    def work(self) -> Process:
-        """Steps without end."""
-        while True:
-            if not self.waiting and not self.running:
-                self.came = self.env.event()
-                yield self.came
-            while self.waiting and len(self.running) < self.times.running:
-                self.running.append(self.waiting.popleft())
-            writing = [request for request in self.running if not request.unread]
-            room, read = self.times.batched - len(writing), 0
-            whole = []
-            for request in self.running:
-                if piece := min(request.unread, room - read):
-                    request.unread -= piece
-                    read += piece
-                    if not request.unread:  # its last piece gives the first token
-                        whole.append(request)
-            yield self.env.timeout(self.times.step + self.times.prompt * read + self.times.written * len(writing))
-            for request in (*writing, *whole):
-                request.unwritten -= 1
-                if not request.first.triggered:
-                    request.first.succeed()
-                if request.unwritten <= 0:
-                    request.done.succeed()
-            self.running = [request for request in self.running if request.unwritten > 0]
-
-
-class Cell:
-    """Some encoders and engines.
-
-    Parameters
-    ----------
-    times : of all of them.
-    encoders, engines : how many.
-    tokens : of a prompt.
-    answer : tokens of an answer.
-    seed : of what is random.
-    """
-
-    def __init__(self, times: Times, encoders: int, engines: int, tokens: int, answer: int, seed: int = 0) -> None:
-        self.random = Random(seed)
-        self.env, self.times, self.tokens, self.answer = simpy.Environment(), times, tokens, answer
-        self.pictures = simpy.Store(self.env)
-        for _ in range(encoders):
-            self.env.process(self.encode())
-        self.engines = [Engine(self.env, times) for _ in range(engines)]
-        for engine in self.engines:
-            self.env.process(engine.work())
-        self.firsts: list[float] = []
-        self.ends: list[float] = []
-
-    def encode(self) -> Process:
-        """Batches of pictures without end; those of a batch are done together."""
-        while True:
-            batch = [(yield self.pictures.get())]
-            while self.pictures.items and len(batch) < self.times.pictures:
-                batch.append((yield self.pictures.get()))
-            yield self.env.timeout(self.times.encode * len(batch))
-            for picture in batch:
-                picture.succeed()
-
-    def serve(self) -> Process:
-        """One request, from its picture to the end of its answer."""
-        came = self.env.now
-        yield self.env.timeout(self.random.expovariate(1 / self.times.other) if self.times.other else 0)
-        encoded = self.env.event()
-        self.pictures.put(encoded)
-        yield encoded
-        request = Request(self.tokens, self.answer, self.env.event(), self.env.event())
-        min(self.engines, key=lambda engine: len(engine.waiting) + len(engine.running)).add(request)
-        yield request.first
-        self.firsts.append(self.env.now - came)
-        yield request.done
-        self.ends.append(self.env.now)
-
-    def closed(self, at_once: int, number: int) -> tuple[float, float]:
-        """Requests per second, and the median seconds to the first token, where ``at_once`` clients ask one after the other."""
-        left = [number]
-
-        def client() -> Process:
-            while left[0]:
-                left[0] -= 1
-                yield self.env.process(self.serve())
-
-        clients = [self.env.process(client()) for _ in range(at_once)]
-        self.env.run(simpy.AllOf(self.env, clients))
-        return number / max(self.ends), float(np.median(self.firsts))
-
-    def open(self, rate: float) -> tuple[float, float]:
-        """Seconds to the first token, of half and of 95 % of the requests, where ``rate`` of them come each second at random."""
-
-        def arrivals() -> Process:
-            for _ in range(SIMULATED):
-                yield self.env.timeout(self.random.expovariate(rate))
-                self.env.process(self.serve())
-
-        self.env.process(arrivals())
-        patience = 20 * SIMULATED / rate  # where so many are late, the rest does not matter
-        while len(self.firsts) < SIMULATED and self.env.peek() < patience:
-            self.env.step()
-        seen = self.firsts[LEFT_OUT:] + [math.inf] * (SIMULATED - len(self.firsts))
-        half, most = np.quantile(seen, (0.5, 0.95), method="inverted_cdf")
-        return float(half), float(most)
 
 
 # -- service times out of a measured load
@@ -334,7 +164,12 @@ def main(
     out: Annotated[Path | None, typer.Option("--json", help="Where to write the ledger.")] = None,
 ) -> None:
     """Encoders and engines for a rate of requests."""
-    console, rates = Console(highlight=False), rate or [10.0, 1000.0, 10_000.0]
+    console, rates, counts = Console(highlight=False), rate or [10.0, 1000.0, 10_000.0], _counts(tokens)
+    for each in rates:
+        if not 0 < each < math.inf:
+            raise InputError(f"--rate {each:g}: expected requests a second, above 0")
+    if out is not None:
+        ready_file(out)
     about: dict[str, Any] = {
         "benchmark": "fleet",
         "command": ledger.command("python -m benchmarks.fleet"),
@@ -350,7 +185,7 @@ def main(
     about["times"] = asdict(times)
     console.print("seconds:", ", ".join(f"{name} {value:.4g}" for name, value in asdict(times).items()))
     rows, cells = [], []
-    for visual in map(int, tokens.split(",")):
+    for visual in counts:
         cell = sized(times, TEXT + visual, answer, target)
         rows.append({"visual": visual, "cell": None if cell is None else asdict(cell)})
         cells += [_cells(visual, wanted, cell) for wanted in rates]
@@ -358,6 +193,14 @@ def main(
     _print(console, heads, cells)
     if out is not None:
         write_text(out, json.dumps({**about, "answer": answer, "target": target, "rows": rows}, indent=1) + "\n")
+
+
+def _counts(text: str) -> list[int]:
+    """Numbers of visual tokens, as ``--tokens`` has them."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise InputError(f"--tokens {text!r}: expected whole numbers, such as 576,144")
+    return [int(part) for part in parts]
 
 
 def _read(path: Path) -> Times:
@@ -395,4 +238,8 @@ def _print(console: Console, heads: Sequence[str], cells: Sequence[Sequence[str]
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except FoveateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

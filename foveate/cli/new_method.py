@@ -138,9 +138,10 @@ def write_method(name: str, folder: Path | None) -> tuple[Path, Path]:
 
     module = name.replace("-", "_")
     cls = "".join(part.capitalize() for part in name.split("-"))
-    taken = keyword.iskeyword(module) or keyword.iskeyword(cls) or cls in IMPORTED or module == "conftest"
-    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or taken:
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or keyword.iskeyword(module):
         raise InputError(f"{shown(name)} is no name of a method. Use small letters, digits and hyphens, such as my-edges.")
+    if keyword.iskeyword(cls) or cls in IMPORTED or module == "conftest":
+        raise InputError(f"{name!r} means something else, to Python, pytest or the method's file. Choose another name.")
     if name in registered():
         raise InputError(f"there is a method {name!r} already. Choose another name.")
     inside = folder is None and _in_checkout()

@@ -72,6 +72,10 @@ def test_files_of_this_machine_are_not_given_out(local, file):
 
 def test_sizes(local):
     assert local.post("/gradio_api/upload", files={"files": ("a.png", b"0" * (2**20 + 5000))}).status_code == 413
+    many = [("files", (f"{number}.png", b"0" * 900_000)) for number in range(3)]
+    assert local.post("/gradio_api/upload", files=many).status_code == 413, "a limit of each file is none of a request"
+    assert local.post("/gradio_api/upload", content=iter([b"0"] * 9)).status_code == 413, "nor is one without a length"
+    assert local.post("/gradio_api/call/upload", content=b"no JSON").status_code == 400
     assert local.post("/gradio_api/queue/join", content=b'"' + b"0" * server.JSON_BYTES + b'"').status_code == 413
     assert local.post("/gradio_api/queue/join", content=b"{").status_code == 400
     assert local.post("/gradio_api/queue/join", content=b"[" * 200_000).status_code == 400
@@ -102,6 +106,9 @@ def test_others_only_with_a_key(monkeypatch):
     monkeypatch.setenv("FOVEATE_API_KEY", "")
     with pytest.raises(InputError, match="is empty"):
         app_command(api_key=None)
+    monkeypatch.delenv("FOVEATE_API_KEY")
+    with pytest.raises(InputError, match="--api-key is empty"):
+        app_command(api_key="")
 
 
 def test_a_port_that_is_taken(playground, monkeypatch):

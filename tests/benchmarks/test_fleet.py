@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("simpy", reason="the simulation needs it: pip install 'foveate[dev]'")
 
-from benchmarks import fleet
-from benchmarks.fleet import Cell, CellSize, Load, Times, fitted, loads_of, sized
+from benchmarks import fleet, fleet_cell
+from benchmarks.fleet import CellSize, Load, fitted, loads_of, sized
+from benchmarks.fleet_cell import Cell, Times
 from foveate.errors import InputError
 
+ROOT = Path(__file__).parents[2]
 TIMES = Times(encode=0.1, other=0.0, step=0.5, prompt=0.01, written=0.25, batched=100, running=16, pictures=1)
 
 
@@ -43,7 +48,7 @@ def test_pictures_of_a_batch_are_done_together():
 @pytest.mark.parametrize("load", [0.3, 0.6, 0.8])
 def test_the_wait_of_a_queue_with_constant_service(load, monkeypatch):
     """One encoder, and an engine that takes no time: the mean wait of an M/D/1 queue, load / (2 (1 - load)) services."""
-    monkeypatch.setattr(fleet, "SIMULATED", 20_000)
+    monkeypatch.setattr(fleet_cell, "SIMULATED", 20_000)
     times = Times(encode=1.0, other=0.0, step=1e-9, prompt=0.0, written=0.0, running=1000, pictures=1)
     cell = Cell(times, 1, 1, tokens=1, answer=1)
     cell.open(load)
@@ -114,3 +119,27 @@ def test_what_is_no_ledger(tmp_path):
             loads_of(tmp_path / name)
         with pytest.raises(InputError, match="expected a JSON object with encode"):
             fleet._read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (["--rate", "nan"], "--rate nan"),
+        (["--rate", "inf"], "--rate inf"),
+        (["--rate", "0"], "--rate 0"),
+        (["--rate", "-1"], "--rate -1"),
+        (["--tokens", "many"], "--tokens 'many'"),
+        (["--tokens", "-5"], "--tokens '-5'"),
+        (["--times", "/gone.json"], "no service times"),
+        (["--json", "/dev/null/out.json"], "cannot be written"),
+    ],
+)
+def test_bad_options_are_refused_at_once(asked, told):
+    """One sentence on stderr, before anything is simulated."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.fleet", *asked], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert told in done.stderr

@@ -62,6 +62,10 @@ def test_what_is_written_is_tidy(tmp_path, capsys, monkeypatch):
         ("My_Edges", "small letters, digits and hyphens"),
         ("../edges", "small letters, digits and hyphens"),
         ("class", "small letters, digits and hyphens"),
+        ("none", "means something else"),
+        ("reduction", "means something else"),
+        ("visual-tokens", "means something else"),
+        ("conftest", "means something else"),
         ("prumerge", "there is a method 'prumerge' already"),
         ("torch", "would hide the Python module 'torch'"),
         ("there", "is there already"),
@@ -75,3 +79,25 @@ def test_names_that_are_refused(tmp_path, capsys, monkeypatch, name, told):
     assert told in err
     assert [path.name for path in tmp_path.iterdir()] == ["test_there.py"]
     assert (tmp_path / "test_there.py").read_text() == "mine"
+
+
+def test_a_method_is_not_left_without_its_test(tmp_path, capsys, monkeypatch):
+    """Where the second file cannot be written, the first one goes, so that the command can be tried again."""
+    from foveate import places
+
+    write = places.write_bytes
+
+    def full(path, contents):
+        if Path(path).name.startswith("test_"):
+            with places.writing(path):
+                raise OSError(28, "No space left on device")
+        write(path, contents)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(places, "write_bytes", full)
+    code, _, err = invoke(capsys, monkeypatch, "new-method", "edges")
+    assert code == 2
+    assert "No space left" in err
+    assert [*tmp_path.iterdir()] == []
+    monkeypatch.setattr(places, "write_bytes", write)
+    assert invoke(capsys, monkeypatch, "new-method", "edges")[0] == 0

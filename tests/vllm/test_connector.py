@@ -61,6 +61,11 @@ def test_what_is_written(tmp_path, monkeypatch):
     times = [path.stat().st_mtime_ns for path in sorted((tmp_path / "store").rglob("*.safetensors"))]
     assert stored_request(encoded, tmp_path / "store")["multi_modal_uuids"]["image"] == keys
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "store").rglob("*.safetensors"))] == times, "written once"
+    file = tmp_path / "store" / keys[0] / "encoder_cache.safetensors"
+    whole_file = file.read_bytes()
+    file.write_bytes(whole_file[:100])  # as a copy that was interrupted leaves it
+    stored_request(encoded, tmp_path / "store")
+    assert file.read_bytes() == whole_file
     other = foveate.encode(bench.model, "divprune", budget=4, **inputs)
     assert not set(stored_request(other, tmp_path / "store")["multi_modal_uuids"]["image"]) & set(keys)
     moved = {**qwen_request(encoded)["image"], "image_extents": whole["image_extents"] + 1}
