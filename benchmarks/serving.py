@@ -2,17 +2,16 @@
 
     python -m benchmarks.serving --vllm-python vllm/bin/python --torchvision vllm/torchvision --json benchmarks/results/serving.json
 
-The model is a LLaVA with random bfloat16 weights: a CLIP tower of 5 million parameters that makes 576 visual tokens, and a decoder
-of 155 million. Every request has a picture of its own, 32 tokens of text, and an answer of --answer tokens, which is streamed. A
-way of serving is written METHOD[:BUDGET]@CORES: "direct" is vLLM with pictures, everything else a method of the gateway ("full"
-keeps all tokens); CORES are those that the worker of vLLM computes on. Where it has one, everything else (the API of vLLM, its
-scheduler, the gateway with its encoder) is put on the other cores; where it has several, the system places everything else. All
-servers are up all the time, and one at a time gets requests.
+The model is a LLaVA, or with --family qwen a Qwen2.5-VL, with random bfloat16 weights: a tower of 5 million parameters that makes
+576 visual tokens, and a decoder of 155 million. Every request has a picture of its own, 32 tokens of text, and an answer of so
+many tokens as --answer says, which is streamed; ``vllm bench serve`` sends them. A way of serving is METHOD[:BUDGET]@CORES: "direct"
+is vLLM with pictures, everything else a method of the gateway ("full" keeps all tokens); CORES are those that the worker of vLLM
+computes on. Where it has one, everything else (the API of vLLM, its scheduler, the gateway with its encoder) is put on the other
+cores; where it has several, the system places everything else. All servers are up all the time, and one at a time gets requests.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -28,15 +27,20 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import save
-from benchmarks.serving_load import Load, load
-from benchmarks.serving_model import CELLS, TEXT, published, request, write_model
-from benchmarks.serving_servers import Server, gateway, stopped_at_the_end, vllm
+from benchmarks.serving_load import Client, Load
+from benchmarks.serving_model import CELLS, FAMILIES, TEXT, body, content, published, write_model
+from benchmarks.serving_servers import SHIM, Environment, Server, gateway, stopped_at_the_end
+from foveate.errors import InputError
 from foveate.measuring.ledger import cores as allowed_cores
 from foveate.measuring.ledger import load_average
 from foveate.measuring.noise import median_interval, quartiles
-from foveate.serving.export import export
+from foveate.serving.export import described, export
+from foveate.serving.handover import HANDOVERS
 
-WAYS = "direct@0,direct@0-1,full@0,prumerge+:144@0,prumerge+:40@0"
+WAYS = {
+    "llava": "direct@0,direct@0-1,full@0,prumerge+:144@0,prumerge+:40@0",
+    "qwen": "direct@0,direct@0-1,full@0,divprune:144@0,divprune:40@0",
+}
 HITS = ("queries", "hits")
 TIMES = ("ttft_median_s", "ttft_p90_s", "token_s")
 PARTS = ("worker", "scheduler", "API", "gateway")
@@ -84,38 +88,45 @@ class Work:
 
     Attributes
     ----------
+    client : that sends requests.
+    family : of the model.
     loads : requests of a round by how many are under way at once.
     answer : tokens of an answer.
     repeated : requests at once about pictures that come again; 0 for none.
     rounds, seconds : of the measurement; no round is begun that would end later, but for the first.
     """
 
+    client: Client
+    family: str
     loads: dict[int, int]
     answer: int
     repeated: int
     rounds: int
     seconds: float
 
+    def send(self, url: str, way: Way, number: int, first: int, concurrency: int, *, different: int | None = None) -> Load:
+        """Requests about pictures from the one numbered ``first`` on; about ``different`` ones at most."""
+        contents = [content(first + i % (different or number), self.family) for i in range(number)]
+        return self.client.load(url, contents, concurrency, self.answer, body(way.method, way.budget))
+
 
 Rounds = dict[str, dict[str, list[dict[str, Any]]]]  # of a way and a load: what was seen in each round
 
 
-def start(
-    ways: list[Way], size: str, python: str, torchvision: Path | None, folder: Path, servers: list[Server]
-) -> dict[str, Server]:
+def start(ways: list[Way], family: str, size: str, env: Environment, folder: Path, servers: list[Server]) -> dict[str, Server]:
     """Servers for all ways, by name; those that are only behind others included."""
-    own = write_model(size, folder / "own")
-    for_vllm, text = published(own, folder / "published"), folder / "text"
+    own, text = write_model(family, size, folder / "own"), folder / "text"
+    for_vllm = published(own, folder / "published") if family == "llava" else own
     export(str(own), text)
+    handover = HANDOVERS[described(text).handover]
     found: dict[str, Server] = {}
     for cores in dict.fromkeys(way.cores for way in ways):
         names = {way.server for way in ways if way.cores == cores}
         if f"direct@{cores}" in names:
-            name = f"direct@{cores}"
-            found[name] = vllm(name, python, for_vllm, cores, folder, pictures=True, torchvision=torchvision)
-            servers.append(found[name])
+            found[f"direct@{cores}"] = env.engine(f"direct@{cores}", for_vllm, cores, folder, None)
+            servers.append(found[f"direct@{cores}"])
         if f"gateway@{cores}" in names:
-            engine = vllm(f"text@{cores}", python, text, cores, folder, pictures=False, torchvision=None)
+            engine = env.engine(f"text@{cores}", text, cores, folder, handover)
             servers.append(engine)
             found[f"gateway@{cores}"] = gateway(f"gateway@{cores}", own, engine, 1, folder)
             servers.append(found[f"gateway@{cores}"])
@@ -130,45 +141,39 @@ def start(
     return found
 
 
-def bodies(way: Way, number: int, first: int, answer: int, *, different: int | None = None) -> list[bytes]:
-    """Requests about pictures from the one numbered ``first`` on; about ``different`` ones at most."""
-    numbers = [first + i % (different or number) for i in range(number)]
-    return [json.dumps(request(each, way.method, way.budget, answer)).encode() for each in numbers]
-
-
-def measured(found: dict[str, Server], way: Way, sent: list[bytes], concurrency: int) -> Load:
-    """One load on one way of serving, with the time of cores that its processes took."""
+def measured(
+    found: dict[str, Server], work: Work, way: Way, number: int, first: int, concurrency: int, different: int | None = None
+) -> dict[str, Any]:
+    """The figures of one load on one way of serving, with the time of cores that its processes took."""
     engine = found[way.engine]
     mine = [engine, *([] if way.method is None else [found[way.server]])]
     before, counted = sum((server.seconds() for server in mine), Counter[str]()), engine.metrics()
-    seen = load(found[way.server].url, sent, concurrency)
+    seen = work.send(found[way.server].url, way, number, first, concurrency, different=different)
     seen.computed = sum((server.seconds() for server in mine), Counter[str]()) - before
     asked, hit = (engine.metrics()[f"vllm:prefix_cache_{what}_total"] - counted[f"vllm:prefix_cache_{what}_total"] for what in HITS)
     seen.hits = hit / max(asked, 1)
-    return seen
+    return checked(way, work.answer, seen)
 
 
 def measure(found: dict[str, Server], ways: list[Way], work: Work) -> Rounds:
     """Figures of all ways, in turns."""
     pictures, begin = 0, time.monotonic()
     for way in ways:  # warm-up
-        for concurrency in (1, 4):
-            load(found[way.server].url, bodies(way, concurrency, pictures, work.answer), concurrency)
-        pictures += 4
+        work.send(found[way.server].url, way, 5, pictures, 4)
+        pictures += 5
     results: Rounds = {way.name: {} for way in ways}
     for turn in range(work.rounds):
         if turn and (time.monotonic() - begin) * (turn + 1) / turn > work.seconds:
             break
         for concurrency, number in work.loads.items():
             for way in ways if turn % 2 == 0 else reversed(ways):
-                seen = measured(found, way, bodies(way, number, pictures, work.answer), concurrency)
-                results[way.name].setdefault(str(concurrency), []).append(checked(way, work.answer, seen))
+                figures = measured(found, work, way, number, pictures, concurrency)
+                results[way.name].setdefault(str(concurrency), []).append(figures)
             pictures += number
         for way in ways if work.repeated else ():
-            load(found[way.server].url, bodies(way, REPEATED, pictures, work.answer), 1)
-            sent = bodies(way, 2 * work.repeated, pictures, work.answer, different=REPEATED)
-            seen = measured(found, way, sent, work.repeated)
-            results[way.name].setdefault("repeated", []).append(checked(way, work.answer, seen))
+            work.send(found[way.server].url, way, REPEATED, pictures, 1)
+            figures = measured(found, work, way, 2 * work.repeated, pictures, work.repeated, REPEATED)
+            results[way.name].setdefault("repeated", []).append(figures)
         pictures += REPEATED
         print(f"round {turn + 1} of {work.rounds} done", file=sys.stderr)
     return results
@@ -177,7 +182,7 @@ def measure(found: dict[str, Server], ways: list[Way], work: Work) -> Rounds:
 def checked(way: Way, answer: int, seen: Load) -> dict[str, Any]:
     """The figures of a load whose prompts and answers are of the expected lengths."""
     figures = seen.figures()
-    if seen.good:
+    if seen.first:
         assert figures["prompt_tokens"] == [way.tokens()], (way.name, figures["prompt_tokens"])
         assert figures["answer_tokens"] == [answer], (way.name, figures["answer_tokens"])
     return figures
@@ -239,7 +244,8 @@ def told(found: dict[str, Server]) -> dict[str, Any]:
 
 
 def main(
-    ways: Annotated[str, typer.Option(help="What is compared.")] = WAYS,
+    family: Annotated[str, typer.Option(help=f"Of the model: {' or '.join(FAMILIES)}.")] = FAMILIES[0],
+    ways: Annotated[str | None, typer.Option(help="What is compared.")] = None,
     loads: Annotated[str, typer.Option(help="CONCURRENCY:REQUESTS of each round.")] = "1:3,4:6,8:8,16:16",
     repeated: Annotated[int, typer.Option(help="Concurrency at which pictures come again and caches hit; 0: not measured.")] = 8,
     answer: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
@@ -251,12 +257,15 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the ledger goes.")] = None,
 ) -> None:
     """Print rates, ratios and times."""
-    chosen = [Way(name.strip()) for name in ways.split(",")]
+    if family not in FAMILIES:
+        raise InputError(f"--family {family!r}: expected {' or '.join(FAMILIES)}")
+    chosen = [Way(name.strip()) for name in (ways or WAYS[family]).split(",")]
     asked = {int(one): int(number) for one, _, number in (each.partition(":") for each in loads.split(","))}
-    work = Work(asked, answer, repeated, rounds, 60 * minutes)
+    path = () if torchvision is None else (SHIM, torchvision)
+    work = Work(Client(vllm_python, path), family, asked, answer, repeated, rounds, 60 * minutes)
     begin, busy = time.perf_counter(), [load_average()]
     with tempfile.TemporaryDirectory(prefix="foveate-serving-") as folder, stopped_at_the_end() as servers:
-        found = start(chosen, size, vllm_python, torchvision, Path(folder), servers)
+        found = start(chosen, family, size, Environment(vllm_python, path), Path(folder), servers)
         ready = time.perf_counter()
         busy.append(load_average())
         results = measure(found, chosen, work)
@@ -275,7 +284,16 @@ def main(
     }
     seconds = {"start": ready - begin, "measurement": time.perf_counter() - ready}
     save(
-        {"benchmark": "serving", "size": size, "answer": answer, "seconds": seconds, **facts, "rows": rows, "rounds": results},
+        {
+            "benchmark": "serving",
+            "family": family,
+            "size": size,
+            "answer": answer,
+            "seconds": seconds,
+            **facts,
+            "rows": rows,
+            "rounds": results,
+        },
         json_file,
     )
 

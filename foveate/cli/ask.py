@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .common import POCKET, Config, Fields, Imports, PlanFile, err, method_of, out, sayer
+from .document import JsonFile, ready_json, tell_result, write_json
 
 if TYPE_CHECKING:
     from ..answering import Answer
@@ -46,10 +46,11 @@ def ask_command(
         Path | None, typer.Option(help="Write a picture of the kept tokens; of a video, a strip of its frames.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Ask a question about a picture or a video, with fewer visual tokens."""
     from ..errors import FoveateError, InputError
+    from ..places import saving
 
     if not question.strip():
         raise InputError("the question is empty")
@@ -62,6 +63,7 @@ def ask_command(
     shown, notes = open_shown(file, frames)
     video = shown if isinstance(shown, Video) else None
     save = save and picture_file(save)
+    ready_json(json_file, save)
     reducer = method_of(method, budget, fields, config, plan)
     with err.status(escape(f"loading {model}")) as status:
         loaded = load(model, device=SPREAD)
@@ -78,23 +80,20 @@ def ask_command(
         notes += limits(loaded.model, answers)
     chosen = answers[reducer.name]
     counts = frame_counts(video, chosen.report) if video and chosen.report else []
-    if as_json:
-        document = {
-            "model": model,
-            "method": reducer.settings(),
-            "question": question,
-            **_document(chosen, answers),
-            "video": {"fps": video.fps, "duration": video.duration, "frames": counts} if video else None,
-            "picture": str(save) if save else None,
-            "notes": notes,
-        }
-        print(json.dumps(document))
-    else:
-        _show(notes, answers, chosen, counts, compare)
+    document = {
+        "model": model,
+        "method": reducer.settings(),
+        "question": question,
+        **_document(chosen, answers),
+        "video": {"fps": video.fps, "duration": video.duration, "frames": counts} if video else None,
+        "picture": str(save) if save else None,
+        "notes": notes,
+    }
+    tell_result(document, json_file, lambda: _show(notes, answers, chosen, counts, compare))
+    with saving(unsaved) as keep:
+        keep(write_json, document, json_file)
         if save:
             sayer(err)(f"picture: {save}")
-    if unsaved:
-        raise unsaved
 
 
 def _show(notes: list[str], answers: dict[str, Answer], chosen: Answer, counts: list[dict[str, Any]], compare: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import InputError
-from ..places import ready_files, saving, write_text
+from ..places import saving
 from .common import DEFAULT, POCKET, Configs, Fields, Imports, PlanFile, err, methods_of, out, sayer, wide
+from .document import JsonFile, ready_json, tell_result, write_json
 from .html import HtmlFile, lines_part, table_part, write_html
 
 if TYPE_CHECKING:
@@ -72,28 +72,21 @@ def bench_command(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where there is one.")] = None,
     attn: Annotated[str | None, typer.Option("--attn", "--attention", help="eager, sdpa, flash_attention_2, ...")] = None,
     seed: Annotated[int, typer.Option(help="Of the order within rounds.")] = 0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE|-", help="Write the ledger: every time, versions, machine, command.")
-    ] = None,
+    json_file: JsonFile = None,
     html: HtmlFile = None,
 ) -> None:
     """Time, memory and the share of the possible speed-up, with and without methods, on this machine."""
     sizes = parse_sizes(batch)
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    alone = json_file == Path("-")  # one document on stdout, and nothing else
-    ready_files(None if alone else json_file, html)
+    ready_json(json_file, html)
     methods = methods_of(method or ([] if config or plan else [DEFAULT]), budget, fields, config, plan=plan)
     options = BenchOptions(model, methods, sizes, image, prompt, new_tokens, rounds, dtype, device, attn, seed)
     with err.status("starting") as status:
         document, measured = run_bench(options, lambda what: status.update(escape(what)))
-    if alone:
-        print(json.dumps(document))
-    else:
-        show(document, measured, out)
+    tell_result(document, json_file, lambda: show(document, measured, out))
     with saving() as save:
-        if json_file is not None and not alone and save(write_text, json_file, json.dumps(document, indent=1) + "\n"):
-            err.print(f"ledger: {json_file}", soft_wrap=True, markup=False)
+        save(write_json, document, json_file)
         if html is not None:
             tables = [table_part(made) for each in measured for made in (times_table(each), ratios_table(each))]
             notes = [f"note: {line}" for line in document["notes"]]

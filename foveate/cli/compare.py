@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..places import ready_files, saving
+from ..places import saving
 from .common import (
     POCKET,
     ExampleFile,
@@ -32,6 +31,7 @@ from .common import (
     sayer,
     wide,
 )
+from .document import JsonFile, ready_json, tell_result, write_json
 from .html import HtmlFile, lines_part, picture_part, table_part, write_html
 
 if TYPE_CHECKING:
@@ -77,21 +77,19 @@ def compare_command(
     save: Annotated[Path | None, typer.Option(help="Folder for the tables and the picture (md, json, csv, png).")] = None,
     table: Annotated[int | None, typer.Option(help="Table 4, 5 or 7 of the LLaVA-PruMerge paper in small, instead.")] = None,
     html: HtmlFile = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Registered methods at several budgets on the pocket test set, or on your own data, beside baselines at equal cost."""
     mine = None if data is None else OwnData(data, score, limit, max_tokens, frames)
     if plan is not None:
         methods = ",".join(filter(None, [methods, str(planned_file(plan))]))
     options = checked(CompareOptions(methods, budgets, own, scenes, each, seed, model, store, save, table, mine))
-    ready_files(options.store, html)
+    ready_json(json_file, options.store, html)
     resumable(options.store)
     report = run_compare(options, err)
-    if as_json:
-        print(json.dumps(report))
-    else:
-        show(report, out)
+    tell_result(report, json_file, lambda: show(report, out))
     with saving() as keep:
+        keep(write_json, report, json_file)
         if save and keep(write_files, report, save):
             sayer(err)(f"written to {save}")
         if html is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +16,9 @@ from ..analysis.hardware import HARDWARE, Hardware
 from ..analysis.roofline import PARTS, Cost, Part
 from ..errors import InputError, first_line
 from ..jsonl import parsed
-from ..places import ready_files, saving
+from ..places import saving
 from .common import POCKET, Fields, err, method_of, out, wide
+from .document import JsonFile, ready_json, tell_result, write_json
 from .html import HtmlFile, lines_part, picture_part, table_part, write_html
 
 CLOSE = 3.5  # percent
@@ -62,11 +62,11 @@ def cost_command(
     save: Annotated[Path | None, typer.Option(help="Write the roofline as a PNG.")] = None,
     html: HtmlFile = None,
     table: Annotated[int | None, typer.Option(help="Table 2 of the LLaVA-PruMerge paper beside ours, instead.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """What a run costs at least, from the config alone: FLOPs, bytes and time of every operator."""
     if table is not None:
-        _paper_table(table, as_json, out)
+        _paper_table(table, json_file, out)
         return
     from ..analysis.configs import read_architecture
     from ..analysis.cost import cost
@@ -75,7 +75,7 @@ def cost_command(
     from ..viz.overlay import picture_file
 
     save = save and picture_file(save)
-    ready_files(save, html)
+    ready_json(json_file, save, html)
     options: dict[str, Any] = {
         "hardware": _hardware(hardware, bandwidth, peak),
         "text": text,
@@ -108,11 +108,10 @@ def cost_command(
             costs[name] = cost(shape, **{**options, **more})
         for count in counted:
             costs[f"{name}, {count}"] = cost(shape, **{**options, **more, "visual": count})
-    if as_json:
-        print(json.dumps({"runs": {name: each.to_dict() for name, each in costs.items()}, "picture": str(save) if save else None}))
-    else:
-        show(costs, wide(out, WIDTH), operators)
+    document = {"runs": {name: each.to_dict() for name, each in costs.items()}, "picture": str(save) if save else None}
+    tell_result(document, json_file, lambda: show(costs, wide(out, WIDTH), operators))
     with saving() as keep:
+        keep(write_json, document, json_file)
         if save:
             from ..viz.roofline_chart import save_roofline
 
@@ -314,16 +313,21 @@ def _factor(first: float, value: float) -> str:
     return f" ({first / value:.3g}x less)" if value < first else f" ({value / first:.3g}x more)"
 
 
-def _paper_table(number: int, as_json: bool, console: Console) -> None:
+def _paper_table(number: int, json_file: Path | None, console: Console) -> None:
     """Table 2 of the paper beside ours."""
-    from ..analysis.table2 import COLUMNS, ROWS, table2
+    from ..analysis.table2 import table2
 
     if number != 2:
         raise InputError(f"there is no cost table {number} in the paper; --table 2 is the one. foveate compare --table has others.")
+    ready_json(json_file)
     document = table2()
-    if as_json:
-        print(json.dumps(document))
-        return
+    tell_result(document, json_file, lambda: _show_paper_table(document, console))
+    write_json(document, json_file)
+
+
+def _show_paper_table(document: dict[str, Any], console: Console) -> None:
+    from ..analysis.table2 import COLUMNS, ROWS
+
     table = Table(title="LLaVA-PruMerge, Table 2: paper / ours", title_justify="left")
     for head in ("method", "LLM", "bits", "tokens", *COLUMNS.values()):
         table.add_column(head, justify="left" if head in ("method", "LLM", "bits") else "right")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import FoveateError, MissingExtraError
-from ..places import ready_folder, writing
+from ..places import ready_folder, saving, writing
 from .common import POCKET, Configs, Fields, Imports, err, methods_of, out, sayer
+from .document import JsonFile, ready_json, tell_result, write_json
 
 if TYPE_CHECKING:
     from ..answering import Answer
@@ -66,20 +66,20 @@ def demo_command(
     config: Configs = None,
     imports: Imports = None,
     model: Annotated[str, typer.Option(help="Hub id, folder, pocket or pocket-qwen.")] = POCKET,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """A pocket model answers about three scenes, with all visual tokens and with a fraction of them."""
     methods = methods_of(method or ([] if config else SHOWN), None, fields, config, otherwise=BUDGET)
+    ready_json(json_file)
     with err.status("starting") as status:
         scenes, problem = run_demo(folder, seed, methods, lambda what: status.update(escape(what)), model)
-    if as_json:
-        print(json.dumps({"scenes": [scene.to_dict() for scene in scenes]}))
-    else:
-        _show(scenes)
-    if isinstance(problem, MissingExtraError):
+    document = {"scenes": [scene.to_dict() for scene in scenes]}
+    tell_result(document, json_file, lambda: _show(scenes))
+    bare = isinstance(problem, MissingExtraError)
+    if bare:
         sayer(err)(f"note: there are no pictures of what is kept. {problem}", "yellow")
-    elif problem:  # what was answered has been told
-        raise problem
+    with saving(None if bare else problem) as keep:  # what was answered has been told
+        keep(write_json, document, json_file)
 
 
 def _show(scenes: list[Shown]) -> None:

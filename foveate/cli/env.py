@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from .common import out, sayer
+from .document import JsonFile, ready_json, tell_result, write_json
 
 EPILOG = "Example:  foveate env"
 
 
 def env_command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """What to put into a report of a fault: versions, devices, precision, extras. Nothing of it is secret."""
     from ..measuring.environment import environment
 
+    ready_json(json_file)
     found = environment()
-    if as_json:
-        import json
-
-        print(json.dumps(found))
-        return
-    say = sayer(out)
-    for name, value in lines_of(found):
-        say(f"{name:<14} {value}")
+    tell_result(found, json_file, lambda: sayer(out)("\n".join(f"{name:<14} {value}" for name, value in lines_of(found))))
+    write_json(found, json_file)
 
 
 def lines_of(found: dict[str, Any]) -> list[tuple[str, str]]:

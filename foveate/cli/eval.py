@@ -14,8 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import MissingExtraError
-from ..places import ready_folder, write_text
+from ..places import ready_folder, saving, write_text
 from .common import DEFAULT, Configs, Fields, Imports, PlanFile, err, methods_of, out, parts_of, resumable, sayer, wide
+from .document import JsonFile, ready_json, tell_result, write_json
 
 EPILOG = (
     "Examples:  foveate eval --limit 100  |  foveate eval --model llava-hf/llava-1.5-7b-hf --tasks pope,mme --budget 144  |  "
@@ -50,7 +51,7 @@ def eval_command(
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Folder for evaluation.md and evaluation.json.")] = None,
     show_tasks: Annotated[bool, typer.Option("--list", help="Print our tasks, and the files that --data reads.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Accuracy on benchmarks through lmms-eval, beside all tokens and baselines of equal cost, with tokens, FLOPs and time."""
     if show_tasks:
@@ -60,6 +61,7 @@ def eval_command(
     chosen = list(methods_of(given, budget, fields, config, plan=plan).values())
     names = parts_of(tasks, "tasks", "pope,mme")
     first = int(os.environ.get("RANK", "0")) == 0
+    ready_json(json_file)
     if save is not None:
         ready_folder(save)
     _quiet()
@@ -80,14 +82,22 @@ def eval_command(
     if not first:
         return
     report = {"command": shlex.join(["foveate", *sys.argv[1:]]), **report}
-    if as_json:
-        print(json.dumps(report))
-    else:
-        show(report)
-    if save is not None:
-        write_text(save / "evaluation.json", json.dumps(report, indent=1) + "\n")
-        write_text(save / "evaluation.md", markdown(report))
-        sayer(err)(f"written to {save}")
+    tell_result(report, json_file, lambda: show(report))
+    with saving() as keep:
+        keep(write_json, report, json_file)
+        if save is not None and keep(write_files, report, save):
+            sayer(err)(f"written to {save}")
+
+
+def write_files(report: dict[str, Any], folder: Path) -> None:
+    """Write ``evaluation.json`` and ``evaluation.md``.
+
+    Raises
+    ------
+    FoveateError : one cannot be written.
+    """
+    write_text(folder / "evaluation.json", json.dumps(report, indent=1) + "\n")
+    write_text(folder / "evaluation.md", markdown(report))
 
 
 def _quiet() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from .common import Config, Fields, PlanFile, err, method_of, out
+from .document import JsonFile, ready_json, tell_result, write_json
+
+if TYPE_CHECKING:
+    from ..methods.base import Method
+    from ..serving.export import Exported
 
 EPILOG = "Example:  foveate export llava-hf/llava-1.5-7b-hf llava-1.5-7b-text"
 
@@ -24,21 +28,27 @@ def export_command(
     fields: Fields = None,
     config: Config = None,
     plan: PlanFile = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Write the language model of a vision-language model as a folder that vLLM serves, with pictures as embeddings."""
     from ..errors import InputError
-    from ..serving.export import METHOD, export
-    from ..serving.handover import HANDOVERS
+    from ..serving.export import export
 
+    ready_json(json_file)
     chosen = None if method is None and config is None and plan is None else method_of(method, None, fields, config, plan)
     if chosen is None and fields:
         raise InputError("--set belongs to --method. Name one.")
     with err.status(escape(f"exporting {model}")):
         told = export(model, folder, dtype=dtype, method=chosen)
-    if as_json:
-        print(json.dumps(asdict(told)))
-        return
+    tell_result(asdict(told), json_file, lambda: show(told, model, folder, chosen, plan))
+    write_json(asdict(told), json_file)
+
+
+def show(told: Exported, model: str, folder: Path, chosen: Method | None, plan: Path | None) -> None:
+    """Print what was written, and how it is served."""
+    from ..serving.export import METHOD
+    from ..serving.handover import HANDOVERS
+
     chats = f"{told.conversations} conversations give its tokens" if not told.no_chat else f"no chat template: {told.no_chat}"
     served = f"--dtype {told.dtype} --chat-template-content-format openai --host 127.0.0.1 --port 8001"
     out.print(

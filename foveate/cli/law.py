@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .common import out, parts_of, sayer, wide
+from .document import JsonFile, ready_json, tell_result, write_json
 
 if TYPE_CHECKING:
     from ..analysis.law import Study
@@ -31,7 +31,7 @@ def law_command(
         str | None, typer.Option(help="Models there are, in billions of weights. Default: those of the table.")
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Scores of the file to use: reasoning or ocr. Default: the first.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """How many visual tokens, and how large a model, for a given cost: error = a N^-alpha V^-beta + D."""
     from ..analysis.law import PUBLISHED, read_points, study
@@ -39,6 +39,7 @@ def law_command(
 
     if not (math.isfinite(text) and text >= 0):
         raise InputError(f"--text {text:g}: expected a number of tokens, 0 or more")
+    ready_json(json_file)
     budgets = _numbers(budget, "budget", BUDGETS)
     known = read_points(data or PUBLISHED)
     name = next(iter(known)) if tasks is None else tasks
@@ -47,10 +48,8 @@ def law_command(
     points = known[name]
     having = sorted(set(points.sizes.tolist())) if sizes is None else sorted(_numbers(sizes, "sizes", "0.5,1.8,4,7"))
     document = {"tasks": name, "data": str(data or PUBLISHED.name), **described(study(points), text, budgets, having)}
-    if as_json:
-        print(json.dumps(document))
-        return
-    show(document)
+    tell_result(document, json_file, lambda: show(document))
+    write_json(document, json_file)
 
 
 def _numbers(given: str, option: str, example: str) -> list[float]:

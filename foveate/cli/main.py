@@ -31,6 +31,7 @@ from . import (
 )
 from . import eval as evaluation
 from .common import err, out, resumes
+from .document import Command
 
 app = typer.Typer(
     name="foveate",
@@ -62,26 +63,26 @@ def main(
     _state["debug"] = debug
 
 
-app.command("demo", epilog=demo.EPILOG)(demo.demo_command)
-app.command("ask", epilog=ask.EPILOG)(ask.ask_command)
-app.command("app", epilog=playground.EPILOG)(playground.app_command)
-app.command("show", epilog=show.EPILOG)(show.show_command)
-app.command("methods", epilog=methods.EPILOG)(methods.methods_command)
-app.command("search", epilog=search.EPILOG)(search.search_command)
-app.command("compare", epilog=compare.EPILOG)(compare.compare_command)
-app.command("cost", epilog=cost.EPILOG)(cost.cost_command)
-app.command("figure", epilog=figure.EPILOG)(figure.figure_command)
-app.command("law", epilog=law.EPILOG)(law.law_command)
-app.command("bench", epilog=bench.EPILOG)(bench.bench_command)
-app.command("eval", epilog=evaluation.EPILOG)(evaluation.eval_command)
-app.command("models", epilog=models.EPILOG)(models.models_command)
-app.command("export", epilog=export.EPILOG)(export.export_command)
-app.command("serve", epilog=serve.EPILOG)(serve.serve_command)
-app.command("batch", epilog=batch.EPILOG)(batch.batch_command)
-app.command("train", epilog=train.EPILOG)(train.train_command)
-app.command("tune", epilog=tune.EPILOG)(tune.tune_command)
-app.command("new-method", epilog=new_method.EPILOG)(new_method.new_method_command)
-app.command("env", epilog=env.EPILOG)(env.env_command)
+app.command("demo", cls=Command, epilog=demo.EPILOG)(demo.demo_command)
+app.command("ask", cls=Command, epilog=ask.EPILOG)(ask.ask_command)
+app.command("app", cls=Command, epilog=playground.EPILOG)(playground.app_command)
+app.command("show", cls=Command, epilog=show.EPILOG)(show.show_command)
+app.command("methods", cls=Command, epilog=methods.EPILOG)(methods.methods_command)
+app.command("search", cls=Command, epilog=search.EPILOG)(search.search_command)
+app.command("compare", cls=Command, epilog=compare.EPILOG)(compare.compare_command)
+app.command("cost", cls=Command, epilog=cost.EPILOG)(cost.cost_command)
+app.command("figure", cls=Command, epilog=figure.EPILOG)(figure.figure_command)
+app.command("law", cls=Command, epilog=law.EPILOG)(law.law_command)
+app.command("bench", cls=Command, epilog=bench.EPILOG)(bench.bench_command)
+app.command("eval", cls=Command, epilog=evaluation.EPILOG)(evaluation.eval_command)
+app.command("models", cls=Command, epilog=models.EPILOG)(models.models_command)
+app.command("export", cls=Command, epilog=export.EPILOG)(export.export_command)
+app.command("serve", cls=Command, epilog=serve.EPILOG)(serve.serve_command)
+app.command("batch", cls=Command, epilog=batch.EPILOG)(batch.batch_command)
+app.command("train", cls=Command, epilog=train.EPILOG)(train.train_command)
+app.command("tune", cls=Command, epilog=tune.EPILOG)(tune.tune_command)
+app.command("new-method", cls=Command, epilog=new_method.EPILOG)(new_method.new_method_command)
+app.command("env", cls=Command, epilog=env.EPILOG)(env.env_command)
 
 
 def run() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
 from .common import Imports, err, out, sayer
+from .document import JsonFile, ready_json, tell_result, write_json
+
+if TYPE_CHECKING:
+    from ..methods.registry import MethodInfo
 
 EPILOG = "Example:  foveate methods"
 PLACES = {"inside the vision encoder": "encoder", "before the projector": "projector", "inside the decoder": "decoder"}
@@ -17,15 +19,20 @@ PLACES = {"inside the vision encoder": "encoder", "before the projector": "proje
 
 def methods_command(
     imports: Imports = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """The table of methods."""
     from ..methods.registry import methods
 
+    ready_json(json_file)
     found = methods()
-    if as_json:
-        print(json.dumps([vars(info) for info in found]))
-        return
+    document = [vars(info) for info in found]
+    tell_result(document, json_file, lambda: show(found))
+    write_json(document, json_file)
+
+
+def show(found: list[MethodInfo]) -> None:
+    """Print the table."""
     table = Table(show_lines=True)
     for column in ("name", "where", "reads", "count"):
         table.add_column(column, no_wrap=True)

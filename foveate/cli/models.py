@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
 from .common import out
+from .document import JsonFile, ready_json, tell_result, write_json
+
+if TYPE_CHECKING:
+    from ..api import ModelInfo
 
 EPILOG = "Example:  foveate models"
 
 
 def models_command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """The table of models: what works on each family, and why others are refused."""
     from ..api import models
     from ..families import REFUSED
 
+    ready_json(json_file)
     found = models()
-    if as_json:
-        print(json.dumps({"supported": [vars(info) for info in found], "refused": REFUSED}))
-        return
+    document = {"supported": [vars(info) for info in found], "refused": REFUSED}
+    tell_result(document, json_file, lambda: show(found, REFUSED))
+    write_json(document, json_file)
+
+
+def show(found: list[ModelInfo], refused: dict[str, str]) -> None:
+    """Print the table."""
     table = Table()
     for column in ("config.model_type", "images", "videos", "merge", "encoder", "[CLS]", "positions"):
         table.add_column(escape(column), no_wrap=True)
@@ -49,5 +56,5 @@ def models_command(
         if info.notes:
             out.print(escape(f"  {info.name}: {info.notes}"), style="dim")
     out.print("Refused, and why:", style="dim")
-    for kind, reason in REFUSED.items():
+    for kind, reason in refused.items():
         out.print(escape(f"  {kind}: {reason}"), style="dim")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from .common import DEFAULT, POCKET, Configs, Fields, Imports, PlanFile, err, methods_of, out, sayer
+from .document import JsonFile, ready_json, tell_result, write_json
 
 EPILOG = (
     'Examples:  foveate show scene.png "what color is the star ?" --method prumerge+ --method fovea --budget 64  |  '
@@ -32,10 +32,11 @@ def show_command(
     imports: Imports = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video to take: 8 by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
-    as_json: Annotated[bool, typer.Option("--json", help="Print answers and counts as one JSON document.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """One picture of a question: the answers with all tokens and with fewer, what was kept, and the scores as heat."""
     from ..errors import FoveateError, InputError
+    from ..places import saving
 
     if not question.strip():
         raise InputError("the question is empty. Ask something.")
@@ -50,6 +51,7 @@ def show_command(
 
     shown, notes = open_shown(file, frames)
     place = picture_file(out_file)
+    ready_json(json_file, place)
     with err.status(escape(f"loading {model}")) as status:
         loaded = load(model, device=SPREAD)
         inputs, note = make_inputs(loaded.processor, loaded.model, shown, question)
@@ -77,12 +79,12 @@ def show_command(
             unsaved = error
     for line in notes:
         sayer(err)(f"note: {line}", "yellow")
-    if as_json:
-        tokens = {name: answer.visual_tokens for name, answer in answers.items()}
-        told = {"answers": {name: answer.text for name, answer in answers.items()}, "visual_tokens": tokens}
-        print(json.dumps({**told, "picture": None if unsaved else str(place)}))
-    if unsaved:
-        for way in () if as_json else ways:
-            sayer(out)(f"{way.name}: {way.answer} ({way.counts})")
-        raise unsaved
-    sayer(err)(f"picture: {place}")
+    tokens = {name: answer.visual_tokens for name, answer in answers.items()}
+    told = {"answers": {name: answer.text for name, answer in answers.items()}, "visual_tokens": tokens}
+    told |= {"picture": None if unsaved else str(place)}
+    lines = [f"{way.name}: {way.answer} ({way.counts})" for way in ways] if unsaved else []  # otherwise the picture says it
+    tell_result(told, json_file, lambda: [sayer(out)(line) for line in lines])
+    with saving(unsaved) as keep:
+        keep(write_json, told, json_file)
+        if not unsaved:
+            sayer(err)(f"picture: {place}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .common import POCKET, ExampleFile, Imports, LongestAnswer, ScoreName, VideoFrames, err, out, parts_of, resumable, sayer, wide
+from .document import JsonFile, ready_json, tell_result, write_json
 
 if TYPE_CHECKING:
     from ..tuning.trial import Tuned
@@ -49,12 +49,12 @@ def tune_command(
     seed: Annotated[int, typer.Option(help="Of the order of the examples.")] = 0,
     store: Annotated[Path | None, typer.Option(help="File of answers, from which a run goes on. Default: beside the plan.")] = None,
     html: Annotated[Path | None, typer.Option(help="Where its page goes. Default: beside the plan.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Find the setting that saves most and loses less than a tolerance, on your model and your examples."""
     from ..errors import InputError
     from ..lab.scoring import score_of
-    from ..places import ready_files, saving
+    from ..places import saving
     from ..tuning.costs import OBJECTIVES
 
     if not 0 < tolerance < 100:
@@ -69,7 +69,7 @@ def tune_command(
     judge = score_of(score)
     page, answers = html or out_file.with_suffix(".html"), store or out_file.with_suffix(".answers.jsonl")
     page, answers = page.expanduser(), answers.expanduser()
-    ready_files(out_file, page, answers)
+    ready_json(json_file, out_file, page, answers)
     resumable(answers)
 
     from ..measuring import ledger
@@ -87,13 +87,11 @@ def tune_command(
         found = tuned_plan(options, ledger.command(), tell)
     for line in found.notes:
         sayer(err)(f"note: {line}", "yellow")
-    if as_json:
-        print(json.dumps(found.document))
-    else:
-        show(found.tuned, found.plan.saving, objective, out)
+    tell_result(found.document, json_file, lambda: show(found.tuned, found.plan.saving, objective, out))
     from ..tuning.page import write_page
 
     with saving() as keep:  # what was found is told, also where it cannot be written
+        keep(write_json, found.document, json_file)
         if keep(found.plan.save, out_file):
             sayer(err)(f"plan: {out_file}")
         if keep(write_page, found, page):

@@ -1,0 +1,95 @@
+"""``--json``: what a command found as one JSON document, alone on stdout or in a file beside what is shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from ..places import ready_files, write_text
+from .common import err, sayer
+
+STDOUT = Path("-")
+OPTION = "--json"
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        OPTION,
+        metavar="[FILE|-]",
+        help="One JSON document: alone, or as -, printed with nothing else on stdout; with a file, written there.",
+    ),
+]
+
+
+class Command(TyperCommand):
+    """A command whose ``--json`` may stand alone, which is ``--json -``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments.
+
+        Where a command takes arguments without a name, what follows ``--json`` is one of them if it is neither ``-`` nor a
+        file of JSON: ``foveate ask --json photo.jpg ...`` never writes to the photo.
+        """
+        unnamed = any(parameter.param_type_name == "argument" for parameter in self.params)
+        return super().parse_args(ctx, completed(args, unnamed))
+
+
+def completed(args: list[str], unnamed: bool) -> list[str]:
+    """The arguments with ``-`` behind each ``--json`` that stands alone; ``unnamed``: there may be arguments without a name."""
+    found: list[str] = []
+    named = args[: args.index("--")] if "--" in args else args
+    for number, part in enumerate(args):
+        found.append(part)
+        if part == OPTION and number < len(named):
+            value = named[number + 1] if number + 1 < len(named) else None
+            file = value is not None and (value.endswith(".json") or value.startswith("/dev/"))
+            if value is None or (value != "-" and (value.startswith("-") or (unnamed and not file))):
+                found.append("-")
+    return found
+
+
+def ready_json(place: Path | None, *others: str | Path | None) -> None:
+    """Try the file of ``--json`` and other places before long work.
+
+    Raises
+    ------
+    InputError : one cannot be written, two are the same, or the file is the config of a model.
+    """
+    from ..errors import InputError
+
+    file = None if place == STDOUT else place
+    ready_files(file, *others)
+    if file is not None and _configures(file):
+        raise InputError(f"--json {file} would replace the config of a model. Name another file, or give --json last.")
+
+
+def _configures(file: Path) -> bool:
+    try:
+        found = json.loads(file.expanduser().read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "model_type" in found
+
+
+def tell_result(document: Any, place: Path | None, show: Callable[[], Any]) -> None:
+    """Print a result: as one document and nothing else where ``--json`` says so, otherwise as ``show`` does."""
+    if place == STDOUT:
+        print(json.dumps(document))
+    else:
+        show()
+
+
+def write_json(document: Any, place: Path | None) -> None:
+    """Write a result to the file of ``--json``, if one was named.
+
+    Raises
+    ------
+    FoveateError : it cannot be written.
+    """
+    if place is not None and place != STDOUT:
+        write_text(place, json.dumps(document, indent=1) + "\n")
+        sayer(err)(f"numbers: {place}")
