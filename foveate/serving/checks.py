@@ -20,8 +20,8 @@ def check_servable(parts: Anatomy) -> None:
     family, why = parts.family, None
     if family.mrope:
         why = (
-            "its visual tokens have (t, h, w) positions, which embeddings in a prompt do not carry. 'foveate serve' and the plugin "
-            "hand them over for Qwen2-VL, Qwen2.5-VL and Qwen3-VL (docs/serving.md)"
+            "its visual tokens have (t, h, w) positions, which embeddings in a prompt do not carry. The plugin of vLLM hands them "
+            "over for Qwen2-VL, Qwen2.5-VL and Qwen3-VL (docs/serving.md)"
         )
     elif family.two_way:
         why = "its visual tokens see each other in both directions, and a plain language model reads from left to right"

@@ -64,7 +64,7 @@ class Exported:
     handover: str = PromptEmbeds.name
 
 
-def export(name: str, out: Path, *, dtype: str | None = None, method: Method | None = None, text_only: bool = False) -> Exported:
+def export(name: str, out: Path, *, dtype: str | None = None, method: Method | None = None) -> Exported:
     """Write the language model of a checkpoint as a folder for vLLM: weights, tokenizer, chat template.
 
     Where a chat template of the model writes a picture, the new one writes the word for embeddings in a prompt of vLLM,
@@ -77,7 +77,6 @@ def export(name: str, out: Path, *, dtype: str | None = None, method: Method | N
     out : a folder that is new, empty, or an earlier export.
     dtype : of the weights; None = as saved.
     method : with weights of its own, which are written into the folder ``method`` there; None = none are.
-    text_only : refuse models that would be written whole.
 
     Raises
     ------
@@ -91,7 +90,7 @@ def export(name: str, out: Path, *, dtype: str | None = None, method: Method | N
     with quiet_loading(bars=False):
         loaded = merged(load(name, dtype=dtype, device="cpu"))
     model, parts = loaded.model, anatomy(loaded.model)
-    handover = PromptEmbeds(parts) if text_only else handover_of(parts)
+    handover = handover_of(parts)
     if getattr(model, "is_quantized", False):
         raise InputError(f"the weights of {name!r} are quantised. Export the unquantised model, and let vLLM quantise it.")
     if method is not None and method.made_for is not None and not method.trained():
@@ -202,14 +201,13 @@ def described(folder: Path) -> Exported:
         raise InputError(f"{folder} is no export. Write one with 'foveate export MODEL {folder}'.") from error
 
 
-def ready_export(name: str, folder: Path | None = None, *, dtype: str | None = None, text_only: bool = False) -> Path:
+def ready_export(name: str, folder: Path | None = None, *, dtype: str | None = None) -> Path:
     """An export of a model: the one that is there, or a new one.
 
     Parameters
     ----------
     name : as for ``export``.
     folder : where it is, or is to be; None = a place of its own in the cache of the user.
-    text_only : as for ``export``.
 
     Raises
     ------
@@ -221,13 +219,11 @@ def ready_export(name: str, folder: Path | None = None, *, dtype: str | None = N
             Path.home() / ".cache" / "foveate" / "exports" / "-".join([Path(name).name, *([dtype] if dtype else []), mark[:12]])
         )
     if not (folder / MARK).is_file():
-        export(name, folder, dtype=dtype, text_only=text_only)
+        export(name, folder, dtype=dtype)
     told = described(folder)
     if told.files != mark:
         what = "whose weights or settings are others now" if told.source == name else f"and not of {name!r}"
         raise InputError(f"{folder} is an export of {told.source!r}, {what}. Give another folder, or remove it.")
-    if text_only and told.handover != PromptEmbeds.name:
-        raise InputError(f"{folder} holds a whole model, which only 'foveate serve' can use. Give another folder.")
     if dtype not in (None, told.dtype):
         raise InputError(f"{folder} is an export in {told.dtype} and not in {dtype}. Give another folder, or remove it.")
     return folder

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 from abc import ABC, abstractmethod
 from io import BytesIO
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ from ..engine.model.anatomy import Anatomy
 from .checks import check_servable
 from .placing import Places, fields_of
 from .template import PLACEHOLDER, around, check_marks, written_alike
+
+if TYPE_CHECKING:
+    from .encoding import EncodedPrompt
+
+PLUGINS = "vllm.general_plugins"  # entry points that vLLM loads
 
 
 class Handover(ABC):
@@ -30,7 +35,7 @@ class Handover(ABC):
     Attributes
     ----------
     name : as the table of families has it.
-    arguments : that vLLM's server needs.
+    arguments, options : that vLLM's server needs, and its ``LLM`` class where there is no server.
     words : that no text of a request may hold, beside those of the model.
     plugin : whether vLLM needs foveate's plugin.
 
@@ -41,6 +46,7 @@ class Handover(ABC):
 
     name: ClassVar[str]
     arguments: ClassVar[tuple[str, ...]]
+    options: ClassVar[dict[str, Any]]
     words: ClassVar[tuple[str, ...]] = ()
     plugin: ClassVar[bool] = False
 
@@ -68,6 +74,17 @@ class Handover(ABC):
     def part(self, embeds: Tensor, places: Places | None) -> dict[str, Any]:
         """The part of a message that brings the tokens [m, D] of a picture or video."""
 
+    @classmethod
+    @abstractmethod
+    def prompt(cls, encoded: EncodedPrompt, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+        """A prompt with visual tokens, for vLLM without a server.
+
+        Parameters
+        ----------
+        config : of the model that vLLM runs.
+        dtype : of its weights.
+        """
+
     def probe(self) -> dict[str, Any] | None:
         """A part of a message that a vLLM that does not fit takes, and one that fits refuses with ``refusal``; None = all fit."""
         return None
@@ -80,6 +97,7 @@ class PromptEmbeds(Handover):
 
     name = "prompt_embeds"
     arguments = ("--enable-prompt-embeds",)
+    options: ClassVar[dict[str, Any]] = {"enable_prompt_embeds": True}
     words = (PLACEHOLDER,)
 
     def check(self) -> None:
@@ -91,6 +109,17 @@ class PromptEmbeds(Handover):
     def part(self, embeds: Tensor, places: Places | None) -> dict[str, Any]:
         return {"type": "prompt_embeds", "data": saved(embeds)}
 
+    @classmethod
+    def prompt(cls, encoded: EncodedPrompt, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+        visual = torch.tensor(encoded.visual)
+        embeds = torch.zeros(len(visual), config.get_text_config().hidden_size, dtype=dtype)
+        embeds[visual] = torch.cat(encoded.embeds).to(dtype)
+        return {
+            "prompt_embeds": embeds,
+            "prompt_token_ids": encoded.ids,
+            "prompt_is_token_ids": [not each for each in encoded.visual],
+        }
+
 
 class ImageEmbeds(Handover):
     """For language models that number visual tokens by (t, h, w): vLLM takes them as an image, and its plugin their places."""
@@ -98,6 +127,7 @@ class ImageEmbeds(Handover):
     name = "image_embeds"
     # without images and videos of its own, vLLM does not load the vision encoder
     arguments = ("--enable-mm-embeds", "--limit-mm-per-prompt", '{"image": 0, "video": 0}')
+    options: ClassVar[dict[str, Any]] = {"enable_mm_embeds": True, "limit_mm_per_prompt": {"image": 0, "video": 0}}
     plugin = True
     refusal = "go together"  # of the plugin, about places without their extent
 
@@ -116,6 +146,18 @@ class ImageEmbeds(Handover):
         # vLLM puts the fields of several parts together: one of a picture has no first dimension
         fields |= {name: fields[name][0] for name in ("image_grid_thw", "image_extents")}
         return {"type": "image_embeds", "image_embeds": {name: saved(value) for name, value in fields.items()}}
+
+    @classmethod
+    def prompt(cls, encoded: EncodedPrompt, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+        """A prompt with one placeholder for each picture: vLLM repeats it. Text is between two (``placing.places_of``)."""
+        if encoded.places is None:
+            raise TypeError("these visual tokens have no places")
+        visual = torch.tensor(encoded.visual)
+        stay = ~(visual & visual.roll(1))
+        stay[0] = True
+        merge = int(config.vision_config.spatial_merge_size)
+        fields = fields_of([each.to(dtype) for each in encoded.embeds], encoded.places, merge)
+        return {"prompt_token_ids": torch.tensor(encoded.ids)[stay].tolist(), "multi_modal_data": {"image": fields}}
 
     def probe(self) -> dict[str, Any] | None:
         width = self.width

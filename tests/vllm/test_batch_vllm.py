@@ -1,4 +1,4 @@
-"""``foveate batch`` with a real vLLM, alone and on Ray, beside transformers."""
+"""``foveate batch`` with a real vLLM, alone and on Ray, beside transformers: both pocket models."""
 
 from __future__ import annotations
 
@@ -19,12 +19,22 @@ QUESTIONS = ("what color is the star ?", "how many objects are there ?", "is the
 ROWS = 24
 
 
+METHODS = {"pocket": ("prumerge+",), "pocket-qwen": ("divprune", "--budget", "0.25")}  # another count for each picture
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def model(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def questions(tmp_path_factory) -> Path:
+def questions(tmp_path_factory, model) -> Path:
     """Rows with one picture, with two and three, and without; and three that fail."""
     folder = tmp_path_factory.mktemp("batch")
     for number in range(5):
-        Image.fromarray(draw_scene(Random(number), split="test", level=number % 3).image).save(folder / f"{number}.png")
+        scene = Image.fromarray(draw_scene(Random(number), split="test", level=number % 3).image)
+        size = scene.size if model == "pocket" else (128 + 32 * number, 192)
+        scene.resize(size).save(folder / f"{number}.png")
     documents: list[dict] = []
     for n in range(ROWS):
         row = {"id": f"r{n}", "question": QUESTIONS[n % 4]}
@@ -35,17 +45,18 @@ def questions(tmp_path_factory) -> Path:
         documents.append(row)
     documents[2]["budget"] = 40
     documents[9] |= {"method": "full", "max_new_tokens": 1}
-    documents += [{"id": "missing", "image": "none.png", "question": "what ?"}, {"id": "long", "question": "red " * 4100}]
+    documents += [{"id": "missing", "image": "none.png", "question": "what ?"}, {"id": "long", "question": "red " * 8300}]
     lines = [json.dumps(each) for each in documents]
     (folder / "questions.jsonl").write_text("\n".join([*lines[:7], "{no JSON", *lines[7:]]) + "\n")
     return folder / "questions.jsonl"
 
 
-def answered(questions: Path, name: str, *options: str) -> dict:
+def answered(questions: Path, model: str, name: str, *options: str) -> dict:
     """The output of the command, by id."""
     out = questions.parent / f"{name}.jsonl"
     export = () if name == "transformers" else ("--export", str(questions.parent / "text"))
     command = [sys.executable, "-m", "foveate", "batch", str(questions), str(out), "--engine", name, *export, *options]
+    command += ["--model", model, "--method", *METHODS[model]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -56,18 +67,18 @@ def answered(questions: Path, name: str, *options: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def expected(questions) -> dict:
-    found = answered(questions, "transformers")
+def expected(questions, model) -> dict:
+    found = answered(questions, model, "transformers")
     assert {name for name, row in found.items() if "error" in row} == {"missing", "long", 8}
     counts = {count["visual_tokens"] for row in found.values() if "usage" in row for count in row["usage"]["pictures"]}
-    assert len(counts) > 4  # adaptive ones, 40 and 576
+    assert len(counts) > 4  # adaptive ones, 40 and all
     return found
 
 
-def test_vllm_answers_as_transformers(questions, expected):
-    assert answered(questions, "vllm") == expected
+def test_vllm_answers_as_transformers(questions, model, expected):
+    assert answered(questions, model, "vllm") == expected
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs Ray")
-def test_ray_answers_as_transformers(questions, expected):
-    assert answered(questions, "ray", "--encoders", "2", "--engines", "1", "--batch-size", "8") == expected
+def test_ray_answers_as_transformers(questions, model, expected):
+    assert answered(questions, model, "ray", "--encoders", "2", "--engines", "1", "--batch-size", "8") == expected

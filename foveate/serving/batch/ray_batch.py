@@ -180,5 +180,5 @@ class Ray(BatchEngine, name="ray", rows=64, answers="vllm", options=("export", "
 
     def start(self, job: Job) -> Iterator[list[dict[str, Any]]]:
         given = {name: value for name, value in job.options.items() if value is not None}
-        folder = ready_export(job.model, job.export, text_only=True).absolute()
+        folder = ready_export(job.model, job.export).absolute()
         return answered_by_ray(job.source, job.lines, job.wanted, job.model, folder, job.size, Cluster(**given))

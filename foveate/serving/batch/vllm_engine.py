@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load as unpack
 from safetensors.torch import save as pack
-from torch import Tensor
 
 from ...chat import Prompt, collate, media_words
 from ...errors import FoveateError, first_line
 from ...loading import load_encoder
-from ..checks import check_servable
 from ..encoding import EncodedPrompt, PictureEncoder, method_of
 from ..export import described, ready_export
+from ..handover import HANDOVERS, PLUGINS
+from ..placing import Places
 from .base import Answered, BatchEngine, EngineError, Job
 from .engines import through, too_long, with_pictures
 from .offline import answered
@@ -58,6 +59,9 @@ class Ready:
         }
         if self.prompt.embeds:
             tensors["embeds"] = torch.cat(self.prompt.embeds)
+        if self.prompt.places:
+            tensors["positions"] = torch.cat([place.positions for place in self.prompt.places])
+            tensors["extents"] = torch.tensor([place.extent for place in self.prompt.places])
         return pack(tensors)
 
     @staticmethod
@@ -66,7 +70,11 @@ class Ready:
         found = unpack(data)
         after = found["after"].tolist()
         embeds = [*found["embeds"].split(after)] if after else []
-        prompt = EncodedPrompt(found["ids"].tolist(), found["visual"].tolist(), embeds, found["before"].tolist())
+        places = None
+        if "extents" in found:
+            pairs = zip(found["positions"].split(after), found["extents"].tolist(), strict=True)
+            places = [Places(positions, extent) for positions, extent in pairs]
+        prompt = EncodedPrompt(found["ids"].tolist(), found["visual"].tolist(), embeds, found["before"].tolist(), places)
         longest, seed = found["numbers"].tolist()
         return Ready(prompt, longest, float(found["temperature"]), seed)
 
@@ -88,7 +96,6 @@ class RowEncoder:
     def __init__(self, name: str, wanted: AnswerSettings) -> None:
         method = method_of(wanted.method, wanted.budget, wanted.config)
         self.encoder = PictureEncoder(load_encoder(name))
-        check_servable(self.encoder.parts)
         self.encoder.check(method)
         self.reserved = media_words(self.encoder.loaded.processor)
 
@@ -114,7 +121,7 @@ class RowEncoder:
 
 
 class TextEngine:
-    """A language model in vLLM that reads visual tokens as embeddings.
+    """A model in vLLM that gets visual tokens as embeddings.
 
     Parameters
     ----------
@@ -123,18 +130,24 @@ class TextEngine:
     Raises
     ------
     InputError : the folder is none.
-    MissingEngineError : vLLM is not installed.
+    MissingEngineError : vLLM is not installed, or does not find its plugin, where it needs that.
     EngineError : vLLM does not start.
     """
 
     def __init__(self, folder: Path) -> None:
         about = described(folder)
-        self.dtype, self.width = getattr(torch, about.dtype), about.width
+        self.dtype, self.handover = getattr(torch, about.dtype), HANDOVERS[about.handover]
         self.vllm = imported()
+        if self.handover.plugin and not entry_points(group=PLUGINS, name="foveate"):
+            raise MissingEngineError(
+                "vLLM does not find foveate's plugin, which says where visual tokens of this model stand: foveate is not "
+                "installed here, only on the path. Install it: pip install foveate."
+            )
         try:
-            self.model: Any = self.vllm.LLM(model=str(folder), dtype=about.dtype, enable_prompt_embeds=True)
+            self.model: Any = self.vllm.LLM(model=str(folder), dtype=about.dtype, **self.handover.options)
         except Exception as error:  # whatever a small GPU, a missing kernel or a config of its own leads to
             raise EngineError(f"vLLM does not start: {first_line(error)}") from error
+        self.config = self.model.llm_engine.model_config.hf_config
         self.longest = int(self.model.llm_engine.model_config.max_model_len)
 
     def answer(self, prompts: Sequence[Ready | Exception]) -> list[Answered | Exception]:
@@ -153,7 +166,7 @@ class TextEngine:
             for ready in prompts
         ]
         try:
-            found = self.model.generate([self._mixed(ready.prompt) for ready in prompts], options, use_tqdm=False)
+            found = self.model.generate([self._asked(ready.prompt) for ready in prompts], options, use_tqdm=False)
         except (ValueError, TypeError) as error:  # it refuses a prompt, before it begins
             if self.model.llm_engine.has_unfinished_requests():
                 raise EngineError(f"vLLM has stopped: {first_line(error)}") from error
@@ -162,18 +175,8 @@ class TextEngine:
             raise EngineError(f"vLLM has stopped: {first_line(error)}. The same command goes on from there.") from error
         return [_answered(ready, each.outputs[0]) for ready, each in zip(prompts, found, strict=True)]
 
-    def _mixed(self, prompt: EncodedPrompt) -> dict[str, Any]:
-        """A prompt of token ids, and of embeddings where its visual tokens are."""
-        if not prompt.embeds:
-            return {"prompt_token_ids": prompt.ids}
-        visual = torch.tensor(prompt.visual)
-        embeds: Tensor = torch.zeros(len(visual), self.width, dtype=self.dtype)
-        embeds[visual] = torch.cat(prompt.embeds).to(self.dtype)
-        return {
-            "prompt_embeds": embeds,
-            "prompt_token_ids": prompt.ids,
-            "prompt_is_token_ids": [not each for each in prompt.visual],
-        }
+    def _asked(self, prompt: EncodedPrompt) -> dict[str, Any]:
+        return self.handover.prompt(prompt, self.config, self.dtype) if prompt.embeds else {"prompt_token_ids": prompt.ids}
 
 
 def _answered(ready: Ready, out: Any) -> Answered | Exception:
@@ -212,7 +215,7 @@ class Vllm(BatchEngine, name="vllm", rows=64, options=("export",)):
         method_of(wanted.method, wanted.budget, wanted.config)
 
     def start(self, job: Job) -> Iterator[list[dict[str, Any]]]:
-        folder = ready_export(job.model, job.export, text_only=True).absolute()
+        folder = ready_export(job.model, job.export).absolute()
         return answered(job.source, job.lines, job.wanted, VllmEngine(job.model, job.wanted, folder), job.size)
 
 

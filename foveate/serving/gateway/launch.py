@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ...errors import FoveateError, InputError
 from ..export import described
-from ..handover import HANDOVERS
+from ..handover import HANDOVERS, PLUGINS
 
 log = logging.getLogger("foveate.serving")
 HOST = "127.0.0.1"
@@ -27,7 +27,6 @@ PATIENCE = 15.0  # seconds that an engine has to end
 DEAF = 5.0  # seconds without an open port after which an engine that had one is taken for lost
 STARTED = "-- started by foveate serve"  # a line of the log
 CAUSES = 3  # errors of a log that are told
-PLUGINS = "vllm.general_plugins"  # entry points that vLLM loads
 LONGEST_PAUSE = 30.0  # seconds between two starts of an engine that keeps dying
 
 

@@ -56,7 +56,7 @@ class FakeLLM:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.calls, self.left = [], False
         self.llm_engine = SimpleNamespace(
-            model_config=SimpleNamespace(max_model_len=4096), has_unfinished_requests=lambda: self.left
+            model_config=SimpleNamespace(max_model_len=4096, hf_config=self.model.config), has_unfinished_requests=lambda: self.left
         )
 
     def generate(self, prompts, options, use_tqdm):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from foveate.serving.batch.ray_batch import Cluster, EncoderActor, EngineActor, 
 from foveate.serving.batch.rows import AnswerSettings, Source
 from foveate.serving.batch.vllm_engine import MissingEngineError, Ready, VllmEngine
 from foveate.serving.encoding import EncodedPrompt
+from foveate.serving.export import export
+from foveate.serving.handover import ImageEmbeds
+from foveate.serving.placing import Places
 from tests.cli.test_main import invoke
 
 from .asked import GOOD, alone, answers, broken, mixed, white_is_nan, written
@@ -94,6 +98,33 @@ def test_prompts_travel_as_bytes():
     assert [each.dtype for each in found.prompt.embeds] == [torch.bfloat16] * 2
     text = Ready(EncodedPrompt([1, 2], [False, False], [], []), 5, 0.0, 0)
     assert Ready.unpacked(text.packed()) == text
+
+
+PLACED = [Places(torch.tensor([[0, 0, 1], [0, 2, 0], [0, 2, 2]]), 3), Places(torch.tensor([[0, 1, 1]]), 2)]
+EMBEDS = [torch.randn(3, 4), torch.randn(1, 4)]
+
+
+@pytest.mark.parametrize(("before", "after"), [([], [9]), ([1, 2], [3]), ([4], [4, 4])])
+def test_prompts_with_places_travel_as_bytes_and_name_each_picture_once(before, after):
+    """7 is the placeholder; what vLLM repeats has to be the prompt again."""
+    ids = [*before, 7, 7, 7, 5, 7, *after]
+    prompt = EncodedPrompt(ids, [each == 7 for each in ids], EMBEDS, [9, 4], PLACED)
+    found = Ready.unpacked(Ready(prompt, 5, 0.3, 1).packed()).prompt
+    assert [each.extent for each in found.places] == [3, 2]
+    config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
+    asked = ImageEmbeds.prompt(found, config, torch.bfloat16)
+    fields, counts = asked["multi_modal_data"]["image"], iter([3, 1])
+    assert [each for token in asked["prompt_token_ids"] for each in [token] * (next(counts) if token == 7 else 1)] == ids
+    assert torch.equal(fields["image_positions"], torch.cat([each.positions for each in PLACED]))
+    assert torch.equal(fields["image_embeds"], torch.cat(EMBEDS).bfloat16())
+    assert fields["image_grid_thw"].prod(-1).tolist() == [4 * 3, 4 * 1]
+
+
+def test_vllm_without_the_plugin_is_refused(vllm, tmp_path, monkeypatch):
+    export("pocket-qwen", tmp_path / "whole")
+    monkeypatch.setattr(vllm_engine, "entry_points", lambda **_: ())
+    with pytest.raises(MissingEngineError, match="does not find foveate's plugin"):
+        vllm_engine.TextEngine(tmp_path / "whole")
 
 
 def test_actors_hand_on_what_fails(vllm, exported, pictures, tmp_path, engine):

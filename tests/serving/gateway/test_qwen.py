@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 import foveate
 from foveate.chat import Prompt, collate
 from foveate.cli.main import app
-from foveate.errors import InputError, UnsupportedModelError
+from foveate.errors import InputError
 from foveate.families import FAMILIES
 from foveate.frames import build_processor, build_video_processor
 from foveate.loading import Loaded, load_encoder, prepared
 from foveate.serving.encoding import PictureEncoder, method_of
-from foveate.serving.export import described, export, ready_export
+from foveate.serving.export import described, export
 from foveate.serving.gateway.launch import VllmServer
 from foveate.serving.handover import HANDOVERS, ImageEmbeds
 from foveate.serving.placing import places_of
@@ -178,8 +178,6 @@ def test_the_export_is_the_whole_model(tmp_path: Path) -> None:
     assert "--enable-prompt-embeds" not in server.command
     with pytest.raises(InputError, match="foveate is not installed"):
         VllmServer(tmp_path / "whole", python=_with(tmp_path, plugin=False))
-    with pytest.raises(InputError, match="only 'foveate serve'"):
-        ready_export("pocket-qwen", tmp_path / "whole", text_only=True)
 
 
 def test_the_command_says_how_to_serve_it(tmp_path: Path) -> None:
@@ -201,12 +199,6 @@ def _with(folder: Path, *, plugin: bool) -> str:
     script.chmod(0o755)
     assert subprocess.run([script, "-c", "import vllm"], check=False).returncode == 0
     return str(script)
-
-
-def test_batches_refuse_before_they_write_anything(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="foveate serve"):
-        ready_export("pocket-qwen", tmp_path / "text", text_only=True)
-    assert not (tmp_path / "text").exists()
 
 
 def test_every_family_has_a_way() -> None:
