@@ -22,7 +22,7 @@ from .trial import Trial, Tuned
 
 LEAST = 20  # examples
 FIRST = 16  # examples of the first round
-MOST = 300  # examples for the search
+MOST = 300  # examples for the search, and twice those of the least test where the tolerance is small
 FINALISTS = 12  # settings whose cost is measured
 PATH = 6  # settings that are tested at most
 ROUNDS, MORE_ROUNDS, LAST_ROUNDS = 3, 7, 9  # in which costs are measured: in the search, of the best, and of what is accepted
@@ -70,7 +70,8 @@ class Tuner:
     def _cut(self, number: int) -> int:
         """Where the examples of the search end: at a half, but before where the others would be too few to accept much."""
         enough = round(1.5 * fewest(self.tolerance))
-        wanted = min(MOST, number // 2, max(number // 4, number - enough))
+        most = max(MOST, 2 * fewest(self.tolerance))  # to tell losses apart that are a part of a small tolerance
+        wanted = min(most, number // 2, max(number // 4, number - enough))
         if number - wanted < fewest(self.tolerance):
             wanted = max(number // 8, min(wanted, number - fewest(self.tolerance)))
         groups = self.book.groups
