@@ -42,8 +42,9 @@ HEADS = (
 
 
 def looked_at(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By label, the settings of a tuning whose cost was measured."""
-    return {trial["setting"]: trial["method"] for trial in document["trials"] if trial["cost"] is not None}
+    """By label, the settings of a tuning whose cost was measured in rounds enough for an interval: those that came last."""
+    closely = (trial for trial in document["trials"] if trial["cost"] is not None and trial["cost"]["interval"])
+    return {trial["setting"]: trial["method"] for trial in closely}
 
 
 def main(
