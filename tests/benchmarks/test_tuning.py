@@ -14,11 +14,6 @@ SETTINGS = {
     "five tokens": ("sequential", 5),
     "seen early": ("random", 3),
 }
-    "nearly all": ("spatial", 0.9),
-    "half": ("divprune", 0.5),
-    "five tokens": ("sequential", 5),
-    "seen early": ("random", 3),
-}
 
 
 def document(tolerance: float, plan: str) -> dict[str, Any]:
