@@ -16,13 +16,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from foveate.lab.runner import Runner
+from foveate.lab.own import drawn_examples
+from foveate.lab.scores import Scores
+from foveate.lab.scoring import score_of
 from foveate.lab.tables import markdown_table
 from foveate.loading import load
 from foveate.measuring import ledger
 from foveate.methods.base import Method
 from foveate.methods.saved import restored
 from foveate.places import write_text
+from foveate.tuning.answers import AnswerBook
 from foveate.tuning.costs import Costs
 
 SEED = 2403  # of the test scenes
@@ -51,6 +54,7 @@ def main(
     documents: Annotated[list[Path], typer.Argument(help="What 'foveate tune --json' printed, for one model.")],
     scenes: Annotated[int, typer.Option(min=10, help="Test scenes, with one question each.")] = 1500,
     rounds: Annotated[int, typer.Option(min=6)] = 9,
+    batch: Annotated[int, typer.Option(min=1, help="Questions that are answered together.")] = 16,
     store: Annotated[Path | None, typer.Option(help="Results so far.")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Where to write the ledger.")] = None,
 ) -> None:
@@ -58,22 +62,24 @@ def main(
     console = Console(highlight=False)
     told = [json.loads(path.read_text()) for path in documents]
     told.sort(key=lambda document: document["tolerance"])
-    loaded = load(told[0]["model"]["name"])
-    runner = Runner(scenes, 1, SEED, store, model=loaded)
+    loaded, about = load(told[0]["model"]["name"]), told[0]["about"]
+    examples = drawn_examples(loaded, scenes, SEED, "test").items
+    book = AnswerBook(loaded, examples, score_of(about["score"]), store, batch, about["max_tokens"])
+    everything = [*range(len(examples))]
     settings: dict[str, Method] = {}
     for document in told:
         settings |= {label: restored(method) for label, method in looked_at(document).items()}
-    full = runner.outcome(None).right
+    full = book.ask(None, everything).scores
     losses = {}
     for number, (label, method) in enumerate(settings.items(), 1):
         console.print(f"{number} of {len(settings)}: {label}", style="dim")
-        losses[label] = full - runner.outcome(method).right
-    at = np.linspace(0, len(runner.data.asked) - 1, PROMPTS).astype(int)
-    prompts = [runner.asker.prompts.inputs([int(number)]) for number in at]
+        losses[label] = book.losses(method, everything)[0].values
+    prompts = [book.questions.prompts.inputs([int(number)]) for number in np.linspace(0, len(examples) - 1, PROMPTS)]
     costs = Costs(loaded.model, prompts, told[0]["saving"]["objective"], 2).measure(settings, rounds)
+    scores = Scores.grouped(np.array([each.kind for each in examples]), np.arange(len(examples)), len(examples))
     rows, cells = [], []
     for document in told:
-        row = _row(document, losses, {label: cost.median for label, cost in costs.items()}, runner)
+        row = _row(document, losses, {label: cost.median for label, cost in costs.items()}, scores)
         rows.append(row)
         cells.append(_cells(row))
     table = Table(*HEADS)
@@ -87,10 +93,9 @@ def main(
         write_text(out, json.dumps(about, indent=1) + "\n")
 
 
-def _row(document: dict[str, Any], losses: dict[str, Any], costs: dict[str, float], runner: Runner) -> dict[str, Any]:
+def _row(document: dict[str, Any], losses: dict[str, Any], costs: dict[str, float], scores: Scores) -> dict[str, Any]:
     tolerance, label = document["tolerance"], document["about"]["setting"]
     kept = label not in losses
-    lost = np.zeros(len(runner.data.asked)) if kept else losses[label]
     within = [name for name, values in losses.items() if values.mean() <= tolerance and costs.get(name, 1.0) < 1]
     best = min(within, key=lambda name: costs[name], default=None)
     return {
@@ -98,7 +103,7 @@ def _row(document: dict[str, Any], losses: dict[str, Any], costs: dict[str, floa
         "tolerance": tolerance,
         "plan": label,
         "bound": document["bound"],
-        "loss": runner.scores.interval(lost, paired=True),
+        "loss": (0.0, 0.0, 0.0) if kept else scores.interval(losses[label], paired=True),
         "saving": 0.0 if kept else 1 - costs[label],
         "hindsight": best,
         "hindsight_loss": None if best is None else float(losses[best].mean()),

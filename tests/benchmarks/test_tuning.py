@@ -22,7 +22,7 @@ def document(tolerance: float, plan: str) -> dict[str, Any]:
         interval = None if label == "seen early" else [0.5, 0.9]
         described = foveate.get(method, budget=budget).described()
         trials.append({"setting": label, "method": described, "cost": {"ratio": 0.7, "interval": interval}})
-    about = {"setting": plan, "seconds": 120, "data": {"examples": 100}}
+    about = {"setting": plan, "seconds": 120, "data": {"examples": 100}, "score": "exact", "max_tokens": 5}
     saving = {"objective": "tokens", "saving": 0.1}
     return {"model": {"name": "pocket"}, "tolerance": tolerance, "bound": tolerance / 2, "saving": saving, "about": about} | {
         "trials": trials
@@ -47,4 +47,4 @@ def test_hindsight_saves_most_of_what_is_within_the_tolerance(tmp_path):
     assert small["hindsight_loss"] <= 0.1
     assert (large["plan"], large["hindsight"]) == ("five tokens", "five tokens")
     assert large["loss"][0] > 0.1
-    assert (none["saving"], none["loss"]) == (0.0, [0.0, 0.0, 0.0])
+    assert (none["plan"], none["saving"], none["loss"]) == ("all tokens", 0.0, [0.0, 0.0, 0.0])
