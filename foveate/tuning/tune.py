@@ -211,6 +211,9 @@ class Tuner:
             self.tell(f"measuring {len(trials)} settings: {_shown(trials, what)}")
 
         found = self.costs.measure(names, rounds, tell)
+        doubted = {name: names[name] for name, cost in found.items() if cost.median >= 1}
+        if doubted and self.costs.is_timed and rounds < MORE_ROUNDS:  # a machine that was busy for a moment drops nothing
+            found = {**found, **self.costs.measure(doubted, MORE_ROUNDS, tell)}
         for number, trial in enumerate(trials):
             trial.cost = found.get(str(number))
             if trial.cost is not None and trial.cost.median >= 1:

@@ -125,6 +125,22 @@ def test_what_saves_nothing_is_not_chosen():
     assert all("costs" in trial.verdict or trial.verdict.startswith(("dropped", "not")) for trial in tuned.trials if trial.cost)
 
 
+def test_a_machine_that_was_busy_for_a_moment_drops_nothing():
+    """The first look finds everything dear."""
+
+    class Busy(Cost):
+        def measure(self, methods, rounds, tell=None, seed=0):
+            busy = not self.measured
+            found = super().measure(methods, rounds, tell, seed)
+            return {name: Ratio(9.0, None) for name in found} if busy else found
+
+    book = Book(600, 3, {"spatial": 0.3, "divprune": 0.05})
+    tuner = Tuner(book, Busy(book, {"spatial": 2.0}), 0.05, lambda _: None)  # type: ignore[arg-type]
+    tuned = tuner.run(space("spatial", "divprune"))
+    assert tuned.chosen is not None
+    assert tuned.chosen.setting.kind == "divprune"
+
+
 def test_the_test_never_sees_the_examples_of_the_search():
     book = Book(600, 3, {"spatial": 0.3, "divprune": 0.05})
     seen: list[tuple[str, frozenset[int]]] = []
