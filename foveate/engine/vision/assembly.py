@@ -136,13 +136,13 @@ def joined(arrangement: Arrangement, found: list[Reduced]) -> Reduction:
     attention = torch.zeros(len(units), outputs, cells, device=first.device) if told else None
     drawn = torch.zeros(len(units), dtype=torch.bool, device=first.device)
     for reduced in found:
-        source = reduced.reduction.source_map(len(reduced.units[0].places))
+        source = reduced.reduction.source_map(max(len(unit.places) for unit in reduced.units))
         for row, unit in enumerate(reduced.units):
             i, width = number[unit.item, unit.part], reduced.reduction.index.shape[1]
             cell = torch.arange(len(unit.places), device=first.device) if unit.cells is None else unit.cells
             index[i, :width] = cell[reduced.reduction.index[row]]
             valid[i, :width] = reduced.reduction.mask()[row]
-            owner[i, cell] = source[row]
+            owner[i, cell] = source[row, : len(cell)]  # units of one group are of one size, but for those of packed patches
             if reduced.reduction.scores is not None:
                 scores[i, cell] = reduced.reduction.scores[row].float()
             if reduced.reduction.threshold is not None:

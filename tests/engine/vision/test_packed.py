@@ -121,6 +121,28 @@ def test_a_row_of_a_batch_equals_the_row_alone(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_still_clips_of_other_sizes_in_one_batch(family):
+    """Of each, frames are gone as a whole, so that its units are not all there; each is as it is alone."""
+    model, media = families.load(family), [Medium((4, 8), frames=4), Medium((8, 12), frames=4), Medium((4, 4), frames=4)]
+    pixels = [families.pixels(family, medium, seed=seed) for seed, medium in enumerate(media)]
+    pixels = [each[: len(each) // 2].repeat(2, 1) for each in pixels]  # the second half of each clip is the first one again
+    ids = [families.prompt(family, [medium], before=2, after=3, seed=seed) for seed, medium in enumerate(media)]
+    with foveate.PixelPrune()(model) as session:
+        inputs = families.inputs_of(family, ids, [[pair] for pair in zip(media, pixels, strict=True)])
+        together, report = families.generate(model, inputs, NEW), session.report
+        kept, images = report.kept, report.images
+        for number, (medium, own) in enumerate(zip(media, pixels, strict=True)):
+            alone = families.generate(model, families.inputs_of(family, [ids[number]], [[(medium, own)]]), NEW)
+            torch.testing.assert_close(
+                torch.stack(together.logits, 1)[number], torch.stack(alone.logits, 1)[0], atol=3e-4, rtol=3e-4
+            )
+            assert session.report.kept == [kept[number]]
+            mine = [(each.part, each.source, each.kept) for each in session.report.images]
+            assert mine == [(each.part, each.source, each.kept) for each in images if each.row == number]
+    assert [len(each) for each in kept] == [len(own) // merged(model) // 2 for own in pixels]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_pictures_without_repetition_stay_as_they_are(family):
     model, inputs = families.load(family), families.batch(family)
     before = model(**inputs).logits
