@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,11 +106,11 @@ def test_the_registry_knows_the_architectures_that_are_replaced():
 
 
 def test_the_server_takes_the_options_that_we_start_it_with():
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = make_arg_parser(FlexibleArgumentParser())
-    known = {option for action in parser._actions for option in action.option_strings}
+    """By the way of starting it that ``foveate serve --launch`` goes."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--help=all"]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert told.returncode == 0, f"vLLM has no such server any more:\n{told.stderr[-2000:]}"
+    known = set(re.findall(r"--[a-z][a-z-]+", told.stdout))
     asked = {part for handover in HANDOVERS.values() for part in handover.arguments if part.startswith("--")}
     asked |= {"--host", "--port", "--dtype", "--model", "--chat-template-content-format", "--trust-request-mm-kwargs"}
     asked |= {"--hf-overrides", "--video-pruning-rate", "--gpu-memory-utilization", "--ec-transfer-config"}
