@@ -134,6 +134,11 @@ class Pictures:
         return encoded_alone(call, method) if self._ids is None else encoded_call(call, method)
 
     @property
+    def nbytes(self) -> int:
+        """Of all that is kept in memory: pixels, visual tokens, and what methods had recorded of encoder layers so far."""
+        return self._encodings.nbytes
+
+    @property
     def embeds(self) -> list[Tensor]:
         """Per image, all of its visual tokens [n_i, D]."""
         return self._all.embeds

@@ -251,3 +251,23 @@ class Encodings:
     def output(self, parts: Anatomy) -> Any:
         """What the model's own encoding returned."""
         return self.get(parts, (), None).output
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that is kept: pixels, visual tokens, and what was recorded of encoder layers so far."""
+        storages: dict[int, int] = {}
+
+        def look(value: Any) -> None:
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+            elif isinstance(value, dict | list | tuple):
+                for each in value.values() if isinstance(value, dict) else value:
+                    look(each)
+            elif isinstance(value, EncoderTap):
+                look(vars(value))
+
+        look(self.inputs)
+        for each in self._encoded.values():
+            look([each.output, each.features, each.projected, each.taps, each.batch, each.embedded, each.cells])
+        return sum(storages.values())
