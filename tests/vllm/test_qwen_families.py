@@ -94,7 +94,14 @@ class Served:
         sent = {
             "messages": [{"role": "user", "content": [*content, {"type": "text", "text": asked.text}]}],
             "foveate": {"method": asked.method, "budget": asked.budget},
-            **{"temperature": 0, "max_tokens": NEW, "logprobs": True, "top_logprobs": TOP, "skip_special_tokens": False},
+            **{
+                "temperature": 0,
+                "max_tokens": NEW,
+                "logprobs": True,
+                "top_logprobs": TOP,
+                "skip_special_tokens": False,
+                "ignore_eos": True,
+            },
         }
         answer = httpx.post(f"{stack.url}/v1/chat/completions", json=sent, timeout=120)
         assert answer.status_code == 200, answer.text
