@@ -18,6 +18,7 @@ from foveate.serving.gateway.launch import free_port
 
 ENGINE = "--enforce-eager --max-model-len 1024 --max-num-seqs 16"
 PATIENCE = 400  # seconds for a start of vLLM, which takes 20 on a machine that nobody else uses
+VLLM = os.environ.get("FOVEATE_TEST_VLLM", sys.executable)  # Python of the environment with the vLLM that is tested
 
 
 class Stack:
@@ -37,7 +38,7 @@ class Stack:
             self.process = psutil.Popen(
                 [
                     *(sys.executable, "-c", "from foveate.cli.main import run; run()", "serve", "--port", str(port), *options),
-                    *("--launch", "--vllm-python", sys.executable, "--export", str(folder / "text"), "--vllm-args", arguments),
+                    *("--launch", "--vllm-python", VLLM, "--export", str(folder / "text"), "--vllm-args", arguments),
                 ],
                 env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,

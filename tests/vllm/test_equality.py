@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from foveate.loading import load_encoder
 from foveate.pocket import load_pocket
 from foveate.serving.encoding import PictureEncoder, method_of, pictures_of
 from foveate.serving.export import export
+
+from .stack import VLLM
 
 SCRIPT = Path(__file__).with_name("embeds_engine.py")
 NEW = 5  # an answer and what comes behind its end; farther behind, rounding in 32 bits grows beyond 1e-4 on either side
@@ -87,7 +88,7 @@ def run(
     given = [str(folder), str(tmp_path / "prompts.pt"), str(tmp_path / "results.json"), json.dumps(options)]
     one = {} if "tensor_parallel_size" in options else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *given], env={**os.environ, **one, **environment}, capture_output=True, text=True, timeout=600
+        [VLLM, str(SCRIPT), *given], env={**os.environ, **one, **environment}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads((tmp_path / "results.json").read_text())
