@@ -105,8 +105,7 @@ def test_the_config_of_a_model_is_not_replaced(tmp_path, capsys, monkeypatch):
     assert config.read_text() == '{"model_type": "llava"}'
 
 
-@pytest.mark.parametrize("options", [(), ("--json",)])
-@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize(("options", "closed"), [(("--json",), False), ((), True)])
 def test_what_cannot_be_printed_is_in_its_files_all_the_same(tmp_path, options, closed):
     """Stdout is a file on a full disk, or a program that has ended."""
     page = tmp_path / "page.html"
