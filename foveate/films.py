@@ -7,7 +7,7 @@ import io
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -53,12 +53,14 @@ class Bounds:
     pixels : of a frame.
     frames : of the whole video, also those that are not taken.
     seconds : counted from when this is made.
+    together : pixels of the frames that are taken.
     """
 
     pixels: int = field(default_factory=lambda: FRAME)
     frames: float = math.inf
     seconds: float = math.inf
     began: float = field(default_factory=time.monotonic)
+    together: float = math.inf
 
     def check(self, path: Path, frames: int = 0) -> None:
         """Raise ``InputError`` where the time is over, or a video has more frames."""
@@ -73,6 +75,19 @@ class Bounds:
             raise InputError(
                 f"a frame of {named(path)} is {width} x {height} pixels; at most {self.pixels} are read. Scale it down first."
             )
+
+    def alike(self, path: Path, image: Image.Image, earlier: Sequence[Image.Image], count: int) -> Image.Image:
+        """One of ``count`` frames that are taken, in the size of the first: others never lie in memory together as they came.
+
+        Raises
+        ------
+        InputError : it is the first, and so many of its size are too many pixels.
+        """
+        if earlier:
+            return image if image.size == earlier[0].size else image.resize(earlier[0].size)
+        if image.width * image.height * count > self.together:
+            raise InputError(f"{named(path)} has larger frames than its head says. Convert it to MP4 (H.264), or use another copy.")
+        return image
 
 
 @dataclass(frozen=True)
@@ -275,7 +290,7 @@ def _sought(source: Source, track: _Track, wanted: list[int]) -> list[_Shot] | N
                     break
             if now != time:
                 return None
-            shots.append(_upright(frame, stream))
+            shots.append(_shot(source, frame, stream, shots, len(wanted)))
     return shots
 
 
@@ -293,9 +308,11 @@ def _counted(source: Source, track: _Track, count: int) -> tuple[list[_Shot], li
     if len(known) == len(times) and all(a < b for a, b in itertools.pairwise(known)):
         seconds = [float((time - known[0]) * track.unit) for time in known]
     wanted = set(spread(len(times), count))
+    shots: list[_Shot] = []
     with _opened(source) as (container, stream):
-        frames = enumerate(_decoded(source, container, stream, track))
-        shots = [_upright(frame, stream) for number, frame in frames if number in wanted]
+        for number, frame in enumerate(_decoded(source, container, stream, track)):
+            if number in wanted:
+                shots.append(_shot(source, frame, stream, shots, len(wanted)))
     return shots, [seconds[number] for number in sorted(wanted)], seconds[-1] + 1 / rate, len(times)
 
 
@@ -305,7 +322,13 @@ def _stretch(stream: VideoStream) -> Fraction:
     return pixel if pixel and 0.1 < pixel < 10 else Fraction(1)  # others come from damage
 
 
-def _upright(frame: VideoFrame, stream: VideoStream) -> _Shot:
+def _shot(source: Source, frame: VideoFrame, stream: VideoStream, earlier: list[_Shot], count: int) -> _Shot:
+    """One of ``count`` frames that are taken, after ``earlier`` ones."""
+    before = [shot.image for shot in earlier[:1]]
+    return _Shot(source.bounds.alike(source.path, _upright(frame, stream), before, count), frame.is_corrupt)
+
+
+def _upright(frame: VideoFrame, stream: VideoStream) -> Image.Image:
     """A frame as players show it: with square pixels, turned by right angles and mirrored as the file says."""
     image: Image.Image = frame.to_image()
     stretch = _stretch(stream)
@@ -316,4 +339,4 @@ def _upright(frame: VideoFrame, stream: VideoStream) -> _Shot:
         a, b, _, c, d = (int(sign) for sign in np.sign(np.frombuffer(bytes(matrix), np.int32))[:5])
         turn = TURNS.get((a, b, c, d))
         image = image if turn is None else image.transpose(turn)
-    return _Shot(image, frame.is_corrupt)
+    return image

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,12 +32,19 @@ def parsed(text: str | bytes) -> Any:
 
     Raises
     ------
-    ValueError : it is none, nested more deeply than it can be read, or says one name twice.
+    ValueError : it is none, nested more deeply than it can be read, says one name twice, or has a number that no float can be.
     """
     try:
-        return json.loads(text, object_pairs_hook=each_once)
+        return json.loads(text, object_pairs_hook=each_once, parse_int=_whole)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def _whole(digits: str) -> int:
+    """A whole number; much larger ones would be errors wherever they are compared or converted."""
+    if math.isinf(float(digits)):
+        raise ValueError(f"{digits[:20]}... is too large a number")
+    return int(digits)
 
 
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

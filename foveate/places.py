@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,19 @@ def ready_file(path: str | Path) -> Path:
     return place
 
 
-def ready_files(*paths: str | Path | None) -> None:
+def ready_files(*paths: str | Path | None, reads: Iterable[str | Path | None] = ()) -> None:
     """Several files that can be written, each of its own; None = is not wanted.
+
+    Parameters
+    ----------
+    reads : files that are read, none of which may be written.
 
     Raises
     ------
-    InputError : one cannot be written, or two are the same.
+    InputError : one cannot be written, two are the same, or one is read.
     """
     places: dict[Path, str | Path] = {}
+    sources = {Path(os.path.expanduser(each)).resolve() for each in reads if each is not None}
     for path in paths:
         if path is not None:
             place = ready_file(path).resolve()
@@ -62,6 +67,8 @@ def ready_files(*paths: str | Path | None) -> None:
                 raise InputError(
                     f"{path} is to hold two results, and the second would replace the first. Give each a name of its own."
                 )
+            if place in sources and place.is_file():
+                raise InputError(f"{path} is read here, and the result would replace it. Choose another place.")
             places[place] = path
 
 
@@ -112,13 +119,13 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file as ``write_bytes`` does.
+    """Write a text file as ``write_bytes`` does; bytes in names of files that are no text are written as escapes.
 
     Raises
     ------
     FoveateError : it cannot be written.
     """
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_bytes(path: str | Path, contents: bytes) -> None:

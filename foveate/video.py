@@ -92,8 +92,10 @@ def frame_size(data: bytes, name: str, bounds: Bounds) -> tuple[int, int]:
 
 def video_of(frames: Sequence[Image.Image], fps: float, name: str) -> Video:
     """A video of frames that come one by one, ``fps`` a second; others than the first are brought to its size."""
-    times = [number / fps for number in range(len(frames))]
-    return _video(Path(name), [*frames], times, len(frames), len(frames) / fps, len(frames))
+    times, path, shots = [number / fps for number in range(len(frames))], Path(name), list[Image.Image]()
+    for frame in frames:
+        shots.append(Bounds().alike(path, frame, shots, len(frames)))
+    return _video(path, shots, times, len(frames), len(frames) / fps, len(frames))
 
 
 def _read(source: Source, frames: int) -> Video:
@@ -109,7 +111,6 @@ def _video(
 ) -> Video:
     """What was read from ``total`` frames, ``count`` of which were asked for."""
     check_size(path, images[0])
-    images = [image if image.size == images[0].size else image.resize(images[0].size) for image in images]
     if total < count:
         holds = "only one frame" if total == 1 else f"only {total} frames"
         notes = (f"{path.name} holds {holds}, not {count}; all are used", *notes)
@@ -130,13 +131,15 @@ def _animation(source: Source, opened: Image.Image, count: int) -> Video:
     path, bounds = source.path, source.bounds
     bounds.check_frame(path, *opened.size)
     total = _total(source, opened)
-    wanted, images, starts, now = set(spread(total, count)), [], [], 0.0
+    images: list[Image.Image] = []
+    wanted, starts, now = set(spread(total, count)), [], 0.0
     for number in range(total):
         bounds.check(path, total)
         opened.seek(number)
+        bounds.check_frame(path, *opened.size)  # frames of a GIF may be larger than its head said
         opened.load()  # of a WebP, durations are known then
         if number in wanted:
-            images.append(as_rgb(opened))
+            images.append(bounds.alike(path, as_rgb(opened), images, len(wanted)))
             starts.append(now)
         now += (opened.info.get("duration") or UNTIMED) / 1000
     return _video(path, images, starts, count, now if total > 1 else 0.0, total)
@@ -153,4 +156,5 @@ def _total(source: Source, opened: Image.Image) -> int:
             opened.seek(number)
         except EOFError:
             return number
+        source.bounds.check_frame(source.path, *opened.size)
         number += 1

@@ -81,3 +81,10 @@ def test_a_name_that_is_there_twice():
     with pytest.raises(ValueError, match="the name 'a' is there twice"):
         parsed('{"b": {"a": 1, "c": 2, "a": 1}}')
     assert parsed('[{"a": 1}, {"a": 2}]') == [{"a": 1}, {"a": 2}]
+
+
+def test_whole_numbers_that_no_float_can_be_are_refused():
+    assert parsed("1" + "0" * 308) == 10**308
+    for text in ("1" + "0" * 309, "-1" + "0" * 309, '[1, {"a": 1' + "0" * 400 + "}]"):
+        with pytest.raises(ValueError, match="too large a number"):
+            parsed(text)

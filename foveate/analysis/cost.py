@@ -19,6 +19,7 @@ from .roofline import Cost, expected, price
 from .workload import Convention, Run, Workload, asked_for, reported, whole_number
 
 BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
+LONGEST = 100_000  # tokens of an answer, each of which is a step of its own
 TEXT = 40  # as in the LLaVA-PruMerge paper
 
 
@@ -98,7 +99,7 @@ def cost(
     work = Workload(
         run=run,
         text=whole_number("text", TEXT if text is None else text, 0),
-        new_tokens=whole_number("new_tokens", new_tokens, 1),
+        new_tokens=whole_number("new_tokens", new_tokens, 1, LONGEST),
         precision=_precision(dtype, weight_bits, activation_bits, kv_bits),
         fused=flash,
         convention=cast("Convention", convention),

@@ -23,6 +23,7 @@ Array = NDArray[np.float64]
 PUBLISHED = Path(__file__).with_name("law.json")
 DRAWS = 200  # of the bootstrap
 STEEPEST = 4.0  # alpha and beta that are looked at
+SMALLEST, LARGEST = 1e-6, 1e12  # sizes, tokens and costs that are taken: beyond these, powers of them leave what floats hold
 LEAST = 5  # points, for four unknowns
 SHAPE = '{"tasks": {"NAME": [{"size": 7, "tokens": 144, "score": 0.52}, ...]}}'
 
@@ -258,8 +259,11 @@ def _point(where: str, row: Any) -> tuple[float, float, float]:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise InputError(f"{where}: {name} is {value!r}; expected a finite number. Leave out points that were not measured.")
     size, tokens, score = (float(row[name]) for name in ("size", "tokens", "score"))
-    if size <= 0 or tokens < 1:
-        raise InputError(f"{where}: size {size:g}, tokens {tokens:g}; expected billions of weights above 0, and at least 1 token.")
+    if not SMALLEST <= size <= LARGEST or not 1 <= tokens <= LARGEST:
+        raise InputError(
+            f"{where}: size {size:g}, tokens {tokens:g}; expected billions of weights from {SMALLEST:g} to {LARGEST:g}, and tokens "
+            f"from 1 to {LARGEST:g}."
+        )
     if not 0 <= score <= 1:
         how = "It looks like percent: divide all scores by 100." if 1 < score <= 100 else "Give mean scores as shares."
         raise InputError(f"{where}: the score is {score:g}; expected 0 to 1. {how}")

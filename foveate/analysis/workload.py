@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from .architecture import Architecture
 from .operators import Precision
 
 if TYPE_CHECKING:
     from .own import Own
 
+MOST = 10**9  # tokens, or patches of a picture
+PICTURES = 10**6  # of a batch, each of which is counted
 Convention = Literal["foveate", "llm-viewer"]
 
 
@@ -66,15 +68,17 @@ class Workload:
         }
 
 
-def whole_number(name: str, value: Any, least: int) -> int:
-    """The value, if it is a whole number that is large enough.
+def whole_number(name: str, value: Any, least: int, most: int = MOST) -> int:
+    """The value, if it is a whole number that is large enough, and not too large to count with.
 
     Raises
     ------
     InputError : it is not.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name}={value!r}; expected a whole number of {least} or more")
+        raise InputError(f"{name}={shown(value)}; expected a whole number of {least} or more")
+    if value > most:
+        raise InputError(f"{name}={shown(value)}; expected a whole number from {least} to {most:,}")
     return value
 
 
@@ -92,11 +96,11 @@ def asked_for(
     ------
     InputError : one is out of range, or one that is needed is missing.
     """
-    batch = 1 if batch is None else whole_number("batch", batch, 1)
+    batch = 1 if batch is None else whole_number("batch", batch, 1, PICTURES)
     question = 0 if question is None else whole_number("question", question, 0)
     layers = shape.decoder.stack.layers
     nothing = visual == 0 or shape.tower is None
-    pictures = (0 if nothing else 1) if pictures is None else whole_number("pictures", pictures, 0)
+    pictures = (0 if nothing else 1) if pictures is None else whole_number("pictures", pictures, 0, PICTURES // batch)
     size = 0
     if pictures:
         if shape.tower is None:
@@ -109,8 +113,8 @@ def asked_for(
     if len(visual) != layers:
         raise InputError(f"visual has {len(visual)} numbers; {shape.name} has {layers} decoder layers. Give one for each.")
     for count in visual:
-        if isinstance(count, bool) or not isinstance(count, int | float) or not math.isfinite(count) or count < 0:
-            raise InputError(f"visual holds {count!r}; expected numbers of tokens of 0 or more")
+        if isinstance(count, bool) or not isinstance(count, int | float) or not 0 <= count <= MOST:
+            raise InputError(f"visual holds {shown(count)}; expected numbers of tokens from 0 to {MOST:,}")
     return Run(tuple(visual), batch, (size,) * pictures * batch, (), question)
 
 
@@ -167,7 +171,7 @@ def reported(shape: Architecture, report: Any, batch: int | None, pictures: int 
             f"the report is about a model with {len(counts)} decoder layers; {shape.name} has {depth}. Give the model that ran."
         )
     seen = 1 + max(row for row, _ in images)
-    batch = seen if batch is None else whole_number("batch", batch, seen)
+    batch = seen if batch is None else whole_number("batch", batch, seen, PICTURES)
     if tower.patches is None:
         sizes = [patches or cells * shape.projectors[0].merge for _, cells in images]
     else:
@@ -177,7 +181,7 @@ def reported(shape: Architecture, report: Any, batch: int | None, pictures: int 
                 f"a picture of the report has {largest} visual tokens, and the encoder makes {tower.patches} at a time. "
                 "Give pictures=, the number of tiles of a prompt."
             )
-        number = len(images) if pictures is None else batch * whole_number("pictures", pictures, 1)
+        number = len(images) if pictures is None else batch * whole_number("pictures", pictures, 1, PICTURES // batch)
         sizes = [patches or tower.patches] * number
     return Run(tuple(count / batch for count in counts), batch, tuple(sizes), tuple(encoder), question / batch)
 

@@ -63,7 +63,7 @@ def ask_command(
     shown, notes = open_shown(file, frames)
     video = shown if isinstance(shown, Video) else None
     save = save and picture_file(save)
-    ready_json(json_file, save)
+    ready_json(json_file, save, reads=[file, method, config, plan])
     reducer = method_of(method, budget, fields, config, plan)
     with err.status(escape(f"loading {model}")) as status:
         loaded = load(model, device=SPREAD)
@@ -89,8 +89,8 @@ def ask_command(
         "picture": str(save) if save else None,
         "notes": notes,
     }
-    tell_result(document, json_file, lambda: _show(notes, answers, chosen, counts, compare))
     with saving(unsaved) as keep:
+        keep(tell_result, document, json_file, lambda: _show(notes, answers, chosen, counts, compare))
         keep(write_json, document, json_file)
         if save:
             sayer(err)(f"picture: {save}")

@@ -79,13 +79,13 @@ def bench_command(
     sizes = parse_sizes(batch)
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    ready_json(json_file, html)
+    ready_json(json_file, html, reads=[image, *(method or []), *(config or []), plan])
     methods = methods_of(method or ([] if config or plan else [DEFAULT]), budget, fields, config, plan=plan)
     options = BenchOptions(model, methods, sizes, image, prompt, new_tokens, rounds, dtype, device, attn, seed)
     with err.status("starting") as status:
         document, measured = run_bench(options, lambda what: status.update(escape(what)))
-    tell_result(document, json_file, lambda: show(document, measured, out))
     with saving() as save:
+        save(tell_result, document, json_file, lambda: show(document, measured, out))
         save(write_json, document, json_file)
         if html is not None:
             tables = [table_part(made) for each in measured for made in (times_table(each), ratios_table(each))]

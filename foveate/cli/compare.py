@@ -84,16 +84,16 @@ def compare_command(
     if plan is not None:
         methods = ",".join(filter(None, [methods, str(planned_file(plan))]))
     options = checked(CompareOptions(methods, budgets, own, scenes, each, seed, model, store, save, table, mine))
-    ready_json(json_file, options.store, html)
+    ready_json(json_file, options.store, html, *options.saved, reads=[data, plan, *options.names])
     resumable(options.store)
     report = run_compare(options, err)
-    tell_result(report, json_file, lambda: show(report, out))
     with saving() as keep:
+        keep(tell_result, report, json_file, lambda: show(report, out))
         keep(write_json, report, json_file)
         if save and keep(write_files, report, save):
             sayer(err)(f"written to {save}")
         if html is not None:
-            keep(write_html, html, *page_parts(report), report["command"])
+            keep(lambda: write_html(html, *page_parts(report), report["command"]))
 
 
 def planned_file(plan: Path) -> Path:
@@ -153,6 +153,15 @@ class CompareOptions:
         return None if self.budgets is None else parse_counts(self.budgets, self.model)
 
     @property
+    def saved(self) -> list[Path]:
+        """The files that ``--save`` writes."""
+        if self.save is None:
+            return []
+        if self.table is not None:
+            return [self.save / f"table-{self.table}{kind}" for kind in (".md", ".json")]
+        return [self.save / f"comparison{kind}" for kind in (".md", ".json", ".csv", ".png")]
+
+    @property
     def command(self) -> str:
         """What gives the same report again."""
         chosen: list[Any] = ["foveate", "compare"]
@@ -180,12 +189,15 @@ def parse_counts(text: str, model: str = POCKET) -> tuple[int | float, ...]:
 
     most = TOTAL if model == POCKET or model.startswith(f"{POCKET}+") else 2**31
     try:
-        budgets: set[int | float] = {float(part) if "." in part else int(part) for part in text.split(",")}
+        parts = [float(part) if "." in part else int(part) for part in text.split(",")]
     except ValueError as error:
         raise InputError(
             f"--budgets {text!r} is no list of whole numbers or shares. Give counts of {TOTAL}, such as 64,144, or shares, such as "
             "0.1,0.33."
         ) from error
+    budgets: set[int | float] = set(parts)
+    if len(budgets) < len({(type(budget), budget) for budget in parts}):
+        raise InputError(f"--budgets {text!r}: 1 is one token, and 1.0 are all. They have one column in the tables: leave one out.")
     for budget in sorted(budgets):
         if isinstance(budget, float) and not 0 < budget <= 1:
             raise InputError(f"--budgets {text!r}: {budget} is no share of the tokens of a picture. Give one above 0, up to 1.0.")

@@ -22,6 +22,7 @@ from .document import JsonFile, ready_json, tell_result, write_json
 from .html import HtmlFile, lines_part, picture_part, table_part, write_html
 
 CLOSE = 3.5  # percent
+LAYERS = 10_000  # of a decoder
 WIDTH = 132  # of tables that go to a file or a pipe
 EPILOG = (
     "Examples:  foveate cost --visual 576,144 --hardware h100  |  foveate cost llava-hf/llava-v1.6-mistral-7b-hf --pictures 5  |  "
@@ -66,6 +67,9 @@ def cost_command(
 ) -> None:
     """What a run costs at least, from the config alone: FLOPs, bytes and time of every operator."""
     if table is not None:
+        given = (bandwidth, peak, visual, layers, report, text, batch, question, method, budget, fields, exits, pictures, patches)
+        if any(each is not None for each in (*given, weight_bits, activation_bits, kv_bits, save, html)):
+            raise InputError("--table brings its own numbers, and is printed, or written by --json. Leave out the other options.")
         _paper_table(table, json_file, out)
         return
     from ..analysis.configs import read_architecture
@@ -75,7 +79,7 @@ def cost_command(
     from ..viz.overlay import picture_file
 
     save = save and picture_file(save)
-    ready_json(json_file, save, html)
+    ready_json(json_file, save, html, reads=[model, method, report])
     options: dict[str, Any] = {
         "hardware": _hardware(hardware, bandwidth, peak),
         "text": text,
@@ -109,8 +113,8 @@ def cost_command(
         for count in counted:
             costs[f"{name}, {count}"] = cost(shape, **{**options, **more, "visual": count})
     document = {"runs": {name: each.to_dict() for name, each in costs.items()}, "picture": str(save) if save else None}
-    tell_result(document, json_file, lambda: show(costs, wide(out, WIDTH), operators))
     with saving() as keep:
+        keep(tell_result, document, json_file, lambda: show(costs, wide(out, WIDTH), operators))
         keep(write_json, document, json_file)
         if save:
             from ..viz.roofline_chart import save_roofline
@@ -154,6 +158,8 @@ def parse_layers(text: str) -> list[int]:
         times, cross, number = part.rpartition("x")
         if not number.isdecimal() or (cross and not times.isdecimal()):
             raise InputError(f"--layers {text!r} is no list of visual tokens. Write layers x tokens, such as 2x576,30x288.")
+        if cross and len(counts) + int(times) > LAYERS:
+            raise InputError(f"--layers {text!r} are more than {LAYERS} decoder layers, which no model has.")
         counts += [int(number)] * (int(times) if cross else 1)
     return counts
 
@@ -169,9 +175,12 @@ def parse_exits(text: str) -> dict[int, float]:
     for part in text.replace(" ", "").split(","):
         layer, _, share = part.partition(":")
         try:
-            found[int(layer)] = float(share)
+            read = int(layer), float(share)
         except ValueError as error:
             raise InputError(f"--exits {text!r} is no list of exits. Write layer:share, such as 2:0.4,5:0.3.") from error
+        if read[0] in found:
+            raise InputError(f"--exits {text!r} names layer {read[0]} twice. Give the sum of both shares.")
+        found[read[0]] = read[1]
     return found
 
 

@@ -70,15 +70,15 @@ def demo_command(
 ) -> None:
     """A pocket model answers about three scenes, with all visual tokens and with a fraction of them."""
     methods = methods_of(method or ([] if config else SHOWN), None, fields, config, otherwise=BUDGET)
-    ready_json(json_file)
+    ready_json(json_file, reads=[*(method or []), *(config or [])])
     with err.status("starting") as status:
         scenes, problem = run_demo(folder, seed, methods, lambda what: status.update(escape(what)), model)
     document = {"scenes": [scene.to_dict() for scene in scenes]}
-    tell_result(document, json_file, lambda: _show(scenes))
     bare = isinstance(problem, MissingExtraError)
     if bare:
         sayer(err)(f"note: there are no pictures of what is kept. {problem}", "yellow")
-    with saving(None if bare else problem) as keep:  # what was answered has been told
+    with saving(None if bare else problem) as keep:  # what was answered is told in any case
+        keep(tell_result, document, json_file, lambda: _show(scenes))
         keep(write_json, document, json_file)
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
+from ..errors import FoveateError, InputError
+from ..jsonl import parsed
 from ..places import ready_files, write_text
 from .common import err, sayer
 
@@ -52,35 +57,49 @@ def completed(args: list[str], unnamed: bool) -> list[str]:
     return found
 
 
-def ready_json(place: Path | None, *others: str | Path | None) -> None:
+def ready_json(place: Path | None, *others: str | Path | None, reads: Iterable[str | Path | None] = ()) -> None:
     """Try the file of ``--json`` and other places before long work.
+
+    Parameters
+    ----------
+    reads : files that the command reads.
 
     Raises
     ------
-    InputError : one cannot be written, two are the same, or the file is the config of a model.
+    InputError : one cannot be written, two are the same, one is read, or the file is the config of a model.
     """
-    from ..errors import InputError
-
     file = None if place == STDOUT else place
-    ready_files(file, *others)
-    if file is not None and _configures(file):
+    ready_files(file, *others, reads=reads)
+    if file is not None and file.expanduser().is_file() and _configures(file):  # devices and pipes may have no end
         raise InputError(f"--json {file} would replace the config of a model. Name another file, or give --json last.")
 
 
 def _configures(file: Path) -> bool:
     try:
-        found = json.loads(file.expanduser().read_text())
+        found = parsed(file.expanduser().read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and "model_type" in found
 
 
 def tell_result(document: Any, place: Path | None, show: Callable[[], Any]) -> None:
-    """Print a result: as one document and nothing else where ``--json`` says so, otherwise as ``show`` does."""
-    if place == STDOUT:
-        print(json.dumps(document))
-    else:
-        show()
+    """Print a result: as one document and nothing else where ``--json`` says so, otherwise as ``show`` does.
+
+    Raises
+    ------
+    FoveateError : nothing can be printed, for example because stdout is a file on a full disk.
+    """
+    try:
+        if place == STDOUT:
+            print(json.dumps(document))
+        else:
+            show()
+        sys.stdout.flush()
+    except (OSError, SystemExit) as error:  # rich ends the process where nobody reads on
+        with contextlib.suppress(OSError, ValueError):  # what could not be written is not tried again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        why = getattr(error, "strerror", None) or "nobody reads it"
+        raise FoveateError(f"the result cannot be printed ({why}). Make room, or choose another place.") from error
 
 
 def write_json(document: Any, place: Path | None) -> None:

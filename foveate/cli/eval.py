@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import MissingExtraError
-from ..places import ready_folder, saving, write_text
+from ..places import saving, write_text
 from .common import DEFAULT, Configs, Fields, Imports, PlanFile, err, methods_of, out, parts_of, resumable, sayer, wide
 from .document import JsonFile, ready_json, tell_result, write_json
 
@@ -61,9 +61,8 @@ def eval_command(
     chosen = list(methods_of(given, budget, fields, config, plan=plan).values())
     names = parts_of(tasks, "tasks", "pope,mme")
     first = int(os.environ.get("RANK", "0")) == 0
-    ready_json(json_file)
-    if save is not None:
-        ready_folder(save)
+    saved = [] if save is None else [save / "evaluation.json", save / "evaluation.md"]
+    ready_json(json_file, *saved, reads=[*given, *(config or []), plan])
     _quiet()
     from ..evaluation.running import TaskRun, evaluate, load_tasks
     from ..loading import load, own_device, part, quiet_loading
@@ -82,8 +81,8 @@ def eval_command(
     if not first:
         return
     report = {"command": shlex.join(["foveate", *sys.argv[1:]]), **report}
-    tell_result(report, json_file, lambda: show(report))
     with saving() as keep:
+        keep(tell_result, report, json_file, lambda: show(report))
         keep(write_json, report, json_file)
         if save is not None and keep(write_files, report, save):
             sayer(err)(f"written to {save}")

@@ -34,7 +34,9 @@ def export_command(
     from ..errors import InputError
     from ..serving.export import export
 
-    ready_json(json_file)
+    if json_file is not None and folder.resolve() in json_file.resolve().parents:
+        raise InputError(f"--json {json_file} is inside the export, whose files are its own. Choose another place.")
+    ready_json(json_file, reads=[method, config, plan])
     chosen = None if method is None and config is None and plan is None else method_of(method, None, fields, config, plan)
     if chosen is None and fields:
         raise InputError("--set belongs to --method. Name one.")

@@ -31,8 +31,8 @@ def figure_command(
     ready_json(json_file, place)
     with err.status(f"drawing figure {number}"):
         drawn, numbers = paper_figure(number)
-    tell_result(numbers, json_file, lambda: None)
     with saving() as keep:  # the numbers are told, also where the picture cannot be written
+        keep(tell_result, numbers, json_file, lambda: None)
         keep(write_json, numbers, json_file)
         if keep(write_figure, drawn, place, 130):
             sayer(err)(f"picture: {place}")

@@ -34,12 +34,12 @@ def law_command(
     json_file: JsonFile = None,
 ) -> None:
     """How many visual tokens, and how large a model, for a given cost: error = a N^-alpha V^-beta + D."""
-    from ..analysis.law import PUBLISHED, read_points, study
+    from ..analysis.law import LARGEST, PUBLISHED, read_points, study
     from ..errors import InputError, shown
 
-    if not (math.isfinite(text) and text >= 0):
-        raise InputError(f"--text {text:g}: expected a number of tokens, 0 or more")
-    ready_json(json_file)
+    if not 0 <= text <= LARGEST:
+        raise InputError(f"--text {text:g}: expected a number of tokens, 0 or more, and at most {LARGEST:g}")
+    ready_json(json_file, reads=[data])
     budgets = _numbers(budget, "budget", BUDGETS)
     known = read_points(data or PUBLISHED)
     name = next(iter(known)) if tasks is None else tasks
@@ -57,8 +57,9 @@ def _numbers(given: str, option: str, example: str) -> list[float]:
 
     Raises
     ------
-    InputError : one is no such number.
+    InputError : one is no such number, or far from any that there is.
     """
+    from ..analysis.law import LARGEST, SMALLEST
     from ..errors import InputError
 
     found = []
@@ -67,8 +68,9 @@ def _numbers(given: str, option: str, example: str) -> list[float]:
             found.append(float(part))
         except ValueError:
             found.append(math.nan)
-        if not (math.isfinite(found[-1]) and found[-1] > 0):
-            raise InputError(f"--{option} {given!r}: {part!r} is no positive number. Give numbers such as {example}.")
+        if not SMALLEST <= found[-1] <= LARGEST:
+            what = f"no positive number from {SMALLEST:g} to {LARGEST:g}"
+            raise InputError(f"--{option} {given!r}: {part!r} is {what}. Give numbers such as {example}.")
     return found
 
 

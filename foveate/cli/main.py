@@ -90,6 +90,8 @@ def run() -> None:
     from ..errors import FoveateError
 
     code = 1
+    if hasattr(sys.stdout, "reconfigure"):  # what it cannot write, as bytes of file names that are no text, becomes an escape
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False) or 0
     except (KeyboardInterrupt, Abort):

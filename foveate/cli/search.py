@@ -31,14 +31,14 @@ def search_command(
     """Search keep rates per decoder layer, or a head mask, on a calibration set."""
     from ..errors import InputError
     from ..loading import SPREAD, load
-    from ..places import ready_file, write_text
+    from ..places import ready_files, write_text
     from ..tuning.calibration import Calibration
     from ..tuning.search import search_of
 
     search = search_of(method)
     if share <= 0:
         raise InputError(f"share={share}; expected a share of the heads above 0")
-    ready_file(plan)
+    ready_files(plan, reads=[data])
     if data is None and not model.startswith(POCKET):
         raise InputError("a model of your own is searched on data of your own: give --data, a JSON-lines file of examples")
     given = {"epsilon": epsilon, "steps": steps, "budget": budget, "share": share}

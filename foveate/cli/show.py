@@ -51,7 +51,7 @@ def show_command(
 
     shown, notes = open_shown(file, frames)
     place = picture_file(out_file)
-    ready_json(json_file, place)
+    ready_json(json_file, place, reads=[file, *(method or []), *(config or []), plan])
     with err.status(escape(f"loading {model}")) as status:
         loaded = load(model, device=SPREAD)
         inputs, note = make_inputs(loaded.processor, loaded.model, shown, question)
@@ -83,8 +83,8 @@ def show_command(
     told = {"answers": {name: answer.text for name, answer in answers.items()}, "visual_tokens": tokens}
     told |= {"picture": None if unsaved else str(place)}
     lines = [f"{way.name}: {way.answer} ({way.counts})" for way in ways] if unsaved else []  # otherwise the picture says it
-    tell_result(told, json_file, lambda: [sayer(out)(line) for line in lines])
     with saving(unsaved) as keep:
+        keep(tell_result, told, json_file, lambda: [sayer(out)(line) for line in lines])
         keep(write_json, told, json_file)
         if not unsaved:
             sayer(err)(f"picture: {place}")

@@ -69,7 +69,7 @@ def tune_command(
     judge = score_of(score)
     page, answers = html or out_file.with_suffix(".html"), store or out_file.with_suffix(".answers.jsonl")
     page, answers = page.expanduser(), answers.expanduser()
-    ready_json(json_file, out_file, page, answers)
+    ready_json(json_file, out_file, page, answers, reads=[data, *(names or [])])
     resumable(answers)
 
     from ..measuring import ledger
@@ -87,10 +87,10 @@ def tune_command(
         found = tuned_plan(options, ledger.command(), tell)
     for line in found.notes:
         sayer(err)(f"note: {line}", "yellow")
-    tell_result(found.document, json_file, lambda: show(found.tuned, found.plan.saving, objective, out))
     from ..tuning.page import write_page
 
     with saving() as keep:  # what was found is told, also where it cannot be written
+        keep(tell_result, found.document, json_file, lambda: show(found.tuned, found.plan.saving, objective, out))
         keep(write_json, found.document, json_file)
         if keep(found.plan.save, out_file):
             sayer(err)(f"plan: {out_file}")

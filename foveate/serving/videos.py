@@ -53,9 +53,9 @@ def measured_video(data: Sequence[bytes], where: str, limits: Limits, scaler: An
     """
     if frames is None:
         shots = tuple(measured(each, f"frame {number} of {where}", limits, None, True) for number, each in enumerate(data, 1))
-        pixels = sum(shot.bytes for shot in shots) // PLAIN
-        _check_pixels(pixels, where, limits)
-        return UnopenedVideo(None, shots, where, sum(shot.bytes for shot in shots), len(shots), fps)
+        room = max(sum(shot.bytes for shot in shots), shots[0].bytes * len(shots))  # all are brought to the size of the first
+        _check_pixels(room // PLAIN, where, limits)
+        return UnopenedVideo(None, shots, where, room, len(shots), fps)
     (contents,) = data
     with _refusing():
         size = frame_size(contents, where, Bounds(limits.pixels, limits.film, limits.decoding))
@@ -84,7 +84,8 @@ def decoded_video(video: UnopenedVideo, limits: Limits) -> Video:
         with _refusing():
             return video_of(shots, video.fps, video.where)
     with _refusing():
-        found = video_in(video.data, video.where, video.frames, Bounds(limits.pixels, limits.film, limits.decoding))
+        bounds = Bounds(limits.pixels, limits.film, limits.decoding, together=video.bytes // PLAIN)
+        found = video_in(video.data, video.where, video.frames, bounds)
         if found.fps <= 0:
             raise InputError(f"{video.where} is a single picture. Send it as one.")
         return found

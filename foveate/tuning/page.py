@@ -10,7 +10,7 @@ from PIL import Image
 from ..chat import collate
 from ..errors import MissingExtraError
 from ..places import write_text
-from ..viz.canvas import new_figure
+from ..viz.canvas import new_figure, plain
 from ..viz.frames import by_frame, frames_as_seen
 from ..viz.overlay import overlay
 from ..viz.page import figure, paragraph, picture, table, text
@@ -89,7 +89,7 @@ def _front(tuned: Tuned, objective: str) -> str:
         axis.scatter(cost, loss, s=size, c=color, marker=marker, label=f"{name} ({len(trials)})" if trials else None)
     for number, trial in enumerate(groups["chosen"] + groups["accepted"][:3]):
         place = (1 - trial.saving, 100 * (trial.confirmed or trial.losses).mean)  # type: ignore[union-attr]
-        axis.annotate(trial.setting.label, place, textcoords="offset points", xytext=(7, (9, -12)[number % 2]), fontsize=8)
+        axis.annotate(plain(trial.setting.label), place, textcoords="offset points", xytext=(7, (9, -12)[number % 2]), fontsize=8)
     worst = max(4 * 100 * tuned.tolerance, 4.0)
     shown = [trial for trials in groups.values() for trial in trials]
     bottom = min([0.0, *(100 * (trial.confirmed or trial.losses).mean for trial in shown)])  # type: ignore[union-attr]

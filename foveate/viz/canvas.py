@@ -24,6 +24,11 @@ def new_figure(**options: Any) -> Any:
     return Figure(**options)
 
 
+def plain(text: str) -> str:
+    """A name as matplotlib is to show it: no ``$`` begins a formula, and no label is left out for its underscore."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def write_figure(figure: Any, path: str | Path, dpi: int) -> None:
     """Write a figure to its file, whose ending says in which format. Where that fails, what was there before stays.
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..report import ImageReport
-from .canvas import new_figure
+from .canvas import new_figure, plain
 
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (2, 2)), (0, (1, 1)))
 SIZE = (4.2, 3.0)  # inches of a chart alone
@@ -37,7 +37,9 @@ def draw_layers(axis: Any, layers: Mapping[str, Sequence[int]]) -> None:
         edges = np.arange(len(counts) + 1) - 0.5
         width, dash = max(1.5, 4.5 - 1.5 * number), DASHES[number % len(DASHES)]
         label = "all tokens" if name == "full" else name
-        axis.stairs(counts, edges, label=label, linewidth=width, linestyle=dash, color=INKS[number % len(INKS)], baseline=None)
+        axis.stairs(
+            counts, edges, label=plain(label), linewidth=width, linestyle=dash, color=INKS[number % len(INKS)], baseline=None
+        )
     axis.set_ylim(0, 1.35 * max(max(counts) for counts in layers.values()))  # room for the legend
     axis.set_xlabel("decoder layer")
     axis.set_title("visual tokens per layer")
@@ -62,13 +64,13 @@ def draw_scores(axis: Any, scored: list[tuple[str, ImageReport]]) -> None:
     for (name, report), marker, color in zip(scored, "osd^v", COLORS, strict=False):
         cells = np.array([cell for cell in report.kept if np.isfinite(scores[cell])], np.int64)
         size, label = 16 if marker == "o" else 9, f"kept by {name}: {len(report.kept)}"
-        axis.scatter(place[cells] + 1, np.maximum(scores[cells], floor), s=size, marker=marker, color=color, label=label)
+        axis.scatter(place[cells] + 1, np.maximum(scores[cells], floor), s=size, marker=marker, color=color, label=plain(label))
     for fence in {report.threshold for _, report in scored if report.threshold is not None}:
         axis.axhline(fence, color="black", linestyle="--", linewidth=1, label="fence")
     axis.set_xscale("log")
     if logarithmic:
         axis.set_yscale("log")
     axis.set_xlabel("visual tokens, sorted")
-    axis.set_title(f"scores of {scored[0][0]}")
+    axis.set_title(plain(f"scores of {scored[0][0]}"))
     axis.grid(alpha=0.25)
     axis.legend(fontsize=7)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .canvas import new_figure, write_figure
+from .canvas import new_figure, plain, write_figure
 
 STYLES = {
     "prumerge": ("#c0392b", "o", "-"),
@@ -100,7 +100,7 @@ def comparison_figure(report: dict[str, Any]) -> Any:
     figure.supxlabel("visual tokens per image, mean over decoder layers (stars: the method's own rule)", fontsize=10)
     name = "pocket model" if report["model"] == "pocket" else report["model"]
     about = "pictures" if report.get("data") else "unseen scenes"
-    figure.suptitle(f"{name}, {report['questions']} questions about {report['scenes']} {about}", fontsize=12)
+    figure.suptitle(plain(f"{name}, {report['questions']} questions about {report['scenes']} {about}"), fontsize=12)
     return figure
 
 
@@ -114,7 +114,7 @@ def _panel(axes: Any, report: dict[str, Any], names: Sequence[str]) -> None:
         marker, dash = GREY.get(name, ("d", (0, (2, 2))))
         points = sorted({(r["mean_tokens"], 100 * r["accuracy"]) for r in report["rows"] if r["method"] == name})
         style: dict[str, Any] = {"marker": marker, "linestyle": dash, "markersize": 3, "linewidth": 1}
-        axes.plot([x for x, _ in points], [y for _, y in points], color="#8a8a8a", label=name, zorder=1, **style)
+        axes.plot([x for x, _ in points], [y for _, y in points], color="#8a8a8a", label=plain(name), zorder=1, **style)
     for number, (name, color, marker) in enumerate(zip(names, COLORS, MARKERS, strict=False)):
         rows = sorted((r for r in report["rows"] if r["method"] == name and r["budget"]), key=lambda r: r["mean_tokens"])
         tokens = [row["mean_tokens"] for row in rows]
@@ -123,7 +123,7 @@ def _panel(axes: Any, report: dict[str, Any], names: Sequence[str]) -> None:
         )
         # later ones are thinner and on top, so that curves which lie on each other stay visible
         line = {"color": color, "marker": marker, "markersize": 6.5 - 0.6 * number, "linewidth": 3.4 - 0.45 * number}
-        axes.plot(tokens, [100 * row["accuracy"] for row in rows], label=name, zorder=3, **line)
+        axes.plot(tokens, [100 * row["accuracy"] for row in rows], label=plain(name), zorder=3, **line)
         for row in report["rows"]:
             if row["method"] == name and row["budget"] is None:
                 style = {"color": color, "markersize": 12, "markeredgecolor": "white", "zorder": 4}

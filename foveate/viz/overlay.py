@@ -129,7 +129,7 @@ def save_figure(
     axes[0].set_title("the picture")
     for axis, (label, view) in zip(axes[1:], shown.items(), strict=False):
         axis.imshow(overlay(picture, view))
-        axis.set_title(label, fontsize=10)
+        axis.set_title(label, fontsize=10, parse_math=False)
     for axis in axes[: 1 + len(shown)]:
         axis.set_xticks([])
         axis.set_yticks([])

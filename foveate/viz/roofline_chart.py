@@ -8,7 +8,7 @@ from typing import Any
 
 from ..analysis.roofline import PHASES, Cost, CostLine
 from ..errors import InputError
-from .canvas import new_figure, write_figure
+from .canvas import new_figure, plain, write_figure
 
 COLORS = ("#1f5fbf", "#c0392b", "#27ae60", "#8e44ad", "#e67e22", "#16a2b8")
 LOWER = 0.6  # of the speed, per run, so that points of several runs can be told apart
@@ -68,7 +68,7 @@ def roofline_figure(costs: Mapping[str, Cost]) -> Any:
     _bars(bars, costs)
     first = next(iter(costs.values()))
     figure.suptitle(
-        f"{first.model} on {first.hardware.name}, batch {first.work.run.batch}, {first.work.text} text tokens", fontsize=12
+        plain(f"{first.model} on {first.hardware.name}, batch {first.work.run.batch}, {first.work.text} text tokens"), fontsize=12
     )
     return figure
 
@@ -106,7 +106,7 @@ def _roof(axes: Any, costs: Mapping[str, Cost]) -> None:
     axes.set_ylim(top=3 * top)
     axes.grid(alpha=0.25)
     for name, color in zip(costs, COLORS, strict=False):
-        axes.scatter([], [], marker="o", color=color, label=name)
+        axes.scatter([], [], marker="o", color=color, label=plain(name))
     for name, (marker, _) in GROUPS.items():
         if any(group(line) == name for line in lines):
             axes.scatter([], [], marker=marker, color="#555555", label=name)
@@ -129,7 +129,7 @@ def _bars(axes: Any, costs: Mapping[str, Cost]) -> None:
         axes.text(left, place, f" {left:.3g} ms", va="center", fontsize=9)
     for kind, (_, color) in GROUPS.items():
         axes.barh(0, 0, color=color, label=kind)
-    names = [f"{name}\n{'prefill' if phase == 'prefill' else 'one new token'}" for name, _, phase in rows]
+    names = [f"{plain(name)}\n{'prefill' if phase == 'prefill' else 'one new token'}" for name, _, phase in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * axes.get_xlim()[1])

@@ -240,6 +240,12 @@ def test_tiles_that_a_report_does_not_tell_apart():
         ({"hardware": "abacus"}, "unknown hardware 'abacus'; the table has v100, a100"),
         ({"visual": -1}, "visual=-1; expected a whole number of 0 or more"),
         ({"visual": 5.5}, "visual=5.5"),
+        ({"visual": 10**400}, "expected a whole number from 0 to 1,000,000,000"),
+        ({"visual": [576] * 31 + [10**400]}, "expected numbers of tokens from 0 to 1,000,000,000"),
+        ({"text": 10**10}, "text=10000000000; expected a whole number from 0"),
+        ({"batch": 10**20}, "expected a whole number from 1 to 1,000,000"),
+        ({"batch": 1000, "pictures": 1001}, "pictures=1001; expected a whole number from 0 to 1,000"),
+        ({"new_tokens": 10**7}, "expected a whole number from 1 to 100,000"),
         ({"visual": [576] * 31}, "visual has 31 numbers; llava-1.5-7b has 32 decoder layers"),
         ({"visual": [576] * 31 + [math.nan]}, "visual holds nan"),
         ({"visual": True}, "visual=True"),
@@ -356,6 +362,23 @@ def test_command_table_2(capsys, monkeypatch):
     assert " ".join(table2()["explanation"].split()) in " ".join(out.split())
     code, out, _ = invoke(capsys, monkeypatch, "cost", "--table", "2", "--json")
     assert json.loads(out) == table2()
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("--table", "2", "--html", "page.html"), "--table brings its own numbers"),
+        (("--table", "2", "--save", "roofline.png"), "--table brings its own numbers"),
+        (("--table", "2", "--visual", "576"), "--table brings its own numbers"),
+        (("--exits", "2:0.4,2:0.5"), "names layer 2 twice"),
+        (("--layers", "99999999999x5"), "more than 10000 decoder layers"),
+    ],
+)
+def test_command_refuses_what_it_would_leave_out(capsys, monkeypatch, tmp_path, asked, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = invoke(capsys, monkeypatch, "cost", *asked)
+    assert (code, out) == (2, "")
+    assert message in err
 
 
 def test_the_page_says_what_the_command_says():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from random import Random
 
 import pytest
@@ -41,7 +44,7 @@ def test_all_commands_that_tell_a_document_take_the_same_option():
     commands = get_command(app).commands
     places = {name: option for name, command in commands.items() for option in command.params if "--json" in option.opts}
     assert set(places) == set(commands) - {"app", "batch", "new-method", "search", "serve", "train"}
-    assert len({(option.metavar, option.help, str(option.type)) for option in places.values()}) == 1
+    assert len({(option.metavar, option.help, *option.opts) for option in places.values()}) == 1
 
 
 @pytest.mark.parametrize(
@@ -100,6 +103,50 @@ def test_the_config_of_a_model_is_not_replaced(tmp_path, capsys, monkeypatch):
     assert code == 2
     assert "would replace the config of a model" in errors
     assert config.read_text() == '{"model_type": "llava"}'
+
+
+@pytest.mark.parametrize(("options", "closed"), [(("--json",), False), ((), True)])
+def test_what_cannot_be_printed_is_in_its_files_all_the_same(tmp_path, options, closed):
+    """Stdout is a file on a full disk, or a program that has ended."""
+    page = tmp_path / "page.html"
+    reader, writer = os.pipe()
+    os.close(reader)
+    full = os.open("/dev/full", os.O_WRONLY)
+    asked = [sys.executable, "-m", "foveate", "cost", "pocket", "--html", str(page), *options]
+    told = subprocess.run(asked, stdout=writer if closed else full, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    os.close(writer)
+    os.close(full)
+    assert told.returncode == 2, told.stderr
+    assert "error: the result cannot be printed" in told.stderr
+    assert "Exception ignored" not in told.stderr
+    assert "memory GB" in page.read_text()
+
+
+def test_a_document_does_not_replace_a_file_of_an_export(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("foveate.loading._read", lambda *_, **__: pytest.fail("nothing is to be loaded"))
+    folder = tmp_path / "text"
+    code, _, errors = invoke(capsys, monkeypatch, "export", "pocket", str(folder), "--json", str(folder / "config.json"))
+    assert code == 2
+    assert "is inside the export" in errors
+    assert not folder.exists()
+
+
+def test_a_pipe_is_only_written_to():
+    """As of ``--json >(jq .)``: reading it, to see whether it is a config, would never end."""
+    reader, writer = os.pipe()
+    asked = [sys.executable, "-m", "foveate", "methods", "--json", f"/dev/fd/{writer}"]
+    with subprocess.Popen(asked, pass_fds=[writer], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        os.close(writer)
+        with os.fdopen(reader) as file:
+            assert "prumerge+" in [each["name"] for each in json.load(file)]
+        assert process.wait(60) == 0
+
+
+def test_a_deep_file_may_be_replaced(tmp_path, capsys, monkeypatch):
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    code, _, _ = invoke(capsys, monkeypatch, "law", "--json", str(tmp_path / "deep.json"))
+    assert code == 0
+    assert json.loads((tmp_path / "deep.json").read_text())["tasks"] == "reasoning"
 
 
 def test_a_full_disk_is_told_after_the_result(capsys, monkeypatch):

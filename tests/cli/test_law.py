@@ -73,6 +73,16 @@ def test_a_table_of_your_own(capsys, monkeypatch, tmp_path):
     assert "too few sizes" in out
 
 
+@pytest.mark.parametrize(("size", "tokens"), [(1e300, 16), (1e-300, 16), (7, 1e300), (10**400, 16)])
+def test_points_beyond_what_floats_hold(capsys, monkeypatch, tmp_path, size, tokens):
+    path = tmp_path / "mine.json"
+    rows = [{"size": 1, "tokens": 10 * number, "score": number / 10} for number in range(1, 6)]
+    path.write_text(json.dumps({"tasks": {"mine": [*rows, {"size": size, "tokens": tokens, "score": 0.9}]}}))
+    code, out, err = invoke(capsys, monkeypatch, "law", "--data", str(path))
+    assert (code, out) == (2, "")
+    assert "expected billions of weights" in err or "too large a number" in err
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -80,6 +90,9 @@ def test_a_table_of_your_own(capsys, monkeypatch, tmp_path):
         (["--text", "nan"], "--text nan"),
         (["--budget", "50,x"], "'x' is no positive number"),
         (["--budget", "50,,"], "empty entry"),
+        (["--budget", "1e308"], "'1e308' is no positive number from 1e-06 to 1e+12"),
+        (["--sizes", "1e-320"], "'1e-320' is no positive number"),
+        (["--text", "1e300"], "at most 1e+12"),
         (["--sizes", "0"], "'0' is no positive number"),
         (["--tasks", "vqa"], "there are scores of reasoning, ocr"),
         (["--data", "none.json"], "none.json cannot be read"),

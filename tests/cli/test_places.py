@@ -170,6 +170,10 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
         ("bench", "--json", "{0}/same", "--html", "{0}/same"),
         ("cost", "--save", "{0}/same.png", "--html", "{0}/same.png"),
         ("compare", "--store", "{0}/same", "--html", "{0}/same"),
+        ("compare", "--save", "{0}", "--json", "{0}/comparison.json"),
+        ("compare", "--save", "{0}", "--store", "{0}/comparison.csv"),
+        ("compare", "--table", "4", "--save", "{0}", "--html", "{0}/table-4.md"),
+        ("eval", "--save", "{0}", "--json", "{0}/evaluation.json"),
     ],
 )
 def test_two_results_for_one_file(asked, capsys, monkeypatch, tmp_path):
@@ -177,6 +181,55 @@ def test_two_results_for_one_file(asked, capsys, monkeypatch, tmp_path):
     code, out, err = invoke(capsys, monkeypatch, *(part.format(tmp_path, tmp_path.name) for part in asked))
     assert (code, out) == (2, ""), err
     assert "is to hold two results" in err
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("ask", "{0}", "what ?", "--save", "{0}"),
+        ("ask", "{1}", "what ?", "--method", "{0}", "--save", "{0}"),
+        ("show", "{0}", "what ?", "--out", "{0}"),
+        ("show", "{1}", "what ?", "--config", "{0}", "--json={0}"),
+        ("law", "--data", "{0}", "--json={0}"),
+        ("cost", "--report", "{0}", "--text", "4", "--json={0}"),
+        ("cost", "{0}", "--html", "{0}"),
+        ("tune", "--data", "{0}", "--out", "{0}"),
+        ("tune", "--data", "{0}", "--json={0}"),
+        ("tune", "--data", "{0}", "--store", "{0}"),
+        ("compare", "--data", "{0}", "--html", "{0}"),
+        ("compare", "--data", "{0}", "--store", "{0}"),
+        ("bench", "--image", "{0}", "--html", "{0}"),
+        ("bench", "--config", "{0}", "--json={0}"),
+        ("demo", "--config", "{0}", "--json={0}"),
+        ("export", "pocket", "{1}.folder", "--config", "{0}", "--json={0}"),
+        ("eval", "--config", "{0}", "--json={0}"),
+        ("search", "{0}", "--data", "{0}"),
+    ],
+)
+def test_what_is_read_is_not_replaced(asked, scene, capsys, monkeypatch):
+    monkeypatch.setattr("foveate.loading._read", lambda *_, **__: pytest.fail("nothing is to be loaded"))
+    read = Path(scene).with_name("read.png")  # its ending and contents suit the first checks of all of them
+    read.write_bytes(Path(scene).read_bytes())
+    if "--config" in asked or asked[0] == "eval" or "--method" in asked:
+        read = Path(scene).with_name("read.json")
+        foveate.get("fovea", budget=9).save(read)
+    before = read.read_bytes()
+    code, out, err = invoke(capsys, monkeypatch, *(part.format(read, scene) for part in asked))
+    assert (code, out) == (2, ""), err
+    assert "is read here, and the result would replace it" in err or "cannot be saved as '.json'" in err
+    assert read.read_bytes() == before
+
+
+def test_names_that_are_no_text(tmp_path):
+    """A page and what is printed name a file whose name is no UTF-8; what was worked out is not lost."""
+    data, page = os.fsencode(tmp_path) + b"/law-\xff.json", tmp_path / "page.html"
+    Path(os.fsdecode(data)).write_bytes((Path(foveate.__file__).parent / "analysis" / "law.json").read_bytes())
+    asked = [sys.executable, "-m", "foveate", "law", "--data", data]
+    told = subprocess.run(asked, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    assert told.returncode == 0, told.stderr
+    assert rb"law-\udcff.json" in told.stdout
+    places.write_text(page, f"<p>{os.fsdecode(data)}</p>")
+    assert "law-\\udcff.json" in page.read_text()
 
 
 def test_a_picture_is_no_device(capsys, monkeypatch, scene):

@@ -465,6 +465,8 @@ def test_defaults_are_everything(tmp_path):
     assert options.counts is None
     assert options.command == "foveate compare --scenes 3 --each 2 --seed 1"
     assert parse_counts("64, 16,64") == (16, 64)
+    with pytest.raises(foveate.InputError, match="1 is one token"):
+        parse_counts("1.0,64,1")
     assert check_methods(("prumerge:paper", "prumerge", "prumerge")) == ("prumerge:paper", "prumerge")
 
 

@@ -30,6 +30,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stop": (None, []),
 }
 IGNORED = ("model", "user", "metadata", "store")
+LONGEST = 2**31 - 1  # tokens of an answer, which engines count in 32 bits
 HERE = ("", "localhost")  # hosts of file: URLs, of which other ones name other machines
 
 
@@ -103,7 +104,7 @@ def _of_openai(document: dict[str, Any], folder: Path, wanted: AnswerSettings) -
             raise InputError(f"the row asks for {name}={shown(value)}, which a batch does not do. Leave it out.")
         if name not in (*BODY, *NEUTRAL, *IGNORED):
             raise InputError(f"the row asks for {shown(name)}, which a batch does not know. Known: {', '.join(BODY)}.")
-    messages, ours = body.get("messages"), body.get("foveate") or {}
+    messages, ours = body.get("messages"), {} if body.get("foveate") is None else body["foveate"]
     if not isinstance(messages, list) or not messages:
         raise InputError("'messages' is a list of at least one message")
     if not isinstance(ours, dict) or ours.keys() - {"method", "budget"}:
@@ -165,7 +166,7 @@ def _place(place: str, folder: Path) -> str:
 def _asked(wanted: AnswerSettings, document: dict[str, Any], longest: Any) -> AnswerSettings:
     """How a row is answered that may name a method, a budget, or both; a method comes without the budget of another."""
     method, budget = document.get("method"), document.get("budget")
-    if not isinstance(method or "", str) or not isinstance(budget, int | float | None) or isinstance(budget, bool):
+    if not isinstance(method, str | None) or not isinstance(budget, int | float | None) or isinstance(budget, bool):
         raise InputError("'method' is a name and 'budget' a number")
     if method is not None:
         wanted = replace(wanted, method=method, budget=budget, config="")
@@ -173,8 +174,8 @@ def _asked(wanted: AnswerSettings, document: dict[str, Any], longest: Any) -> An
         wanted = replace(wanted, budget=budget)
     if longest is None:
         return wanted
-    if _whole(longest, "the longest answer") < 1:
-        raise InputError(f"the longest answer has {shown(longest)} tokens; expected 1 or more")
+    if not 1 <= _whole(longest, "the longest answer") <= LONGEST:
+        raise InputError(f"the longest answer has {shown(longest)} tokens; expected 1 or more, and at most {LONGEST}")
     return replace(wanted, max_new_tokens=longest)
 
 

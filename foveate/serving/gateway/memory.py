@@ -87,7 +87,8 @@ class Memory:
 def _digest(value: Any) -> str:
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()
-    return _key(*(_digest(each) if isinstance(each, bytes) else repr(each) for each in value))
+    # named, so that no picture is known as a video: its contents may be any bytes, also those that a video is known by
+    return "video " + _key(*(_digest(each) if isinstance(each, bytes) else repr(each) for each in value))
 
 
 def _key(*parts: str) -> str:

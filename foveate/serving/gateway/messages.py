@@ -93,10 +93,10 @@ def _message(message: Any, where: str, found: Conversation) -> dict[str, Any]:
     read: dict[str, Any] = {"role": role, "content": parts}
     for name in message.keys() & {"name", "tool_call_id"}:
         read[name] = _text(message[name], f"{where}.{name}", found)
-    if message.get("tool_calls"):
-        calls = message["tool_calls"]
-        if not isinstance(calls, list):
-            raise RequestError(f"{where}.tool_calls must be a list", param=where)
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list):
+        raise RequestError(f"{where}.tool_calls must be a list", param=where)
+    if calls:
         read["tool_calls"] = [_call(call, f"{where}.tool_calls[{i}]", found) for i, call in enumerate(calls)]
     return read
 

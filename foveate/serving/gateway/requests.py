@@ -109,7 +109,7 @@ class RequestReader:
         if not _within(asked.get("n"), 1, self.limits.answers):
             raise RequestError(f"n must be a whole number from 1 to {self.limits.answers}", param="n")
         for name in ("stream", "logprobs"):
-            if not isinstance(asked.get(name) or False, bool):
+            if not isinstance(asked.get(name), bool | None):
                 raise RequestError(f"{name} must be true or false", param=name)
         found = read_messages(asked.get("messages"), self.limits)
         options = {name: asked[name] for name in FORWARDED & asked.keys() if asked[name] is not None}
@@ -140,13 +140,14 @@ class RequestReader:
         return asked
 
     def _method(self, asked: Any) -> tuple[Method, str, float | None, str]:
-        if asked is None:
-            return method_of(self.method, self.budget, self.config), self.method, self.budget, self.config
+        asked = {} if asked is None else asked
         if not isinstance(asked, dict) or asked.keys() - {"method", "budget", "frames"}:
             raise RequestError('foveate must be an object such as {"method": "prumerge+", "budget": 144}', param="foveate")
         name, budget = asked.get("method"), asked.get("budget")
-        if not isinstance(name or "", str) or not isinstance(budget, int | float | None) or isinstance(budget, bool):
+        if not isinstance(name, str | None) or not isinstance(budget, int | float | None) or isinstance(budget, bool):
             raise RequestError("foveate.method must be a name and foveate.budget a number", param="foveate")
+        if not name and budget is None:  # it says nothing of the method, as {"frames": 8}
+            return method_of(self.method, self.budget, self.config), self.method, self.budget, self.config
         if len(name or "") > SHOWN:
             raise RequestError(f"foveate.method is {shown(name)}, which is no method; see 'foveate methods'", param="foveate")
         if budget is not None and abs(budget) > LARGEST_BUDGET:
@@ -166,7 +167,7 @@ class RequestReader:
 
 def _usage(asked: Any) -> bool:
     """Whether a stream ends with the numbers of tokens."""
-    asked = asked or {}
+    asked = {} if asked is None else asked
     if not isinstance(asked, dict):
         raise RequestError("stream_options must be an object", param="stream_options")
     odd = sorted(name for name in asked if asked[name] is not None and name not in ("include_usage", "include_obfuscation"))

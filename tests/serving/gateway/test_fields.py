@@ -83,6 +83,37 @@ CHANGING: dict[str, Any] = {
 }
 
 
+ODD: dict[str, tuple[dict[str, Any], str]] = {
+    **{f"method {value!r}": ({"foveate": {"method": value}}, "foveate") for value in (False, 0, [], {})},
+    **{f"stream {value!r}": ({"stream": value}, "stream") for value in (0, "", [], {})},
+    **{f"logprobs {value!r}": ({"logprobs": value}, "logprobs") for value in (0, "", [], {})},
+    **{f"stream_options {value!r}": ({"stream_options": value}, "stream_options") for value in (0, "", [], False)},
+    **{
+        f"tool_calls {value!r}": (
+            {"messages": [MESSAGE, {"role": "assistant", "content": "a", "tool_calls": value}]},
+            "messages[1]",
+        )
+        for value in (0, "", {}, False)
+    },
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_empty_has_its_type_all_the_same(shared: tuple[str, FakeEngine], name: str) -> None:
+    sent, param = ODD[name]
+    answer = post(shared[0], {"messages": [MESSAGE], **sent})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+def test_settings_that_say_nothing_of_the_method_leave_the_servers() -> None:
+    reader = RequestReader("pocket", "divprune", 0.25)
+    for told in (None, {}, {"frames": 8}, {"method": None, "budget": None}, {"method": "", "frames": 8}):
+        found = reader.read(json.dumps({"messages": [MESSAGE], "foveate": told}).encode())
+        assert (found.name, found.budget, found.method.budget) == ("divprune", 0.25, 0.25), told
+    own = reader.read(json.dumps({"messages": [MESSAGE], "foveate": {"method": "prumerge+", "frames": 8}}).encode())
+    assert (own.name, own.budget) == ("prumerge+", None), "a method comes without the budget of another"
+
+
 @pytest.mark.parametrize("name", CHANGING)
 def test_fields_that_would_change_it_are_refused(shared: tuple[str, FakeEngine], name: str) -> None:
     answer = post(shared[0], {"messages": [MESSAGE], name: CHANGING[name]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections.abc import Sequence
@@ -71,3 +72,13 @@ def test_pictures_that_others_change_are_known_as_they_came() -> None:
     keys = [key for row in rows for key in together.keys(row, method)]
     assert len({*keys}) == len(keys)
     assert together.keys([a, b], method) == together.keys([a, b], method)
+
+
+def test_no_picture_is_known_as_a_video() -> None:
+    """Its contents are any bytes, also those by which a video is known, which need no more than a digest of that."""
+    memory, method = Memory(100), method_of("full")
+    film = b"a film that others sent"
+    written = "\0".join(["'file'", "16", hashlib.sha256(film).hexdigest()]).encode()
+    assert memory.keys([("file", 16, film)], method) != memory.keys([written], method)
+    known = [("file", 16, film), ("file", 8, film), ("frames", 2.0, film), ("frames", 4.0, film), ("frames", 2.0, film, film), film]
+    assert len({key for each in known for key in memory.keys([each], method)}) == len(known)

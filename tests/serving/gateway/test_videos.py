@@ -9,6 +9,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
+from fractions import Fraction
 from random import Random
 from typing import Any
 
@@ -258,6 +259,61 @@ def test_limits(engine: FakeEngine, encoder: PictureEncoder) -> None:
             listed = {"type": "video", "video": [data_url(Image.fromarray(each)) for each in frames()]}
             if "video_pixels" in repr(why) or why == "together":
                 assert "together" in post(url, asked(listed)).text
+
+
+def test_frames_count_in_the_size_that_they_are_brought_to(engine: FakeEngine, encoder: PictureEncoder) -> None:
+    """Which is that of the first: small ones after a large one are as large as that."""
+    large, small = data_url(picture(1, (100, 100))), data_url(picture(2, (10, 10)))
+    for frames_, status in (([large, *[small] * 4], 400), ([small, large, *[small] * 3], 200)):
+        with started(engine, encoder, method="full", limits=Limits(video_pixels=40_000)) as url:
+            answer = post(url, asked({"type": "video", "video": frames_}))
+            assert answer.status_code == status, answer.text
+            assert status == 200 or "50000 pixels together" in answer.text
+
+
+def grown(kind: str) -> bytes:
+    """A video whose first frame is small, with larger ones after it."""
+    written = io.BytesIO()
+    if kind == "gif":
+        Image.new("P", (8, 8)).save(written, "GIF")
+        large = io.BytesIO()
+        Image.new("P", (300, 300)).save(large, "GIF")
+        data = large.getvalue()
+        return written.getvalue()[:-1] + data[data.index(b",\0\0\0\0") : -1] * 3 + b";"
+    with av.open(written, "w", format="matroska") as file:
+        stream = file.add_stream("mjpeg", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 8, 8, "yuvj420p"
+        for number in range(4):
+            shot = io.BytesIO()
+            picture(number, (300, 300) if number else (8, 8)).save(shot, "JPEG")
+            packet = av.Packet(shot.getvalue())
+            packet.stream, packet.time_base, packet.pts, packet.dts = stream, Fraction(1, 4), number, number
+            packet.is_keyframe = True
+            file.mux(packet)
+    return written.getvalue()
+
+
+def test_frames_of_a_film_that_grow(gateway: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are brought to the size of the first one by one."""
+    earlier = []
+    alike = Bounds.alike
+    monkeypatch.setattr(Bounds, "alike", lambda *given: earlier.append([each.size for each in given[3]]) or alike(*given))
+    assert {frame.size for frame in video_in(grown("mkv"), "a", 4, Bounds()).frames} == {(8, 8)}
+    assert {size for sizes in earlier for size in sizes} == {(8, 8)}
+    assert len(earlier) == 4
+    assert post(gateway, asked(clip(grown("mkv"), "video/x-matroska"))).status_code == 200
+
+
+def test_a_moving_picture_that_grows(gateway: str) -> None:
+    """Its head says 8 x 8 pixels, by which its memory was counted; Pillow makes all frames as large as the largest."""
+    answer = post(gateway, asked(clip(grown("gif"), "image/gif")))
+    assert (answer.status_code, "larger frames than its head says" in answer.text) == (400, True), answer.text
+
+
+@pytest.mark.parametrize("kind", ["gif", "mkv"])
+def test_no_frame_is_larger_than_it_may_be(kind: str) -> None:
+    with pytest.raises(InputError, match="300 x 300 pixels"):
+        video_in(grown(kind), "a", 4, Bounds(pixels=10_000))
 
 
 def test_a_model_without_videos_says_so(engine: FakeEngine) -> None:
