@@ -80,6 +80,7 @@ def models() -> list[ModelInfo]:
         notes += (
             ["methods before the decoder only: some of its layers hold a state, not keys and values"] if family.recurrent else []
         )
+        notes += [f"methods before the decoder only: {family.uncut}"] if family.uncut else []
         found.append(
             ModelInfo(
                 name=family.name,

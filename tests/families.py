@@ -78,6 +78,7 @@ from .family_prompts import (
     tiles_of,
     tiles_with_breaks,
     tiles_with_indicators,
+    tiles_with_separators,
 )
 
 WINDOW = 12  # of decoders with sliding layers: shorter than the prompts, and than a picture of Gemma 3
@@ -142,6 +143,15 @@ def hybrid_text(**changes: object) -> dict[str, object]:
     return mrope_text(head_dim=16, **heads, **changes) | HALF | dict(initializer_range=0.11)  # their states amplify rounding
 
 
+def chunked_text() -> dict[str, object]:
+    """Llama 4: chunks shorter than the prompts; every other layer has experts and no rotary embeddings."""
+    shape = dict(hidden_size=64, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+    ids = dict(vocab_size=zoo.VOCABULARY, pad_token_id=zoo.PAD, bos_token_id=1, eos_token_id=zoo.EOS)
+    experts = dict(intermediate_size_mlp=96, num_local_experts=4, interleave_moe_layer_step=2)
+    more = dict(head_dim=16, attention_chunk_size=16, no_rope_layer_interval=2, initializer_range=0.3)
+    return shape | ids | experts | more
+
+
 def convolving_text() -> dict[str, object]:
     """LFM2: every other layer is a convolution."""
     shape = dict(hidden_size=64, intermediate_size=150, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
@@ -177,6 +187,11 @@ NEWER: dict[str, Callable[[], tuple[object, object, dict[str, object]]]] = {
         small_vit(0, patch_size=PATCH, num_patches=64, vision_use_head=False),
         convolving_text(),
         IMAGES | dict(downsample_factor=2, projector_hidden_size=80),
+    ),
+    "llama4": lambda: (
+        small_vit(84, intermediate_size=4 * 48, projector_input_dim=80, projector_output_dim=80, vision_output_dim=80),
+        chunked_text(),
+        dict(image_token_index=IMAGE, boi_token_index=START, eoi_token_index=END),
     ),
     "paddleocr_vl": lambda: (small_vit(112), mrope_text(head_dim=16), MARKS),
     "ovis2": lambda: (
@@ -314,6 +329,7 @@ SPECS: dict[str, Spec] = {
     "qwen3_vl_moe": Spec(QWEN_ROWS, packed(timestamps=True), patches, packed_patches(), "mrope"),
     "qwen3_5": Spec(QWEN_ROWS, packed(timestamps=True), patches, packed_patches(), "mrope"),
     "qwen3_5_moe": Spec(QWEN_ROWS, packed(timestamps=True), patches, packed_patches(), "mrope"),
+    "llama4": Spec(TILED_ROWS, tiles_with_separators(3), tiled(6, whole=True)),
     "paddleocr_vl": Spec(
         GLM_ROWS, packed(), lambda medium: (math.prod(medium.size), 3, zoo.PATCH, zoo.PATCH), packed_patches(), "mrope"
     ),
@@ -325,7 +341,8 @@ SPECS: dict[str, Spec] = {
 STAMPED = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v")  # with a time at each frame
 LEVELS = {"qwen3_vl": 3, "qwen3_vl_moe": 3}  # decoder layers that still get features of the vision encoder
 ONE_PLACEHOLDER = tuple(kind for kind, row in FAMILIES.items() if row.one_placeholder)  # of pictures and videos
-HYBRID = tuple(kind for kind, row in FAMILIES.items() if row.recurrent)  # nothing can be cut inside these
+UNCUT = tuple(kind for kind, row in FAMILIES.items() if row.recurrent or row.uncut)  # nothing can be cut inside these
+LATE = tuple(kind for kind, row in FAMILIES.items() if row.late)  # whose own beam search loses pictures
 # those that the installed transformers can do
 USABLE = [family for family in SPECS if Version(transformers.__version__) >= Version(f"{FAMILIES[family].since}.dev0")]
 WORDS = ((3, 6), (2, 5), (9, 0), (8, 4), (5, 3))  # of each row: in front of the media, and behind each of them
@@ -357,7 +374,15 @@ def saved(family: str) -> Path:
 @functools.cache
 def load(family: str) -> PreTrainedModel:
     """The model as a user loads it; one for all tests, which leave it as it is."""
-    return AutoModelForImageTextToText.from_pretrained(saved(family), attn_implementation="sdpa").eval()
+    model = AutoModelForImageTextToText.from_pretrained(saved(family), attn_implementation="sdpa").eval()
+    return running(model)
+
+
+def running(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, with what Llama 4's forward misses in transformers 5.24.0: a field of its language model's output."""
+    if model.config.model_type == "llama4":
+        model.language_model.register_forward_hook(lambda _, __, output: setattr(output, "image_outputs", None))
+    return model
 
 
 def laid_row(family: str, media: Sequence[Medium]) -> list[Laid]:

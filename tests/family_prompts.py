@@ -192,6 +192,19 @@ def tiles_with_breaks(side: int) -> Lay:
     return lay
 
 
+def tiles_with_separators(side: int) -> Lay:
+    """Llama 4: a mark between tiles of a line, another after each line, the whole picture last, after a mark of its own."""
+
+    def lay(medium: Medium, _: int) -> Laid:
+        (rows, columns), tile = medium.size, [IMAGE] * side**2
+        split, ids = rows * columns > 1, [START]
+        for _ in range(rows if split else 0):
+            ids += [*([*tile, TILE] * columns)[:-1], BREAK]
+        return Laid([*ids, GLOBAL, *tile, END], [cells(side, side)] * (rows * columns * split + 1))
+
+    return lay
+
+
 def tiles_with_indicators(side: int) -> Lay:
     """Ovis2: the whole picture first, and tokens of the model's own between tiles."""
     begin, end, small, column, row = INDICATORS

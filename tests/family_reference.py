@@ -20,7 +20,7 @@ from .family_prompts import IMAGE, INDICATORS, VIDEO
 
 # take one mask for each type of layer
 WITH_LAYER_TYPES = ("qwen2", "gemma3_text", "cohere2", "qwen2_vl_text", "qwen2_5_vl_text")
-WITH_LAYER_TYPES += ("qwen3_5_text", "qwen3_5_moe_text", "lfm2")
+WITH_LAYER_TYPES += ("qwen3_5_text", "qwen3_5_moe_text", "lfm2", "llama4_text")
 KINDS = {"image": IMAGE, "video": VIDEO}
 
 
@@ -44,6 +44,11 @@ class Spliced:
     deep: list[Tensor] = field(default_factory=list)
 
 
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """Without its head."""
+    return model.language_model.model if model.config.model_type == "llama4" else model.get_decoder()
+
+
 def placeholders(ids: Tensor) -> Tensor:
     return (ids == IMAGE) | (ids == VIDEO)
 
@@ -61,7 +66,10 @@ def whole_features(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[T
             known = inspect.signature(encode).parameters
             output = encode(**{name: value for name, value in inputs.items() if name in known}, return_dict=True)
             deep = [torch.cat(list(layer)) for layer in getattr(output, "deepstack_features", None) or []]
-            found[token] = [torch.cat([part.flatten(0, -2) for part in output.pooler_output]), *deep]
+            visual = output.pooler_output
+            if model.config.model_type == "llama4":  # its forward projects them
+                visual = base.multi_modal_projector(output.last_hidden_state)
+            found[token] = [torch.cat([part.flatten(0, -2) for part in visual]), *deep]
     width = model.config.get_text_config().hidden_size
     parts = [torch.zeros(len(ids), width) for _ in next(iter(found.values()), [None])]
     for token, values in found.items():
@@ -157,7 +165,10 @@ def masks(model: PreTrainedModel, blocks: Tensor) -> Tensor | dict[str, Tensor]:
     window = getattr(config, "sliding_window", None)
     near = seen if window is None else seen & (number > number[:, None] - window)
     if config.model_type in WITH_LAYER_TYPES:
-        return {"full_attention": seen[None, None], "sliding_attention": near[None, None], "linear_attention": None, "conv": None}
+        chunk = getattr(config, "attention_chunk_size", None) or len(number)
+        chunked = seen & (number // chunk == number[:, None] // chunk)
+        found = {"full_attention": seen, "sliding_attention": near, "chunked_attention": chunked}
+        return {kind: mask[None, None] for kind, mask in found.items()} | {"linear_attention": None, "conv": None}
     return (near if config.model_type == "mistral" else seen)[None, None]
 
 
@@ -189,7 +200,7 @@ def _hooked(model: PreTrainedModel, spliced: Spliced, left: dict[int, Sequence[i
         return after
 
     try:
-        for number, layer in enumerate(model.get_decoder().layers):
+        for number, layer in enumerate(decoder_of(model).layers):
             handles.append(layer.register_forward_pre_hook(hide(number), with_kwargs=True))
             if number < len(spliced.deep):
                 handles.append(layer.register_forward_hook(add(number)))
@@ -205,7 +216,7 @@ def logits(model: PreTrainedModel, spliced: Spliced, tokens: Sequence[int], left
 
     ``left`` is {layer: columns of the spliced prompt that are left from there on}, of methods that drop tokens inside the decoder.
     """
-    decoder, head, table = model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings()
+    decoder, head, table = decoder_of(model), model.get_output_embeddings(), model.get_input_embeddings()
     embeddings, positions, blocks, found = spliced.embeddings, spliced.positions, spliced.blocks, []
     with _hooked(model, spliced, left or {}):
         for token in tokens:

@@ -15,8 +15,8 @@ class Norm:
     operations: int
 
 
-RMS_NORM, LAYER_NORM, CENTRED_NORM = Norm(1, 4), Norm(2, 7), Norm(1, 6)
-"""The last one is a LayerNorm without a bias."""
+RMS_NORM, LAYER_NORM, CENTRED_NORM, BARE_NORM = Norm(1, 4), Norm(2, 7), Norm(1, 6), Norm(0, 4)
+"""The last two are a LayerNorm without a bias and a norm by length without weights."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ class Stack:
     norms, norm : of a layer, and their kind.
     query_norm : the kind of norm of queries and keys, None = none. across_heads : whether it takes all heads together.
     scaled : whether what attention and MLP give is scaled channel by channel.
-    rotary : whether queries and keys are rotated; "windows" = in layers with a window only.
+    rotary : whether queries and keys are rotated; "windows" = in layers with a window only, and normed nowhere else either.
     windows : tokens that attention reaches back in each layer, or the size of its blocks where it is not causal; None = all.
+    chunks : whether windows begin anew after each of them.
     gates : whether what attention gives is gated, by a second half of the projection of queries.
     experts, dense : in the place of the MLP, but for some layers. mixer, mixed : in the place of attention, in some layers.
     """
@@ -103,6 +104,7 @@ class Stack:
     scaled: bool = False
     rotary: bool | Literal["windows"] = False
     windows: tuple[int | None, ...] = ()
+    chunks: bool = False
     gates: bool = False
     experts: Experts | None = None
     dense: tuple[int, ...] = ()
@@ -118,6 +120,7 @@ class Stack:
                 layers=1,
                 windows=(window,),
                 rotary=window is not None if self.rotary == "windows" else self.rotary,
+                query_norm=None if self.rotary == "windows" and window is None else self.query_norm,
                 experts=None if number in self.dense else self.experts,
                 mixer=self.mixer if number in self.mixed else None,
                 dense=(),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import UnsupportedModelError
-from .architecture import CENTRED_NORM, LAYER_NORM, RMS_NORM, Decoder, Experts, Mixer, Norm, Stack
+from .architecture import BARE_NORM, CENTRED_NORM, LAYER_NORM, RMS_NORM, Decoder, Experts, Mixer, Norm, Stack
 
 STATES = ("linear_attention", "conv")
 """Layers that hold a state in the place of keys and values."""
@@ -24,6 +24,7 @@ class _Kind:
     norms: int = 2
     norm: Norm = RMS_NORM
     query_norm: bool | str = False
+    query_kind: Norm | None = None
     head_bias: bool = False
     rotary: bool | Literal["windows"] = True
     gates: bool = False
@@ -43,6 +44,11 @@ def _chosen(config: Any) -> Experts:
 def _routed(config: Any) -> Experts:
     inner = config.moe_intermediate_size
     return Experts(config.n_routed_experts, config.num_experts_per_tok, inner, shared=config.n_shared_experts * inner)
+
+
+def _scattered(config: Any) -> Experts:
+    inner = config.intermediate_size
+    return Experts(config.num_local_experts, config.num_experts_per_tok, inner, shared=inner)
 
 
 def _without_experts(config: Any) -> list[int]:
@@ -93,6 +99,15 @@ _DECODERS = {
     "glm4v_text": _Kind(qkv=True, norms=4),
     "glm4v_moe_text": _Kind(qkv="attention_bias", experts=_routed, dense=lambda config: range(config.first_k_dense_replace)),
     "paddleocr_vl_text": _Kind(qkv="use_bias", out="use_bias", mlp="use_bias"),
+    "llama4_text": replace(
+        _BIASED,
+        query_norm="use_qk_norm",
+        query_kind=BARE_NORM,
+        rotary="windows",
+        experts=_scattered,
+        dense=lambda config: sorted({*range(config.num_hidden_layers)} - {*config.moe_layers}),
+        inner=lambda config: int(config.intermediate_size_mlp),
+    ),
     "lfm2": _Kind(query_norm=True, mixer=_short_convolution, inner=_two_thirds),
     "cohere2": _Kind(qkv="attention_bias", out="attention_bias", norms=1, norm=CENTRED_NORM, rotary="windows"),
 }
@@ -117,9 +132,11 @@ def read_decoder(whole: Any, tied: bool, causal: bool = True) -> Decoder:
         return bool(getattr(config, value, False)) if isinstance(value, str) else value
 
     heads, layers = config.num_attention_heads, config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    window = getattr(config, "sliding_window", None) or chunk
     types = getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"] * layers
-    known = {"full_attention", "sliding_attention", *(STATES if kind.mixer else ())}
+    windowed = ("sliding_attention", *(["chunked_attention"] if chunk else []))
+    known = {"full_attention", *windowed, *(STATES if kind.mixer else ())}
     unknown = sorted(set(types) - known)
     if unknown:
         raise UnsupportedModelError(f"the cost of layers of type {unknown[0]!r} is not known in a decoder of type {name!r}")
@@ -136,9 +153,10 @@ def read_decoder(whole: Any, tied: bool, causal: bool = True) -> Decoder:
         mlp_bias=flag(kind.mlp),
         norms=kind.norms,
         norm=kind.norm,
-        query_norm=kind.norm if flag(kind.query_norm) else None,
+        query_norm=(kind.query_kind or kind.norm) if flag(kind.query_norm) else None,
         rotary=kind.rotary,
-        windows=tuple(window if each == "sliding_attention" else None for each in types),
+        windows=tuple(window if each in windowed else None for each in types),
+        chunks="chunked_attention" in types,
         gates=kind.gates,
         experts=kind.experts(config) if kind.experts else None,
         dense=tuple(kind.dense(config)),

@@ -68,10 +68,13 @@ class Span:
     pairs: float
 
 
-def prompt_span(tokens: float, window: int | None, causal: bool, fused: bool) -> Span:
-    """A prompt that enters a layer."""
+def prompt_span(tokens: float, window: int | None, causal: bool, fused: bool, chunks: bool = False) -> Span:
+    """A prompt that enters a layer; ``chunks``: its windows begin anew after each of them."""
     if not (causal and fused):
         return Span(tokens, tokens, tokens * tokens)
+    if chunks and window is not None:
+        rest = tokens % window
+        return Span(tokens, tokens, (tokens // window * window * (window + 1) + rest * (rest + 1)) / 2)
     reach = min(tokens, window or tokens)
     return Span(tokens, tokens, reach * (reach + 1) / 2 + (tokens - reach) * reach)
 

@@ -88,6 +88,18 @@ def _gated(config: Any, norm: Norm | None = LAYER_NORM) -> Projectors:
     return (Projector((first, Linear(inner // 2, width, activation="gated")), merge),)
 
 
+def _shuffled_mlp(config: Any) -> Projectors:
+    """An MLP of the encoder's own on blocks of patches, with an activation after each layer, and a layer."""
+    vision = config.vision_config
+    inner = vision.projector_output_dim
+    layers = (
+        Linear(vision.intermediate_size, vision.projector_input_dim, bias=False),
+        Linear(inner, inner, bias=False, activation="plain"),
+        Linear(vision.vision_output_dim, config.text_config.hidden_size, bias=False, activation="plain"),
+    )
+    return (Projector(layers, round(1 / vision.pixel_shuffle_ratio) ** 2),)
+
+
 def _words(config: Any) -> Projectors:
     """A choice among visual words, of which their embeddings are mixed."""
     vision, width, merge = config.vision_config, config.text_config.hidden_size, config.vision_config.hidden_stride**2
@@ -109,6 +121,7 @@ SHAPES: dict[str, Callable[[Any], Projectors]] = {
     "shuffle": _shuffle,
     "normed shuffle": _normed_shuffle,
     "one": _one,
+    "shuffled mlp": _shuffled_mlp,
     "words": _words,
     "gated": _gated,
     "gated, no norm": partial(_gated, norm=None),

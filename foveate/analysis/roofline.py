@@ -207,7 +207,7 @@ def _question(shape: Architecture, work: Workload) -> Iterator[Step]:
         return
     yield "prefill", "question", embedding(decoder, batch * tokens, precision), 1
     for layer, times in Counter(decoder.stack.each).items():
-        span = prompt_span(tokens, layer.window, decoder.causal, work.fused)
+        span = prompt_span(tokens, layer.window, decoder.causal, work.fused, layer.chunks)
         for operator in layer_operators(layer, batch, span, tokens, precision, work.fused, to_cache=False):
             yield "prefill", "question", operator, times
 
@@ -218,7 +218,7 @@ def _decoder(shape: Architecture, work: Workload) -> Iterator[Step]:
     layers = Counter(zip(work.tokens, decoder.stack.each, strict=True))
     yield "prefill", "decoder", embedding(decoder, batch * work.tokens[0], precision), 1
     for (tokens, layer), times in layers.items():
-        span = prompt_span(tokens, layer.window, decoder.causal, work.fused)
+        span = prompt_span(tokens, layer.window, decoder.causal, work.fused, layer.chunks)
         for operator in layer_operators(layer, batch, span, tokens, precision, work.fused, to_cache=True):
             yield "prefill", "decoder", operator, times
     for operator in head_operators(decoder, batch, batch * work.tokens[-1], precision):

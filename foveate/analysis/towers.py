@@ -24,11 +24,11 @@ def _stack(vision: Any, **more: Any) -> Stack:
 
 
 def _plain(vision: Any, kind: TowerKind) -> Tower:
-    """With learnt positions and plain MLPs."""
+    """With learnt positions, perhaps rotary ones as well, and plain MLPs."""
     cls = kind.has_cls
     patches = _area(vision.image_size) // _area(vision.patch_size)
     return Tower(
-        _stack(vision),
+        _stack(vision, rotary=kind.rotary),
         patch=vision.num_channels * _area(vision.patch_size),
         patch_bias=kind.patch_bias,
         patches=patches,
@@ -36,7 +36,7 @@ def _plain(vision: Any, kind: TowerKind) -> Tower:
         positions=patches + cls,
         before=LAYER_NORM if cls else None,
         after=LAYER_NORM,
-        cls_alone=cls,
+        cls_alone=cls and not kind.cls_last,
         pools=kind.pools and getattr(vision, "vision_use_head", True),
     )
 

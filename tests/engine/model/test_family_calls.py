@@ -18,7 +18,7 @@ GREEDY |= dict(return_dict_in_generate=True, output_logits=True)
 TYPES = ("token_type_ids", "mm_token_type_ids")
 MROPE = tuple(family for family, row in FAMILIES.items() if row.mrope)
 CASES = [
-    (family, name) for family in FAMILIES for name in ("prumerge+", "fastv") if name != "fastv" or family not in families.HYBRID
+    (family, name) for family in FAMILIES for name in ("prumerge+", "fastv") if name != "fastv" or family not in families.UNCUT
 ]
 
 
