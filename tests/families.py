@@ -378,6 +378,11 @@ def load(family: str) -> PreTrainedModel:
     return running(model)
 
 
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The language model without its head."""
+    return model.language_model.model if model.config.model_type == "llama4" else model.get_decoder()
+
+
 def running(model: PreTrainedModel) -> PreTrainedModel:
     """The model, with what Llama 4's forward misses in transformers 5.24.0: a field of its language model's output."""
     if model.config.model_type == "llama4":

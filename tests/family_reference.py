@@ -44,11 +44,6 @@ class Spliced:
     deep: list[Tensor] = field(default_factory=list)
 
 
-def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
-    """Without its head."""
-    return model.language_model.model if model.config.model_type == "llama4" else model.get_decoder()
-
-
 def placeholders(ids: Tensor) -> Tensor:
     return (ids == IMAGE) | (ids == VIDEO)
 
@@ -200,7 +195,7 @@ def _hooked(model: PreTrainedModel, spliced: Spliced, left: dict[int, Sequence[i
         return after
 
     try:
-        for number, layer in enumerate(decoder_of(model).layers):
+        for number, layer in enumerate(families.decoder_of(model).layers):
             handles.append(layer.register_forward_pre_hook(hide(number), with_kwargs=True))
             if number < len(spliced.deep):
                 handles.append(layer.register_forward_hook(add(number)))
@@ -216,7 +211,7 @@ def logits(model: PreTrainedModel, spliced: Spliced, tokens: Sequence[int], left
 
     ``left`` is {layer: columns of the spliced prompt that are left from there on}, of methods that drop tokens inside the decoder.
     """
-    decoder, head, table = decoder_of(model), model.get_output_embeddings(), model.get_input_embeddings()
+    decoder, head, table = families.decoder_of(model), model.get_output_embeddings(), model.get_input_embeddings()
     embeddings, positions, blocks, found = spliced.embeddings, spliced.positions, spliced.blocks, []
     with _hooked(model, spliced, left or {}):
         for token in tokens:

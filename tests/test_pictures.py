@@ -215,11 +215,11 @@ def test_encoded_pictures_are_all_that_a_decoder_needs(family):
 
             return after
 
-        layers = model.get_decoder().layers
+        layers = families.decoder_of(model).layers
         handles = [layers[number].register_forward_hook(add(number)) for number in range(len(deep))]
         try:
             with torch.no_grad():
-                hidden = model.get_decoder()(inputs_embeds=embeds, attention_mask=mask, position_ids=places, use_cache=False)
+                hidden = families.decoder_of(model)(inputs_embeds=embeds, attention_mask=mask, position_ids=places, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
