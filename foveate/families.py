@@ -136,7 +136,7 @@ def _fused(model_type: str, **more: Any) -> TowerKind:
     return replace(places, **more)
 
 
-ANY_SIZE = ("thw", "sizes", "shapes")
+ANY_SIZE = ("thw", "sizes", "shapes", "places")
 """How the tokens of pictures of any size are arranged."""
 _TILES = "each tile of a large picture is a picture of its own"
 _FRAMES = "frames of a video come as pictures"
@@ -209,6 +209,16 @@ FAMILIES = {
         Family("internvl", "InternVL", "OpenGVLab/InternVL3-8B-hf", images="runs", projector=None, joins="shuffle", notes=_FRAMES),
         Family("qianfan_ocr", "Qianfan-OCR", "baidu/Qianfan-OCR", images="runs", projector=None, joins="shuffle"),
         Family("gemma3", "Gemma 3", "google/gemma-3-4b-it", projector=None, two_way=True, joins="pooled"),
+        Family(
+            "gemma4",
+            "Gemma 4",
+            "google/gemma-4-E4B-it",
+            images="places",
+            projector=None,
+            two_way=True,
+            joins="pooled, no weights",
+            notes="cuts inside the decoder only where all layers have keys and values of their own (not E2B and E4B)",
+        ),
         Family(
             "paligemma",
             "PaliGemma",
@@ -308,7 +318,6 @@ REFUSED = {
     "blip-2": "its Q-Former makes 32 tokens of any picture already",
     "instructblip": "its Q-Former makes 32 tokens of any picture already",
     "instructblipvideo": "its Q-Former makes 32 tokens of any picture already",
-    "gemma4": "its layers share keys and values and look up embeddings of their own for each token, which was not tested",
     "fuyu": "it has no vision encoder: patches of pixels are the tokens",
     "chameleon": "visual tokens are words of its vocabulary",
     "emu3": "visual tokens are words of its vocabulary",
@@ -363,6 +372,16 @@ TOWERS = {
             mlp="ffn",
             shape="root",
             gated=True,
+        ),
+        TowerKind(
+            "gemma4_vision",
+            query="self_attn.q_norm",
+            key="self_attn.k_norm",
+            norm="pre_feedforward_layernorm",
+            rotary=True,
+            gated=True,
+            patch_bias=False,
+            shape="averaged",
         ),
         TowerKind(
             "llama4_vision_model",

@@ -71,6 +71,7 @@ from .family_prompts import (
     padded_patches,
     padded_pictures,
     padded_rows,
+    placed_patches,
     plain,
     stacked,
     tiles_apart,
@@ -152,6 +153,16 @@ def chunked_text() -> dict[str, object]:
     return shape | ids | experts | more
 
 
+def layered_text(**changes: object) -> dict[str, object]:
+    """Gemma 4: the last layers read the keys and values of earlier ones; layers have embeddings, and global ones heads, of their own."""
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2)
+    ids = dict(vocab_size=zoo.VOCABULARY, pad_token_id=zoo.PAD, bos_token_id=1, eos_token_id=zoo.EOS)
+    own = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=zoo.VOCABULARY, num_kv_shared_layers=2)
+    more = dict(head_dim=16, global_head_dim=32, layer_types=["sliding_attention", "full_attention"] * 3)
+    sees = dict(use_bidirectional_attention="vision", sliding_window=WINDOW, use_double_wide_mlp=True)
+    return shape | ids | own | more | sees | dict(initializer_range=0.3) | changes
+
+
 def convolving_text() -> dict[str, object]:
     """LFM2: every other layer is a convolution."""
     shape = dict(hidden_size=64, intermediate_size=150, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
@@ -166,6 +177,9 @@ EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48)
 ROUTED = dict(n_routed_experts=6, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=48)
 DEEP = dict(intermediate_size=64, out_hidden_size=64)
 IMAGES = dict(image_token_id=IMAGE)
+GEMMA_VISION = small_vit(0, patch_size=PATCH, num_key_value_heads=4, head_dim=16, pooling_kernel_size=2)
+GEMMA_VISION |= dict(position_embedding_size=64, image_size=None)
+GEMMA_MARKS = IMAGES | dict(video_token_id=VIDEO, boi_token_id=START, eoi_token_id=END, audio_token_id=18)
 # of families whose configs are found by their names: vision encoder, decoder and fields of a small config
 NEWER: dict[str, Callable[[], tuple[object, object, dict[str, object]]]] = {
     "qianfan_ocr": lambda: (intern_vision(), zoo.text_config("qwen3"), IMAGES | dict(image_seq_length=9)),
@@ -193,6 +207,16 @@ NEWER: dict[str, Callable[[], tuple[object, object, dict[str, object]]]] = {
         chunked_text(),
         dict(image_token_index=IMAGE, boi_token_index=START, eoi_token_index=END),
     ),
+    "gemma4": lambda: (dict(GEMMA_VISION), layered_text(), GEMMA_MARKS),
+    # all layers have keys and values of their own; in global ones the values are the keys; experts beside the MLPs
+    "gemma4, apart": lambda: (
+        dict(GEMMA_VISION),
+        layered_text(
+            **dict(num_kv_shared_layers=0, attention_k_eq_v=True, num_global_key_value_heads=1),
+            **dict(enable_moe_block=True, num_experts=6, top_k_experts=2, moe_intermediate_size=48),
+        ),
+        GEMMA_MARKS,
+    ),
     "paddleocr_vl": lambda: (small_vit(112), mrope_text(head_dim=16), MARKS),
     "ovis2": lambda: (
         small_vit(84, vocab_size=40, hidden_stride=2),
@@ -212,7 +236,7 @@ def parts_of(family: str) -> tuple[type[PreTrainedConfig], object, object, dict[
     llama, one = zoo.text_config("llama"), {"image_token_index": IMAGE}
     vit = small_vit(84)
     if family in NEWER:
-        return CONFIG_MAPPING[family], *NEWER[family]()
+        return CONFIG_MAPPING[family.split(",")[0]], *NEWER[family]()
     match family:
         case "llava":
             return LlavaConfig, zoo.clip_config(), llama, one
@@ -265,8 +289,8 @@ class Spec:
     lay : token ids of a medium, and what its placeholders stand for.
     shape : of the pixels of a medium.
     collate : pixels of all rows -> what the model takes.
-    types : further inputs with one entry per token: "gemma" (1 = picture), "prefix" (0 = bidirectional) or "mrope" (1 = picture,
-        2 = video).
+    types : further inputs with one entry per token: "gemma" (1 = picture), "prefix" (0 = bidirectional), "mrope" (1 = picture,
+        2 = video), or "typed", which are those of "gemma" by the name of those of "mrope".
     """
 
     rows: tuple[tuple[Medium, ...], ...]
@@ -329,6 +353,7 @@ SPECS: dict[str, Spec] = {
     "qwen3_vl_moe": Spec(QWEN_ROWS, packed(timestamps=True), patches, packed_patches(), "mrope"),
     "qwen3_5": Spec(QWEN_ROWS, packed(timestamps=True), patches, packed_patches(), "mrope"),
     "qwen3_5_moe": Spec(QWEN_ROWS, packed(timestamps=True), patches, packed_patches(), "mrope"),
+    "gemma4": Spec(SHAPED_ROWS, in_pixels(2), lambda medium: (math.prod(medium.size), 3 * PATCH * PATCH), placed_patches, "typed"),
     "llama4": Spec(TILED_ROWS, tiles_with_separators(3), tiled(6, whole=True)),
     "paddleocr_vl": Spec(
         GLM_ROWS, packed(), lambda medium: (math.prod(medium.size), 3, zoo.PATCH, zoo.PATCH), packed_patches(), "mrope"
@@ -338,13 +363,17 @@ SPECS: dict[str, Spec] = {
     "glm4v_moe": Spec(GLM_ROWS, framed(), patches, packed_patches(), "mrope"),
     "glm46v": Spec(GLM_ROWS, framed(), patches, packed_patches(), "mrope"),
 }
+SPECS["gemma4, apart"] = SPECS["gemma4"]
+APART = ("gemma4, apart",)  # other models of a family
 STAMPED = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v")  # with a time at each frame
 LEVELS = {"qwen3_vl": 3, "qwen3_vl_moe": 3}  # decoder layers that still get features of the vision encoder
 ONE_PLACEHOLDER = tuple(kind for kind, row in FAMILIES.items() if row.one_placeholder)  # of pictures and videos
-UNCUT = tuple(kind for kind, row in FAMILIES.items() if row.recurrent or row.uncut)  # nothing can be cut inside these
+# nothing can be cut inside these
+UNCUT = (*(kind for kind, row in FAMILIES.items() if row.recurrent or row.uncut), "gemma4")
 LATE = tuple(kind for kind, row in FAMILIES.items() if row.late)  # whose own beam search loses pictures
 # those that the installed transformers can do
-USABLE = [family for family in SPECS if Version(transformers.__version__) >= Version(f"{FAMILIES[family].since}.dev0")]
+SINCE = {family: Version(f"{FAMILIES[family.partition(',')[0]].since}.dev0") for family in SPECS}
+USABLE = [family for family, since in SINCE.items() if Version(transformers.__version__) >= since]
 WORDS = ((3, 6), (2, 5), (9, 0), (8, 4), (5, 3))  # of each row: in front of the media, and behind each of them
 
 
@@ -426,6 +455,8 @@ def inputs_of(family: str, ids: Sequence[list[int]], media: Sequence[Pixels], si
         inputs["token_type_ids"] = (tokens == IMAGE).long()
     elif spec.types == "prefix":
         inputs["token_type_ids"] = torch.zeros_like(tokens)
+    elif spec.types == "typed":
+        inputs["mm_token_type_ids"] = (tokens == IMAGE).int()
     elif spec.types == "mrope":
         films = family in ONE_PLACEHOLDER and any(medium.frames for row in media for medium, _ in row)
         inputs["mm_token_type_ids"] = (1 + films) * (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()

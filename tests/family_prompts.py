@@ -316,6 +316,16 @@ def padded_patches(rows: Sequence[Pixels]) -> dict[str, Tensor]:
     return {"pixel_values": pixels, "pixel_attention_mask": real.long(), "spatial_shapes": shapes}
 
 
+def placed_patches(rows: Sequence[Pixels]) -> dict[str, Tensor]:
+    """Gemma 4: the same; each patch says its column and row, and padding -1."""
+    inputs = padded_patches(rows)
+    real = inputs.pop("pixel_attention_mask")
+    inputs["image_position_ids"] = real.new_full((*real.shape, 2), -1)
+    for places, (high, wide) in zip(inputs["image_position_ids"], inputs.pop("spatial_shapes").tolist(), strict=True):
+        places[: high * wide] = torch.tensor([[column, row] for row in range(high) for column in range(wide)])
+    return inputs
+
+
 def packed_patches(seconds: float | None = None) -> Collate:
     """Qwen and GLM: the patches of all pictures in one sequence, and of all videos in another; ``seconds`` from frame to frame."""
 

@@ -28,7 +28,8 @@ class _Kind:
     head_bias: bool = False
     rotary: bool | Literal["windows"] = True
     gates: bool = False
-    experts: Callable[[Any], Experts] | None = None
+    experts: Callable[[Any], Experts | None] | None = None
+    own: Callable[[Any, Stack], tuple[Stack, ...]] | None = None
     dense: Callable[[Any], Sequence[int]] = lambda config: ()
     mixer: Callable[[Any], Mixer] | None = None
     inner: Callable[[Any], int] = lambda config: getattr(config, "intermediate_size", 0)
@@ -49,6 +50,23 @@ def _routed(config: Any) -> Experts:
 def _scattered(config: Any) -> Experts:
     inner = config.intermediate_size
     return Experts(config.num_local_experts, config.num_experts_per_tok, inner, shared=inner)
+
+
+def _beside(config: Any) -> Experts | None:
+    if not config.enable_moe_block:
+        return None
+    return Experts(config.num_experts, config.top_k_experts, config.moe_intermediate_size, beside=True)
+
+
+def _apart(config: Any, stack: Stack) -> tuple[Stack, ...]:
+    """Layers with heads of two widths, of which the last ones read the keys and values of earlier ones."""
+    found, first = [], config.num_hidden_layers - config.num_kv_shared_layers
+    for number, layer in enumerate(stack.each):
+        own, whole = config.per_layer_config[number], config.layer_types[number] == "full_attention"
+        heads = {"head": own.head_dim, "key_value_heads": own.num_key_value_heads, "one": config.attention_k_eq_v and whole}
+        inner = layer.inner * (2 if config.use_double_wide_mlp and number >= first else 1)
+        found.append(replace(layer, inner=inner, reads=number >= first, **heads))
+    return tuple(found)
 
 
 def _without_experts(config: Any) -> list[int]:
@@ -94,6 +112,7 @@ _DECODERS = {
     "gemma": _BIASED,
     "gemma2": _Kind(qkv="attention_bias", out="attention_bias", norms=4),
     "gemma3_text": _Kind(qkv="attention_bias", out="attention_bias", norms=4, query_norm=True),
+    "gemma4_text": replace(_BIASED, norms=4, query_norm=True, experts=_beside, own=_apart),
     "phi": _Kind(True, True, True, gated=False, norms=1, norm=LAYER_NORM, query_norm="qk_layernorm", head_bias=True),
     "phi3": _Kind(),
     "glm4v_text": _Kind(qkv=True, norms=4),
@@ -131,6 +150,7 @@ def read_decoder(whole: Any, tied: bool, causal: bool = True) -> Decoder:
     def flag(value: bool | str) -> bool:
         return bool(getattr(config, value, False)) if isinstance(value, str) else value
 
+    first = getattr(config, "per_layer_config", None) or [config]  # layers may differ, in newer versions of transformers
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     chunk = getattr(config, "attention_chunk_size", None)
     window = getattr(config, "sliding_window", None) or chunk
@@ -145,8 +165,8 @@ def read_decoder(whole: Any, tied: bool, causal: bool = True) -> Decoder:
         inner=kind.inner(config),
         layers=layers,
         heads=heads,
-        key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        key_value_heads=getattr(first[0], "num_key_value_heads", None) or heads,
+        head=getattr(first[0], "head_dim", None) or config.hidden_size // heads,
         gated=kind.gated,
         qkv_bias=flag(kind.qkv),
         out_bias=flag(kind.out),
@@ -162,5 +182,9 @@ def read_decoder(whole: Any, tied: bool, causal: bool = True) -> Decoder:
         dense=tuple(kind.dense(config)),
         mixer=kind.mixer(config) if kind.mixer else None,
         mixed=tuple(number for number, each in enumerate(types) if each in STATES),
+        embeds=getattr(config, "hidden_size_per_layer_input", 0),
     )
-    return Decoder(stack, config.vocab_size, tied, kind.head_bias, causal)
+    if kind.own is not None:
+        stack = replace(stack, own=kind.own(config, stack))
+    words = getattr(config, "vocab_size_per_layer_input", 0)
+    return Decoder(stack, config.vocab_size, tied, kind.head_bias, causal, words)

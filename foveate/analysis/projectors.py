@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UnsupportedModelError
 from ..families import FAMILIES, TOWERS
-from .architecture import LAYER_NORM, RMS_NORM, Linear, Norm, Projector
+from .architecture import BARE_NORM, LAYER_NORM, RMS_NORM, Linear, Norm, Projector
 
 Projectors = tuple[Projector, ...]
 
@@ -24,6 +24,13 @@ def _mlp(config: Any, norm: Norm | None = None, newline: bool = False) -> Projec
 
 def _linear(config: Any, bias: bool = True, norm: Norm | None = None) -> Projectors:
     return (Projector((Linear(config.vision_config.hidden_size, config.text_config.hidden_size, bias, norm),)),)
+
+
+def _pooled(config: Any) -> Projectors:
+    """A norm without weights after the means of patches, and a layer."""
+    width = config.text_config.hidden_size
+    layer = Linear(config.vision_config.hidden_size, width, bias=False, norm=BARE_NORM)
+    return (Projector((layer,), config.vision_config.pooling_kernel_size**2),)
 
 
 def _merger(config: Any) -> Projectors:
@@ -116,6 +123,7 @@ SHAPES: dict[str, Callable[[Any], Projectors]] = {
     "merged mlp": _merged_mlp,
     "linear": _linear,
     "pooled": partial(_linear, bias=False, norm=RMS_NORM),  # pooled and normalised, then projected
+    "pooled, no weights": _pooled,
     "merger": _merger,
     "convolution": _convolution,
     "shuffle": _shuffle,

@@ -82,6 +82,21 @@ def _root(vision: Any, kind: TowerKind) -> Tower:
     )
 
 
+def _averaged(vision: Any, kind: TowerKind) -> Tower:
+    """For pictures of any size, with a table of positions for each axis; four norms a layer, and heads of a width of their own."""
+    bare: dict[str, Any] = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), False)
+    heads = {"head": vision.head_dim, "key_value_heads": vision.num_key_value_heads}
+    norms = {"norms": 4, "norm": RMS_NORM, "query_norm": RMS_NORM}
+    return Tower(
+        _stack(vision, gated=kind.gated, rotary=kind.rotary, **norms, **heads, **bare),
+        patch=3 * _area(vision.patch_size),
+        patch_bias=kind.patch_bias,
+        patches=None,
+        positions=2 * vision.position_embedding_size,
+        averaged=vision.pooling_kernel_size**2,
+    )
+
+
 def _scaled(vision: Any, kind: TowerKind) -> Tower:
     patches = _area(vision.image_size) // _area(vision.patch_size)
     stack = _stack(
@@ -174,6 +189,7 @@ SHAPES: dict[str, Callable[[Any, TowerKind], Tower]] = {
     "rotated": _rotated,
     "resampled": _resampled,
     "root": _root,
+    "averaged": _averaged,
     "scaled": _scaled,
     "sized": _sized,
     "fused": _fused,

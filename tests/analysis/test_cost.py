@@ -53,7 +53,7 @@ def idle(model, rows: int) -> int:
 def held(layer) -> list[torch.Tensor]:
     if hasattr(layer, "recurrent_states"):
         return [each for states in (layer.conv_states, layer.recurrent_states) for each in states.values() if each is not None]
-    return [layer.keys, layer.values]
+    return [each for each in (layer.keys, layer.values) if each is not None]
 
 
 def cache_bytes(cache) -> int:
@@ -182,9 +182,10 @@ def llava(kind: str = "Llava", **changes):
     return getattr(hf, f"{kind}Config")(**(parts | changes))
 
 
-def of_family(family: str, vision=(), **changes):
+def of_family(family: str, vision=(), text=(), **changes):
     """The small config that the tests of the engine use, with other fields."""
-    kind, parts, text, fields = families.parts_of(family)
+    kind, parts, decoder, fields = families.parts_of(family)
+    text = {**decoder, **dict(text)} if text else decoder
     return kind(vision_config={**parts, **dict(vision)} if vision else parts, text_config=text, **(fields | changes))
 
 
@@ -229,6 +230,11 @@ CONFIGS = {
     "lfm2_vl": lambda: of_family("lfm2_vl"),
     "lfm2_vl, pooled": lambda: of_family("lfm2_vl", dict(vision_use_head=True), projector_use_layernorm=False),
     "llama4": lambda: of_family("llama4"),
+    "llama4, dense": lambda: of_family("llama4", text=dict(moe_layers=[], attention_chunk_size=None)),
+    "gemma4": lambda: of_family("gemma4"),
+    "gemma4, left to right": lambda: of_family("gemma4", text=dict(use_bidirectional_attention=None)),
+    "gemma4, apart": lambda: of_family("gemma4, apart"),
+    "gemma4, no own embeddings": lambda: of_family("gemma4, apart", text=dict(hidden_size_per_layer_input=0)),
     "ovis2": lambda: of_family("ovis2"),
     "ovis2, biases": lambda: of_family("ovis2", dict(qkv_bias=True, mlp_bias=True)),
     "aya_vision": lambda: of_family("aya_vision"),
@@ -261,7 +267,7 @@ SEEN = dict.fromkeys(("idefics3", "smolvlm", "aya_vision"), (3, None))  # tiles 
 SEEN |= {"internvl": (2, None), "glm4v": (1, 12 * 8), "mistral3": (1, 8 * 6)}
 SEEN |= {"qianfan_ocr": (2, None), "lighton_ocr": (1, 8 * 6), "cohere2_vision": (3, None)}
 SEEN |= dict.fromkeys(("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v_moe", "glm46v", "paddleocr_vl"), (1, 12 * 8))
-SEEN |= {"ovis2": (3, None), "lfm2_vl": (1, 8 * 8), "llama4": (3, None)}
+SEEN |= {"ovis2": (3, None), "lfm2_vl": (1, 8 * 8), "llama4": (3, None), "gemma4": (1, 8 * 8)}
 
 
 def prompts(name):

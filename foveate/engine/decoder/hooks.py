@@ -327,7 +327,8 @@ class DecoderCuts:
             kwargs = {**kwargs, **run.inputs(layer, stage, hidden, kwargs)}
         if window is not None and run.sees_pictures(layer):
             kwargs = {**kwargs, "attention_mask": neighbour_mask(run, layer, hidden, window, whole)}
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        more = args[1:] if stage is None else tuple(run.followed(stage, value) for value in args[1:])
+        return ((hidden, *more), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _current(self, kwargs: dict[str, Any]) -> Forward | None:
         """The run of this thread, or the one a layer belongs to that gradient checkpointing calls again in the backward pass."""

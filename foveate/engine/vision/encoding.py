@@ -38,6 +38,7 @@ def _taps(parts: Anatomy, layers: tuple[EncoderLayer, ...], values: bool = False
             def record(_: Any, __: Any, out: Any, name: EncoderLayer = name, what: str = what) -> None:
                 if threading.get_ident() == owner:
                     given = (out[0] if isinstance(out, tuple) else out).detach()
+                    given = given.flatten(2) if given.ndim == 4 else given  # head by head
                     given = given if given.ndim == 3 else given[None]  # some encoders know no batch
                     seen[name, what] = given.roll(1, 1) if parts.tower_kind.cls_last else given
 

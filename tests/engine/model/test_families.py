@@ -54,9 +54,10 @@ def method_of(name: str, family: str) -> foveate.Method:
 METHODS = ("prumerge+", "divprune", "vtc-cls", "spatial", "iti", "fastv", "tome", "learnt", "learnt (decoder)", "gate")
 INSIDE = ("iti", "fastv", "gate")
 FRONT = ("prumerge+", "divprune", "vtc-cls", "spatial", "learnt")
-CASES = [(f, name) for f in FAMILIES for name in METHODS if name != "tome" or f in INSIDE_ENCODER]
+MODELS = (*FAMILIES, *families.APART)
+CASES = [(f, name) for f in MODELS for name in METHODS if name != "tome" or f in INSIDE_ENCODER]
 CASES = [(f, name) for f, name in CASES if name not in INSIDE or f not in families.UNCUT]
-FRONT_CASES = [(f, name) for f in FAMILIES for name in FRONT]
+FRONT_CASES = [(f, name) for f in MODELS for name in FRONT]
 
 
 def generate(family: str, inputs: dict[str, Tensor], **options: object) -> tuple[Tensor, Tensor]:
@@ -87,7 +88,7 @@ def row_embeds(encoded: foveate.Encoded, row: int) -> Tensor:
 
 
 def test_every_family_has_a_small_model():
-    assert set(FAMILIES) == set(families.SPECS)
+    assert set(MODELS) == set(families.SPECS)
 
 
 def test_families_that_need_a_newer_transformers_say_so(monkeypatch):
@@ -363,7 +364,7 @@ def every_method(family: str) -> list[foveate.Method]:
 
 
 DAY = date.today().toordinal()  # ``make test`` sweeps over another sixth of the families every day
-SWEEP = [pytest.param(family, marks=[pytest.mark.slow] if (n + DAY) % 6 else []) for n, family in enumerate(FAMILIES)]
+SWEEP = [pytest.param(family, marks=[pytest.mark.slow] if (n + DAY) % 6 else []) for n, family in enumerate(MODELS)]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
