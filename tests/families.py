@@ -154,7 +154,7 @@ def chunked_text() -> dict[str, object]:
 
 
 def layered_text(**changes: object) -> dict[str, object]:
-    """Gemma 4: the last layers read the keys and values of earlier ones; layers have embeddings, and global ones heads, of their own."""
+    """Gemma 4: the last layers read keys and values of earlier ones; all have embeddings of their own, global ones other heads."""
     shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2)
     ids = dict(vocab_size=zoo.VOCABULARY, pad_token_id=zoo.PAD, bos_token_id=1, eos_token_id=zoo.EOS)
     own = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=zoo.VOCABULARY, num_kv_shared_layers=2)

@@ -87,8 +87,8 @@ class Stack:
     chunks : whether windows begin anew after each of them.
     gates : whether what attention gives is gated, by a second half of the projection of queries.
     experts, dense : in the place of the MLP, but for some layers. mixer, mixed : in the place of attention, in some layers.
-    one : whether values are the keys. reads : whether keys and values are those of an earlier layer; of prompts, such layers run the
-        last token only.
+    one : whether values are the keys. reads : whether keys and values are those of an earlier layer; such layers run the last token
+        of prompts only.
     embeds : channels that each layer looks up by token, and takes in by two linear layers and a norm; 0 = none.
     own : the layers one by one, where they differ in more.
     """
@@ -237,7 +237,7 @@ class Tower:
     before, after : the norms around the layers. cls_alone : whether the one after takes [CLS] and leaves the patches.
     pools : whether an attention head pools the patches at the end, used or not.
     resampled : whether positions are resampled to the sizes of pictures, by a matrix product.
-    averaged : whether tokens are means of patches, by a matrix product over all of a picture; of how many patches, 0 = they are not.
+    averaged : of how many patches a token is the mean, by a matrix product over all of a picture; 0 = it is none.
     packed : whether all pictures are one sequence, whose whole square is computed where attention is not fused.
     unused : parameters that take no part. copies : encoders of that shape whose weights are held; one of them runs.
     """

@@ -252,7 +252,7 @@ def embedding(decoder: Decoder, rows: float, precision: Precision) -> Operator:
 
 
 def layer_embeddings(decoder: Decoder, rows: float, precision: Precision) -> Iterator[Operator]:
-    """What layers look up by token, and what is made for them of the embeddings, which is normed and added; nothing in most decoders."""
+    """What layers look up by token, and what is made for them of the embeddings, normed and added. Most decoders have none."""
     channels = decoder.looked_up
     if not channels:
         return

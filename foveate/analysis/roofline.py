@@ -284,7 +284,11 @@ def _memory(shape: Architecture, work: Workload, steps: Sequence[Step]) -> tuple
         weights = stack.layers * sum(operator.weights for operator in first)
         return {"decoder": weights}, kept, sum(operator.stores for operator in first)
     held = [
-        layer.mixer.held if layer.mixer else 0 if layer.reads else 2 * layer.keys * cached(tokens + work.new_tokens - 1, layer.window)
+        layer.mixer.held
+        if layer.mixer
+        else 0
+        if layer.reads
+        else 2 * layer.keys * cached(tokens + work.new_tokens - 1, layer.window)
         for tokens, layer in zip(work.tokens, stack.each, strict=True)
     ]
     kept = work.run.batch * sum(held) * precision.cache / 8

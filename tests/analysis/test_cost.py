@@ -46,7 +46,9 @@ def counted(function):
 
 def idle(model, rows: int) -> int:
     """Operations of experts on ``rows`` tokens that did not choose them: Llama 4 computes all, and adds zeros times those."""
-    layers = [layer.feed_forward for layer in families.decoder_of(model).layers if hasattr(getattr(layer, "feed_forward", 0), "router")]
+    layers = [
+        layer.feed_forward for layer in families.decoder_of(model).layers if hasattr(getattr(layer, "feed_forward", 0), "router")
+    ]
     return sum(2 * rows * (each.num_experts - each.top_k) * 3 * each.hidden_dim * each.experts.expert_dim for each in layers)
 
 

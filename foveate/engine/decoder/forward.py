@@ -28,8 +28,8 @@ class DecoderKind:
         shared = getattr(decoder.config, "num_kv_shared_layers", 0)
         if shared:
             raise UnsupportedModelError(
-                f"the last {shared} layers of {type(decoder).__name__} read the keys and values of earlier ones, and of prompts run the "
-                "last token only, so that none can leave between layers. Use a method that acts before the decoder, such as "
+                f"the last {shared} layers of {type(decoder).__name__} read the keys and values of earlier ones, and run the last "
+                "token of prompts only, so that none can leave between layers. Use a method that acts before the decoder, such as "
                 "'prumerge+'."
             )
         strange = sorted({*self.kinds} - {"full_attention", "sliding_attention"})

@@ -40,8 +40,8 @@ def check_cuttable(parts: Anatomy, method: Method) -> None:
     """Raise ``UnsupportedModelError`` where a method acts inside the decoder of a family that no tokens can leave there."""
     if parts.family.uncut:
         raise UnsupportedModelError(
-            f"{method.name} acts inside the decoder of {parts.family.name}, and {parts.family.uncut}, so that none can leave between "
-            "layers. Use a method that acts before the decoder, such as 'prumerge+'."
+            f"{method.name} acts inside the decoder of {parts.family.name}, and {parts.family.uncut}, so that none can leave "
+            "between layers. Use a method that acts before the decoder, such as 'prumerge+'."
         )
 
 

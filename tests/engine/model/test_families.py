@@ -132,7 +132,7 @@ def test_positions_by_hand_are_those_of_the_model(family, row):
 
 @functools.cache
 def beams_of(family: str) -> Tensor:
-    """What the unmodified model generates for the batch with two beams, of embeddings where it loses pictures on the way to these."""
+    """What the unmodified model generates for the batch with two beams; of embeddings, where it loses pictures on the way."""
     model, inputs = families.load(family), families.batch(family)
     if family not in families.LATE:
         return model.generate(**inputs, **GREEDY, num_beams=2).sequences

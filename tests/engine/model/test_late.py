@@ -26,7 +26,7 @@ def tapped(inputs: dict[str, Tensor]):
 
 @torch.no_grad()
 def test_cls_stands_after_the_patches():
-    """Queries and keys of the last layer, against what its projections return: [CLS] is their last token, and the first one here."""
+    """Queries and keys of the last layer, against what its projections return: [CLS] is last there, and first here."""
     model, inputs, seen = families.load(FAMILY), families.batch(FAMILY), []
     attention = model.vision_model.model.layers[-1].self_attn
     handles = [part.register_forward_hook(lambda _, __, out: seen.append(out)) for part in (attention.q_proj, attention.k_proj)]
@@ -78,7 +78,7 @@ def test_several_sequences_of_a_prompt():
 
 
 def test_queries_that_are_scaled_by_their_place():
-    """Layers without rotary embeddings scale queries by their columns: those of the short prompt, as in the row worked out by hand."""
+    """Layers without rotary embeddings scale queries by their columns: those of the short prompt, as worked out by hand."""
     model, inputs = families.load(FAMILY), families.batch(FAMILY, rows=(1,))
     layers = [layer.self_attn for layer in families.decoder_of(model).layers if not layer.self_attn.use_rope]
     plain = generate(FAMILY, inputs)[1]

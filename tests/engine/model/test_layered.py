@@ -23,7 +23,9 @@ FAMILY = "gemma4"
 def test_a_token_is_a_block_of_patches():
     """Each patch counts in the mean of one token: the one that the model's own pooling puts it in."""
     model, inputs = families.load(FAMILY), families.batch(FAMILY)
-    encoded = encode(anatomy(model), ("last",), {name: inputs[name] for name in ("pixel_values", "image_position_ids")}, project=True)
+    encoded = encode(
+        anatomy(model), ("last",), {name: inputs[name] for name in ("pixel_values", "image_position_ids")}, project=True
+    )
     places = inputs["image_position_ids"]
     padding = (places == -1).all(-1)
     assert padding.any()
