@@ -56,9 +56,10 @@ def mended(model: Any) -> RemovableHandle:
     The caller removes the handle.
     """
 
-    def fill(_: nn.Module, __: Any, output: Any) -> None:
-        if not isinstance(output, tuple) and not hasattr(output, "image_outputs"):
-            output.image_outputs = None
-
     language: nn.Module = model.base_model.language_model
-    return language.register_forward_hook(fill)
+    return language.register_forward_hook(_filled)
+
+
+def _filled(_: nn.Module, __: Any, output: Any) -> None:
+    if not isinstance(output, tuple) and not hasattr(output, "image_outputs"):
+        output.image_outputs = None

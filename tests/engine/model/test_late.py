@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -112,3 +115,18 @@ def test_the_forward_that_fails_by_itself_in_transformers_5_24():
             assert torch.equal(torch.stack(call(**inputs, **GREEDY).logits, 1), wanted)
     with pytest.raises(AttributeError, match="image_outputs"):
         own(**inputs, **GREEDY)
+
+
+def test_a_copy_and_a_pickle_with_a_method_attached():
+    model, inputs = families.load(FAMILY), families.batch(FAMILY)
+    with foveate.DivPrune(budget=5)(model):
+        wanted = generate(FAMILY, inputs)[1]
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(_unmended(model)))):
+            assert torch.equal(torch.stack(twin.generate(**inputs, **GREEDY).logits, 1), wanted)
+
+
+def _unmended(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy without the hook of the tests, which no pickle takes."""
+    twin = copy.deepcopy(model)
+    twin.language_model._forward_hooks.popitem(last=False)
+    return twin
