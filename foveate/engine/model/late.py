@@ -55,7 +55,6 @@ def mended(model: Any) -> RemovableHandle:
 
     The caller removes the handle.
     """
-
     language: nn.Module = model.base_model.language_model
     return language.register_forward_hook(_filled)
 
