@@ -73,6 +73,8 @@ def models() -> list[ModelInfo]:
     found = []
     for kind, family in FAMILIES.items():
         config = AutoConfig.for_model(kind)
+        if config.vision_config is None:  # some have vision only where that is asked for
+            config = AutoConfig.for_model(kind, vision_config={})
         one_layer = isinstance(getattr(config, "vision_feature_layer", -1), int)
         notes = [family.notes] if family.notes else []
         deepstack = getattr(config.vision_config, "deepstack_visual_indexes", None)
