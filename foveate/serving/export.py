@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,8 @@ def _write_text(loaded: Loaded, parts: Anatomy, folder: Path) -> tuple[Any, floa
     from transformers import AutoTokenizer
 
     text = language_model(parts)
-    with nullcontext() if parts.family.late is None else mended(parts.model):
+    running: AbstractContextManager[Any] = nullcontext() if parts.family.late is None else mended(parts.model)
+    with running:
         difference = compared(parts.model, text)
     text.save_pretrained(folder)
     no_chat, number = write_tokenizer(loaded.processor, folder), 0
