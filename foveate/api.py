@@ -73,6 +73,8 @@ def models() -> list[ModelInfo]:
     found = []
     for kind, family in FAMILIES.items():
         config = AutoConfig.for_model(kind)
+        if config.vision_config is None:  # some have vision only where that is asked for
+            config = AutoConfig.for_model(kind, vision_config={})
         one_layer = isinstance(getattr(config, "vision_feature_layer", -1), int)
         notes = [family.notes] if family.notes else []
         deepstack = getattr(config.vision_config, "deepstack_visual_indexes", None)
@@ -80,6 +82,7 @@ def models() -> list[ModelInfo]:
         notes += (
             ["methods before the decoder only: some of its layers hold a state, not keys and values"] if family.recurrent else []
         )
+        notes += [f"methods before the decoder only: {family.uncut}"] if family.uncut else []
         found.append(
             ModelInfo(
                 name=family.name,

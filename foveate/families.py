@@ -29,6 +29,8 @@ class Family:
     one_placeholder : videos have the placeholder of pictures in prompts, so that a call brings either.
     stamped : each frame of a video is a run of placeholders of its own in prompts, after its time.
     recurrent : some layers of the decoder hold a state instead of keys and values, so that no tokens can leave between layers.
+    uncut : another reason why none can; "" = they can.
+    late : the projector that the model's forward puts encoded pictures through; None = they are projected where they are encoded.
     since : the first version of transformers whose model takes encoded pictures as the engine hands them in.
     vllm : its class in vLLM, and the module and class of ``serving.plugin`` that take its place; None = there is none.
     handover : how visual tokens that were made outside go to vLLM (a name in ``serving.handover.HANDOVERS``).
@@ -51,6 +53,8 @@ class Family:
     one_placeholder: bool = False
     stamped: bool = False
     recurrent: bool = False
+    uncut: str = ""
+    late: str | None = None
     joins: str = "mlp"
     since: str = "5.18"
     vllm: tuple[str, str] | None = None
@@ -76,6 +80,7 @@ class TowerKind:
     packs : takes patches of any number with their places, so that some can be left out before it.
     any_size : pictures keep their own sizes, and each patch is a visual token.
     by_rows : patches come row by row; elsewhere, where a token stands for a block of them, they come block by block.
+    cls_last : [CLS] stands after the patches, and not before them.
     shape : its layers, for their cost (a name in ``analysis.towers.SHAPES``).
     pools : a layer of attention after the last one pools all patches; its weights are there, and nobody reads what it gives.
     gated : its MLPs are gated, and its norms without means.
@@ -103,6 +108,7 @@ class TowerKind:
     packs: bool = False
     any_size: bool = False
     by_rows: bool = False
+    cls_last: bool = False
     shape: str = "plain"
     pools: bool = False
     gated: bool = False
@@ -130,7 +136,7 @@ def _fused(model_type: str, **more: Any) -> TowerKind:
     return replace(places, **more)
 
 
-ANY_SIZE = ("thw", "sizes", "shapes")
+ANY_SIZE = ("thw", "sizes", "shapes", "places")
 """How the tokens of pictures of any size are arranged."""
 _TILES = "each tile of a large picture is a picture of its own"
 _FRAMES = "frames of a video come as pictures"
@@ -203,6 +209,16 @@ FAMILIES = {
         Family("internvl", "InternVL", "OpenGVLab/InternVL3-8B-hf", images="runs", projector=None, joins="shuffle", notes=_FRAMES),
         Family("qianfan_ocr", "Qianfan-OCR", "baidu/Qianfan-OCR", images="runs", projector=None, joins="shuffle"),
         Family("gemma3", "Gemma 3", "google/gemma-3-4b-it", projector=None, two_way=True, joins="pooled"),
+        Family(
+            "gemma4",
+            "Gemma 4",
+            "google/gemma-4-E4B-it",
+            images="places",
+            projector=None,
+            two_way=True,
+            joins="pooled, no weights",
+            notes="cuts inside the decoder only where all layers have keys and values of their own (not E2B and E4B)",
+        ),
         Family(
             "paligemma",
             "PaliGemma",
@@ -279,6 +295,17 @@ FAMILIES = {
             joins="gated, no norm",
             notes=_TILES,
         ),
+        Family(
+            "llama4",
+            "Llama 4",
+            "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+            tower="vision_model",
+            projector=None,
+            late="multi_modal_projector",
+            uncut="its layers count chunks of the prompt, and scale queries, by the places of tokens in their caches",
+            joins="shuffled mlp",
+            notes=_TILES,
+        ),
         _qwen("paddleocr_vl", "PaddleOCR-VL", "PaddlePaddle/PaddleOCR-VL", videos=None, since="5.21"),
         _glm("glm4v", "GLM-4V", "zai-org/GLM-4.1V-9B-Thinking"),
         _glm("glm4v_moe", "GLM-4.5V", "zai-org/GLM-4.5V"),
@@ -291,8 +318,6 @@ REFUSED = {
     "blip-2": "its Q-Former makes 32 tokens of any picture already",
     "instructblip": "its Q-Former makes 32 tokens of any picture already",
     "instructblipvideo": "its Q-Former makes 32 tokens of any picture already",
-    "llama4": "its forward projects the encoded pictures it is handed, so that tokens made after the projector cannot be handed in",
-    "gemma4": "its layers share keys and values and look up embeddings of their own for each token, which was not tested",
     "fuyu": "it has no vision encoder: patches of pixels are the tokens",
     "chameleon": "visual tokens are words of its vocabulary",
     "emu3": "visual tokens are words of its vocabulary",
@@ -347,6 +372,25 @@ TOWERS = {
             mlp="ffn",
             shape="root",
             gated=True,
+        ),
+        TowerKind(
+            "gemma4_vision",
+            query="self_attn.q_norm",
+            key="self_attn.k_norm",
+            norm="pre_feedforward_layernorm",
+            rotary=True,
+            gated=True,
+            patch_bias=False,
+            shape="averaged",
+        ),
+        TowerKind(
+            "llama4_vision_model",
+            has_cls=True,
+            layers="model.layers",
+            norm="post_attention_layernorm",
+            rotary=True,
+            cls_last=True,
+            patch_bias=False,
         ),
         *(_fused(name, packs=True) for name in ("qwen3_vl_vision", "qwen3_vl_moe_vision", "qwen3_5_vision", "qwen3_5_moe_vision")),
         *(_fused(name, shape="normed", gated=True) for name in ("glm4v_vision", "glm4v_moe_vision")),

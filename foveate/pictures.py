@@ -251,6 +251,8 @@ def _encoded(parts: Anatomy, pictures: PromptPictures, prompt: dict[str, Tensor]
         )
     if parts.family.marks is not None:
         report.warn(f"this model replaces the embeddings of words beside pictures: those of {parts.family.marks} in its config")
+    if getattr(parts.model.config.get_text_config(), "hidden_size_per_layer_input", 0):
+        report.warn("the layers of this decoder look up embeddings by token, those of padding for placeholders, beside embeds")
     return Encoded(pictures.embeds, pictures.deepstack, pictures.reduction, prompt, report)
 
 

@@ -71,6 +71,7 @@ from .family_prompts import (
     padded_patches,
     padded_pictures,
     padded_rows,
+    placed_patches,
     plain,
     stacked,
     tiles_apart,
@@ -78,6 +79,7 @@ from .family_prompts import (
     tiles_of,
     tiles_with_breaks,
     tiles_with_indicators,
+    tiles_with_separators,
 )
 
 WINDOW = 12  # of decoders with sliding layers: shorter than the prompts, and than a picture of Gemma 3
@@ -142,6 +144,25 @@ def hybrid_text(**changes: object) -> dict[str, object]:
     return mrope_text(head_dim=16, **heads, **changes) | HALF | dict(initializer_range=0.11)  # their states amplify rounding
 
 
+def chunked_text() -> dict[str, object]:
+    """Llama 4: chunks shorter than the prompts; every other layer has experts and no rotary embeddings."""
+    shape = dict(hidden_size=64, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+    ids = dict(vocab_size=zoo.VOCABULARY, pad_token_id=zoo.PAD, bos_token_id=1, eos_token_id=zoo.EOS)
+    experts = dict(intermediate_size_mlp=96, num_local_experts=4, interleave_moe_layer_step=2)
+    more = dict(head_dim=16, attention_chunk_size=16, no_rope_layer_interval=2, initializer_range=0.3)
+    return shape | ids | experts | more
+
+
+def layered_text(**changes: object) -> dict[str, object]:
+    """Gemma 4: the last layers read keys and values of earlier ones; all have embeddings of their own, global ones other heads."""
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2)
+    ids = dict(vocab_size=zoo.VOCABULARY, pad_token_id=zoo.PAD, bos_token_id=1, eos_token_id=zoo.EOS)
+    own = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=zoo.VOCABULARY, num_kv_shared_layers=2)
+    more = dict(head_dim=16, global_head_dim=32, layer_types=["sliding_attention", "full_attention"] * 3)
+    sees = dict(use_bidirectional_attention="vision", sliding_window=WINDOW, use_double_wide_mlp=True)
+    return shape | ids | own | more | sees | dict(initializer_range=0.16) | changes
+
+
 def convolving_text() -> dict[str, object]:
     """LFM2: every other layer is a convolution."""
     shape = dict(hidden_size=64, intermediate_size=150, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
@@ -156,6 +177,10 @@ EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48)
 ROUTED = dict(n_routed_experts=6, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=48)
 DEEP = dict(intermediate_size=64, out_hidden_size=64)
 IMAGES = dict(image_token_id=IMAGE)
+GEMMA_VISION = small_vit(0, patch_size=PATCH, num_key_value_heads=4, head_dim=16, pooling_kernel_size=2)
+GEMMA_VISION |= dict(position_embedding_size=64, image_size=None)
+GEMMA_MARKS = IMAGES | dict(video_token_id=VIDEO, boi_token_id=START, eoi_token_id=END)
+GEMMA_MARKS |= dict(audio_token_id=zoo.VOCABULARY)  # sounds are not in these prompts
 # of families whose configs are found by their names: vision encoder, decoder and fields of a small config
 NEWER: dict[str, Callable[[], tuple[object, object, dict[str, object]]]] = {
     "qianfan_ocr": lambda: (intern_vision(), zoo.text_config("qwen3"), IMAGES | dict(image_seq_length=9)),
@@ -178,6 +203,21 @@ NEWER: dict[str, Callable[[], tuple[object, object, dict[str, object]]]] = {
         convolving_text(),
         IMAGES | dict(downsample_factor=2, projector_hidden_size=80),
     ),
+    "llama4": lambda: (
+        small_vit(84, intermediate_size=4 * 48, projector_input_dim=80, projector_output_dim=80, vision_output_dim=80),
+        chunked_text(),
+        dict(image_token_index=IMAGE, boi_token_index=START, eoi_token_index=END),
+    ),
+    "gemma4": lambda: (dict(GEMMA_VISION), layered_text(), GEMMA_MARKS),
+    # all layers have keys and values of their own; in global ones the values are the keys; experts beside the MLPs
+    "gemma4, apart": lambda: (
+        dict(GEMMA_VISION),
+        layered_text(
+            **dict(num_kv_shared_layers=0, attention_k_eq_v=True, num_global_key_value_heads=1),
+            **dict(enable_moe_block=True, num_experts=6, top_k_experts=2, moe_intermediate_size=48),
+        ),
+        GEMMA_MARKS,
+    ),
     "paddleocr_vl": lambda: (small_vit(112), mrope_text(head_dim=16), MARKS),
     "ovis2": lambda: (
         small_vit(84, vocab_size=40, hidden_stride=2),
@@ -197,7 +237,7 @@ def parts_of(family: str) -> tuple[type[PreTrainedConfig], object, object, dict[
     llama, one = zoo.text_config("llama"), {"image_token_index": IMAGE}
     vit = small_vit(84)
     if family in NEWER:
-        return CONFIG_MAPPING[family], *NEWER[family]()
+        return CONFIG_MAPPING[family.split(",")[0]], *NEWER[family]()
     match family:
         case "llava":
             return LlavaConfig, zoo.clip_config(), llama, one
@@ -250,8 +290,8 @@ class Spec:
     lay : token ids of a medium, and what its placeholders stand for.
     shape : of the pixels of a medium.
     collate : pixels of all rows -> what the model takes.
-    types : further inputs with one entry per token: "gemma" (1 = picture), "prefix" (0 = bidirectional) or "mrope" (1 = picture,
-        2 = video).
+    types : further inputs with one entry per token: "gemma" (1 = picture), "prefix" (0 = bidirectional), "mrope" (1 = picture,
+        2 = video), or "typed", which are those of "gemma" by the name of those of "mrope".
     """
 
     rows: tuple[tuple[Medium, ...], ...]
@@ -314,6 +354,8 @@ SPECS: dict[str, Spec] = {
     "qwen3_vl_moe": Spec(QWEN_ROWS, packed(timestamps=True), patches, packed_patches(), "mrope"),
     "qwen3_5": Spec(QWEN_ROWS, packed(timestamps=True), patches, packed_patches(), "mrope"),
     "qwen3_5_moe": Spec(QWEN_ROWS, packed(timestamps=True), patches, packed_patches(), "mrope"),
+    "gemma4": Spec(SHAPED_ROWS, in_pixels(2), lambda medium: (math.prod(medium.size), 3 * PATCH * PATCH), placed_patches, "typed"),
+    "llama4": Spec(TILED_ROWS, tiles_with_separators(3), tiled(6, whole=True)),
     "paddleocr_vl": Spec(
         GLM_ROWS, packed(), lambda medium: (math.prod(medium.size), 3, zoo.PATCH, zoo.PATCH), packed_patches(), "mrope"
     ),
@@ -322,12 +364,16 @@ SPECS: dict[str, Spec] = {
     "glm4v_moe": Spec(GLM_ROWS, framed(), patches, packed_patches(), "mrope"),
     "glm46v": Spec(GLM_ROWS, framed(), patches, packed_patches(), "mrope"),
 }
+SPECS["gemma4, apart"] = SPECS["gemma4"]
+APART = ("gemma4, apart",)  # other models of a family
 STAMPED = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v")  # with a time at each frame
 LEVELS = {"qwen3_vl": 3, "qwen3_vl_moe": 3}  # decoder layers that still get features of the vision encoder
 ONE_PLACEHOLDER = tuple(kind for kind, row in FAMILIES.items() if row.one_placeholder)  # of pictures and videos
-HYBRID = tuple(kind for kind, row in FAMILIES.items() if row.recurrent)  # nothing can be cut inside these
+# nothing can be cut inside these
+UNCUT = (*(kind for kind, row in FAMILIES.items() if row.recurrent or row.uncut), "gemma4")
+LATE = tuple(kind for kind, row in FAMILIES.items() if row.late)  # whose own beam search loses pictures
 # those that the installed transformers can do
-USABLE = [family for family in SPECS if Version(transformers.__version__) >= Version(f"{FAMILIES[family].since}.dev0")]
+USABLE = [kind for kind, row in FAMILIES.items() if Version(transformers.__version__) >= Version(f"{row.since}.dev0")]
 WORDS = ((3, 6), (2, 5), (9, 0), (8, 4), (5, 3))  # of each row: in front of the media, and behind each of them
 
 
@@ -357,7 +403,20 @@ def saved(family: str) -> Path:
 @functools.cache
 def load(family: str) -> PreTrainedModel:
     """The model as a user loads it; one for all tests, which leave it as it is."""
-    return AutoModelForImageTextToText.from_pretrained(saved(family), attn_implementation="sdpa").eval()
+    model = AutoModelForImageTextToText.from_pretrained(saved(family), attn_implementation="sdpa").eval()
+    return running(model)
+
+
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The language model without its head."""
+    return model.language_model.model if model.config.model_type == "llama4" else model.get_decoder()
+
+
+def running(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, with what Llama 4's forward misses in transformers 5.24.0: a field of its language model's output."""
+    if model.config.model_type == "llama4":
+        model.language_model.register_forward_hook(lambda _, __, output: setattr(output, "image_outputs", None))
+    return model
 
 
 def laid_row(family: str, media: Sequence[Medium]) -> list[Laid]:
@@ -396,6 +455,8 @@ def inputs_of(family: str, ids: Sequence[list[int]], media: Sequence[Pixels], si
         inputs["token_type_ids"] = (tokens == IMAGE).long()
     elif spec.types == "prefix":
         inputs["token_type_ids"] = torch.zeros_like(tokens)
+    elif spec.types == "typed":
+        inputs["mm_token_type_ids"] = (tokens == IMAGE).int()
     elif spec.types == "mrope":
         films = family in ONE_PLACEHOLDER and any(medium.frames for row in media for medium, _ in row)
         inputs["mm_token_type_ids"] = (1 + films) * (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()

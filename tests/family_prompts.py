@@ -192,6 +192,19 @@ def tiles_with_breaks(side: int) -> Lay:
     return lay
 
 
+def tiles_with_separators(side: int) -> Lay:
+    """Llama 4: a mark between tiles of a line, another after each line, the whole picture last, after a mark of its own."""
+
+    def lay(medium: Medium, _: int) -> Laid:
+        (rows, columns), tile = medium.size, [IMAGE] * side**2
+        split, ids = rows * columns > 1, [START]
+        for _ in range(rows if split else 0):
+            ids += [*([*tile, TILE] * columns)[:-1], BREAK]
+        return Laid([*ids, GLOBAL, *tile, END], [cells(side, side)] * (rows * columns * split + 1))
+
+    return lay
+
+
 def tiles_with_indicators(side: int) -> Lay:
     """Ovis2: the whole picture first, and tokens of the model's own between tiles."""
     begin, end, small, column, row = INDICATORS
@@ -301,6 +314,16 @@ def padded_patches(rows: Sequence[Pixels]) -> dict[str, Tensor]:
     real = torch.tensor([[at < len(tensor) for at in range(pixels.shape[1])] for _, tensor in pairs])
     shapes = torch.tensor([medium.size for medium, _ in pairs])
     return {"pixel_values": pixels, "pixel_attention_mask": real.long(), "spatial_shapes": shapes}
+
+
+def placed_patches(rows: Sequence[Pixels]) -> dict[str, Tensor]:
+    """Gemma 4: the same; each patch says its column and row, and padding -1."""
+    inputs = padded_patches(rows)
+    real = inputs.pop("pixel_attention_mask")
+    inputs["image_position_ids"] = real.new_full((*real.shape, 2), -1)
+    for places, (high, wide) in zip(inputs["image_position_ids"], inputs.pop("spatial_shapes").tolist(), strict=True):
+        places[: high * wide] = torch.tensor([[column, row] for row in range(high) for column in range(wide)])
+    return inputs
 
 
 def packed_patches(seconds: float | None = None) -> Collate:

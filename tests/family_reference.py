@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import families
+from . import families, zoo
 from .family_prompts import IMAGE, INDICATORS, VIDEO
 
 # take one mask for each type of layer
 WITH_LAYER_TYPES = ("qwen2", "gemma3_text", "cohere2", "qwen2_vl_text", "qwen2_5_vl_text")
-WITH_LAYER_TYPES += ("qwen3_5_text", "qwen3_5_moe_text", "lfm2")
+WITH_LAYER_TYPES += ("qwen3_5_text", "qwen3_5_moe_text", "lfm2", "llama4_text", "gemma4_text")
 KINDS = {"image": IMAGE, "video": VIDEO}
 
 
@@ -35,6 +35,7 @@ class Spliced:
     blocks : [T'] tokens of the same block see each other both ways; -1 = none.
     visual : [V] the columns of visual tokens.
     deep : of Qwen 3, what is added to visual tokens behind each of the first layers, [V, D].
+    ids : [1, T'] where layers look up embeddings of their own; those of pictures are of padding.
     """
 
     embeddings: Tensor
@@ -42,6 +43,7 @@ class Spliced:
     blocks: Tensor
     visual: Tensor
     deep: list[Tensor] = field(default_factory=list)
+    ids: Tensor | None = None
 
 
 def placeholders(ids: Tensor) -> Tensor:
@@ -61,7 +63,10 @@ def whole_features(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[T
             known = inspect.signature(encode).parameters
             output = encode(**{name: value for name, value in inputs.items() if name in known}, return_dict=True)
             deep = [torch.cat(list(layer)) for layer in getattr(output, "deepstack_features", None) or []]
-            found[token] = [torch.cat([part.flatten(0, -2) for part in output.pooler_output]), *deep]
+            visual = output.pooler_output
+            if model.config.model_type == "llama4":  # its forward projects them
+                visual = base.multi_modal_projector(output.last_hidden_state)
+            found[token] = [torch.cat([part.flatten(0, -2) for part in visual]), *deep]
     width = model.config.get_text_config().hidden_size
     parts = [torch.zeros(len(ids), width) for _ in next(iter(found.values()), [None])]
     for token, values in found.items():
@@ -107,7 +112,7 @@ def blocks_of(family: str, ids: Sequence[int]) -> Tensor:
     found, number = [], -1
     for at, token in enumerate(ids):
         number += token == IMAGE and ids[at - 1] != IMAGE
-        found.append(number if token == IMAGE and family == "gemma3" else -1)
+        found.append(number if token == IMAGE and family.startswith("gemma") else -1)
     return torch.tensor(found)
 
 
@@ -146,7 +151,20 @@ def splice(
     else:
         positions = (torch.arange(len(columns)) if compact else columns)[None] + (family == "paligemma")
     now_visual = placeholders(ids)[columns].nonzero().flatten()
-    return Spliced(embeddings[None, columns], positions, blocks_of(family, ids.tolist())[columns], now_visual, list(deep))
+    own = ids.masked_fill(placeholders(ids), zoo.PAD)[None, columns] if own_embeddings(model) else None
+    return Spliced(embeddings[None, columns], positions, blocks_of(family, ids.tolist())[columns], now_visual, list(deep), own)
+
+
+def own_embeddings(model: PreTrainedModel) -> int:
+    """The width of what each layer of Gemma 4 looks up by token; 0 = they do not."""
+    return getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0)
+
+
+def looked_up(model: PreTrainedModel, ids: Tensor | None) -> dict[str, Tensor]:
+    """[1, T, layers, width] of these token ids, as the decoder takes it."""
+    if ids is None:
+        return {}
+    return {"per_layer_inputs": model.get_decoder().embed_tokens_per_layer(ids).unflatten(-1, (-1, own_embeddings(model)))}
 
 
 def masks(model: PreTrainedModel, blocks: Tensor) -> Tensor | dict[str, Tensor]:
@@ -157,7 +175,12 @@ def masks(model: PreTrainedModel, blocks: Tensor) -> Tensor | dict[str, Tensor]:
     window = getattr(config, "sliding_window", None)
     near = seen if window is None else seen & (number > number[:, None] - window)
     if config.model_type in WITH_LAYER_TYPES:
-        return {"full_attention": seen[None, None], "sliding_attention": near[None, None], "linear_attention": None, "conv": None}
+        chunk = getattr(config, "attention_chunk_size", None) or len(number)
+        chunked = seen & (number // chunk == number[:, None] // chunk)
+        if config.model_type == "gemma4_text":  # elsewhere pictures see themselves in all layers
+            seen = number <= number[:, None]
+        found = {"full_attention": seen, "sliding_attention": near, "chunked_attention": chunked}
+        return {kind: mask[None, None] for kind, mask in found.items()} | {"linear_attention": None, "conv": None}
     return (near if config.model_type == "mistral" else seen)[None, None]
 
 
@@ -189,7 +212,7 @@ def _hooked(model: PreTrainedModel, spliced: Spliced, left: dict[int, Sequence[i
         return after
 
     try:
-        for number, layer in enumerate(model.get_decoder().layers):
+        for number, layer in enumerate(families.decoder_of(model).layers):
             handles.append(layer.register_forward_pre_hook(hide(number), with_kwargs=True))
             if number < len(spliced.deep):
                 handles.append(layer.register_forward_hook(add(number)))
@@ -205,14 +228,16 @@ def logits(model: PreTrainedModel, spliced: Spliced, tokens: Sequence[int], left
 
     ``left`` is {layer: columns of the spliced prompt that are left from there on}, of methods that drop tokens inside the decoder.
     """
-    decoder, head, table = model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings()
-    embeddings, positions, blocks, found = spliced.embeddings, spliced.positions, spliced.blocks, []
+    decoder, head, table = families.decoder_of(model), model.get_output_embeddings(), model.get_input_embeddings()
+    embeddings, positions, blocks, ids, found = spliced.embeddings, spliced.positions, spliced.blocks, spliced.ids, []
     with _hooked(model, spliced, left or {}):
         for token in tokens:
             mask = masks(model, blocks)
-            output = decoder(inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, use_cache=False)
+            own = looked_up(model, ids)
+            output = decoder(inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, use_cache=False, **own)
             found.append(head(output.last_hidden_state[0, -1]))
             embeddings = torch.cat([embeddings, table(torch.tensor([[token]]))], 1)
             positions = torch.cat([positions, positions[..., -1:] + 1], -1)
             blocks = torch.cat([blocks, torch.tensor([-1])])
+            ids = None if ids is None else torch.cat([ids, torch.tensor([[token]])], 1)
     return torch.stack(found)

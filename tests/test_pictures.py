@@ -201,7 +201,9 @@ def test_encoded_pictures_are_all_that_a_decoder_needs(family):
         deep = [torch.cat(level) for level in zip(*encoded.deepstack, strict=True)]
         assert len(deep) == len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
         assert any("deepstack" in warning for warning in encoded.report.warnings) == bool(deep)
-        if families.SPECS[family].types in ("gemma", "prefix"):  # their masks are made outside the decoder
+        own = getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0)
+        assert any("look up embeddings" in warning for warning in encoded.report.warnings) == bool(own)
+        if families.SPECS[family].types in ("gemma", "prefix", "typed"):  # their masks are made outside the decoder
             continue
         marks = getattr(model.config, FAMILIES[family].marks or "", ())
         assert any("replaces the embeddings" in warning for warning in encoded.report.warnings) == bool(marks)
@@ -215,11 +217,11 @@ def test_encoded_pictures_are_all_that_a_decoder_needs(family):
 
             return after
 
-        layers = model.get_decoder().layers
+        layers = families.decoder_of(model).layers
         handles = [layers[number].register_forward_hook(add(number)) for number in range(len(deep))]
         try:
             with torch.no_grad():
-                hidden = model.get_decoder()(inputs_embeds=embeds, attention_mask=mask, position_ids=places, use_cache=False)
+                hidden = families.decoder_of(model)(inputs_embeds=embeds, attention_mask=mask, position_ids=places, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()

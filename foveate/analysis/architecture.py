@@ -15,19 +15,20 @@ class Norm:
     operations: int
 
 
-RMS_NORM, LAYER_NORM, CENTRED_NORM = Norm(1, 4), Norm(2, 7), Norm(1, 6)
-"""The last one is a LayerNorm without a bias."""
+RMS_NORM, LAYER_NORM, CENTRED_NORM, BARE_NORM = Norm(1, 4), Norm(2, 7), Norm(1, 6), Norm(0, 4)
+"""The last two are a LayerNorm without a bias and a norm by length without weights."""
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Several gated MLPs in the place of one, of which each token goes through some, chosen by a router.
+    """Several gated MLPs in the place of one, or beside it, of which each token goes through some, chosen by a router.
 
     Parameters
     ----------
     number, chosen, inner : MLPs of a layer, MLPs of a token, channels inside each.
     shared : channels inside an MLP that all tokens go through as well; 0 = there is none.
     weighed : whether that one is weighed by a linear layer of one output.
+    beside : whether the MLP is there, too, with three more norms; then the router scales its channels and its experts.
     """
 
     number: int
@@ -35,6 +36,7 @@ class Experts:
     inner: int
     shared: int = 0
     weighed: bool = False
+    beside: bool = False
 
     def parameters(self, width: int) -> int:
         """Of the linear layers of one layer."""
@@ -80,10 +82,15 @@ class Stack:
     norms, norm : of a layer, and their kind.
     query_norm : the kind of norm of queries and keys, None = none. across_heads : whether it takes all heads together.
     scaled : whether what attention and MLP give is scaled channel by channel.
-    rotary : whether queries and keys are rotated; "windows" = in layers with a window only.
+    rotary : whether queries and keys are rotated; "windows" = in layers with a window only, and normed nowhere else either.
     windows : tokens that attention reaches back in each layer, or the size of its blocks where it is not causal; None = all.
+    chunks : whether windows begin anew after each of them.
     gates : whether what attention gives is gated, by a second half of the projection of queries.
     experts, dense : in the place of the MLP, but for some layers. mixer, mixed : in the place of attention, in some layers.
+    one : whether values are the keys. reads : whether keys and values are those of an earlier layer; such layers run the last token
+        of prompts only.
+    embeds : channels that each layer looks up by token, and takes in by two linear layers and a norm; 0 = none.
+    own : the layers one by one, where they differ in more.
     """
 
     width: int
@@ -103,21 +110,27 @@ class Stack:
     scaled: bool = False
     rotary: bool | Literal["windows"] = False
     windows: tuple[int | None, ...] = ()
+    chunks: bool = False
     gates: bool = False
     experts: Experts | None = None
     dense: tuple[int, ...] = ()
     mixer: Mixer | None = None
     mixed: tuple[int, ...] = ()
+    one: bool = False
+    reads: bool = False
+    embeds: int = 0
+    own: tuple[Stack, ...] = ()
 
     @cached_property
     def each(self) -> tuple[Stack, ...]:
         """The layers one by one: each a stack of one layer, which has experts or an MLP, a mixer or attention."""
-        return tuple(
+        return self.own or tuple(
             replace(
                 self,
                 layers=1,
                 windows=(window,),
                 rotary=window is not None if self.rotary == "windows" else self.rotary,
+                query_norm=None if self.rotary == "windows" and window is None else self.query_norm,
                 experts=None if number in self.dense else self.experts,
                 mixer=self.mixer if number in self.mixed else None,
                 dense=(),
@@ -142,9 +155,14 @@ class Stack:
         return self.key_value_heads * self.head
 
     @property
+    def held_channels(self) -> int:
+        """Channels of keys and values that a layer makes of a token."""
+        return 0 if self.reads else (1 if self.one else 2) * self.keys
+
+    @property
     def query_norm_parameters(self) -> int:
         """Of the norms of queries and keys in one layer."""
-        channels = self.queries + self.keys if self.across_heads else 2 * self.head
+        channels = self.queries + self.keys if self.across_heads else (1 if self.reads else 2) * self.head
         return channels * self.query_norm.parameters if self.query_norm else 0
 
     @property
@@ -159,11 +177,12 @@ class Stack:
 
     @property
     def _matrices(self) -> int:
-        mixing = 2 * self.queries + 2 * self.keys + self.gates * self.queries
+        mixing = 2 * self.queries + self.held_channels + self.gates * self.queries
         if self.mixer:
             mixing = self.mixer.made + self.mixer.read
-        mlp = self.experts.parameters(self.width) if self.experts else (3 if self.gated else 2) * self.inner * self.width
-        return mixing * self.width + mlp
+        mlp = 0 if self.experts and not self.experts.beside else (3 if self.gated else 2) * self.inner * self.width
+        experts = self.experts.parameters(self.width) if self.experts else 0
+        return (mixing + 2 * self.embeds) * self.width + mlp + experts
 
     @property
     def _others(self) -> int:
@@ -172,24 +191,37 @@ class Stack:
         if self.mixer:
             biases = self.mixer.convolved * self.mixer.reach + self.mixer.biases + self.mixer.more
         biases += 0 if self.experts else self.mlp_bias * ((2 if self.gated else 1) * self.inner + self.width)
-        channels = self.norms * self.norm.parameters + 2 * self.scaled
-        return biases + channels * self.width
+        norms = self.norms + bool(self.embeds)
+        if self.experts and self.experts.beside:
+            norms += 3
+            biases += self.width + self.experts.number
+        return biases + (norms * self.norm.parameters + 2 * self.scaled) * self.width
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """The language model; ``causal`` is False where a prompt is masked in another way, so that its whole square is computed."""
+    """The language model; ``causal`` is False where a prompt is masked in another way, so that its whole square is computed.
+
+    ``words`` are those that layers look up embeddings of (``Stack.embeds``).
+    """
 
     stack: Stack
     vocabulary: int
     tied: bool
     head_bias: bool = False
     causal: bool = True
+    words: int = 0
+
+    @property
+    def looked_up(self) -> int:
+        """Channels that all layers together look up of a token."""
+        return self.stack.layers * self.stack.embeds
 
     @property
     def embedding_parameters(self) -> int:
-        """Embeddings, head and last norm."""
+        """Embeddings, head and last norm; what layers look up, and what is made for them of the embeddings."""
         matrices = self.vocabulary * self.stack.width * (1 if self.tied else 2)
+        matrices += self.looked_up * (self.words + self.stack.width) + self.stack.embeds * self.stack.norm.parameters
         return matrices + self.head_bias * self.vocabulary + self.stack.norm.parameters * self.stack.width
 
 
@@ -205,6 +237,7 @@ class Tower:
     before, after : the norms around the layers. cls_alone : whether the one after takes [CLS] and leaves the patches.
     pools : whether an attention head pools the patches at the end, used or not.
     resampled : whether positions are resampled to the sizes of pictures, by a matrix product.
+    averaged : of how many patches a token is the mean, by a matrix product over all of a picture; 0 = it is none.
     packed : whether all pictures are one sequence, whose whole square is computed where attention is not fused.
     unused : parameters that take no part. copies : encoders of that shape whose weights are held; one of them runs.
     """
@@ -220,6 +253,7 @@ class Tower:
     cls_alone: bool = False
     pools: bool = False
     resampled: bool = False
+    averaged: int = 0
     packed: bool = False
     unused: int = 0
     copies: int = 1

@@ -86,7 +86,9 @@ def read_architecture(model: Any) -> Architecture:
     family = FAMILIES[kind]
     if family.video_tower is not None:  # one encoder for pictures, one for frames
         tower = replace(tower, copies=2)
-    decoder = read_decoder(config, tied, causal=not family.two_way)
+    # small models of a family may read from left to right only, where others do not
+    two_way = family.two_way and getattr(config.get_text_config(), "use_bidirectional_attention", True) is not None
+    decoder = read_decoder(config, tied, causal=not two_way)
     whole = getattr(config, "vision_feature_select_strategy", "default") == "full"
     tokens = None
     if tower.patches is not None:

@@ -82,8 +82,9 @@ def cost(
     acting = None if method is None else bound(get(method) if isinstance(method, str) else method, shape)
     if convention not in get_args(Convention):
         raise InputError(f"unknown convention {convention!r}; choose {' or '.join(get_args(Convention))}")
-    if convention == "llm-viewer" and (shape.decoder.stack.experts or shape.decoder.stack.mixer):
-        raise InputError("the tool behind convention='llm-viewer' knows no experts and no layers with a state. Leave it out.")
+    stack = shape.decoder.stack
+    if convention == "llm-viewer" and (stack.experts or stack.mixer or stack.own):
+        raise InputError("the tool behind convention='llm-viewer' knows no experts and no layers of several kinds. Leave it out.")
     if report is None:
         run = asked_for(shape, visual, batch, pictures, patches, question)
         if acting is not None and run.pictures:

@@ -68,10 +68,13 @@ class Span:
     pairs: float
 
 
-def prompt_span(tokens: float, window: int | None, causal: bool, fused: bool) -> Span:
-    """A prompt that enters a layer."""
+def prompt_span(tokens: float, window: int | None, causal: bool, fused: bool, chunks: bool = False) -> Span:
+    """A prompt that enters a layer; ``chunks``: its windows begin anew after each of them."""
     if not (causal and fused):
         return Span(tokens, tokens, tokens * tokens)
+    if chunks and window is not None:
+        rest = tokens % window
+        return Span(tokens, tokens, (tokens // window * window * (window + 1) + rest * (rest + 1)) / 2)
     reach = min(tokens, window or tokens)
     return Span(tokens, tokens, reach * (reach + 1) / 2 + (tokens - reach) * reach)
 
@@ -161,9 +164,15 @@ def _attending(stack: Stack, batch: float, span: Span, precision: Precision, fus
     """Attention with its linear layers."""
     rows, width = batch * span.queries, stack.width
     yield linear("q_proj", rows, width, (1 + stack.gates) * stack.queries, precision, stack.qkv_bias)
-    yield linear("k_proj", rows, width, stack.keys, precision, stack.qkv_bias, to_cache)
-    yield linear("v_proj", rows, width, stack.keys, precision, stack.qkv_bias, to_cache)
-    both = rows * (stack.queries + stack.keys)
+    made = 0 if stack.reads else stack.keys
+    if made:
+        yield linear("k_proj", rows, width, made, precision, stack.qkv_bias, to_cache)
+    if made and stack.one:
+        size = (precision.cache if to_cache else precision.activation) / 8
+        yield Operator("values of keys", 0, **{"cache_stores" if to_cache else "stores": rows * made * size})
+    elif made:
+        yield linear("v_proj", rows, width, made, precision, stack.qkv_bias, to_cache)
+    both = rows * (stack.queries + made)
     if stack.query_norm:
         yield elementwise("query norms", both, stack.query_norm.operations, precision, parameters=stack.query_norm_parameters)
     if stack.rotary:
@@ -191,6 +200,9 @@ def _mlp(
 
 def _experts(experts: Experts, rows: float, width: int, precision: Precision) -> Iterator[Operator]:
     """Those that tokens choose, and the shared one. Weights are read of as many as tokens that choose at random would need."""
+    if experts.beside:
+        yield elementwise("expert norms", 3 * rows * width, 4, precision, parameters=3 * width)
+        yield elementwise("expert add", rows * width, 1, precision, inputs=2)
     yield linear("router_proj", rows, width, experts.number, precision)
     yield elementwise("routing", rows * experts.number, SOFTMAX, precision)
     needed = experts.number * (1 - (1 - experts.chosen / experts.number) ** rows)
@@ -220,17 +232,34 @@ def layer_operators(
         yield norm_operator("mlp norm", stack.norm, left, width, precision, stack.norms // 2)
     if stack.experts:
         yield from _experts(stack.experts, left, width, precision)
-    else:
+    if not stack.experts or stack.experts.beside:
         yield from _mlp(left, width, stack.inner, precision, gated=stack.gated, bias=stack.mlp_bias)
     if stack.scaled:
         yield elementwise("mlp scale", left * width, 1, precision, parameters=width)
     yield elementwise("mlp add", left * width, 1, precision, inputs=2)
+    if stack.embeds:
+        yield linear("layer gate_proj", left, width, stack.embeds, precision)
+        yield elementwise("layer gate", left * stack.embeds, ACTIVATION + 1, precision, inputs=2)
+        yield linear("layer out_proj", left, stack.embeds, width, precision)
+        yield norm_operator("layer norm", stack.norm, left, width, precision)
+        yield elementwise("layer add", left * width, 1, precision, inputs=2)
 
 
 def embedding(decoder: Decoder, rows: float, precision: Precision) -> Operator:
     """The rows of the table that a prompt or a step looks up; placeholders of pictures are looked up like text."""
     values = rows * decoder.stack.width
     return Operator("embed_tokens", 0, weights=values * precision.other / 8, stores=values * precision.activation / 8)
+
+
+def layer_embeddings(decoder: Decoder, rows: float, precision: Precision) -> Iterator[Operator]:
+    """What layers look up by token, and what is made for them of the embeddings, normed and added. Most decoders have none."""
+    channels = decoder.looked_up
+    if not channels:
+        return
+    size = rows * channels
+    yield Operator("layer embeddings", 0, weights=size * precision.other / 8, stores=size * precision.activation / 8)
+    yield linear("layers_proj", rows, decoder.stack.width, channels, precision)
+    yield elementwise("layer inputs", size, decoder.stack.norm.operations + 3, precision, inputs=2)
 
 
 def head_operators(decoder: Decoder, batch: float, rows: float, precision: Precision) -> Iterator[Operator]:
@@ -256,6 +285,10 @@ def patch_operators(tower: Tower, pictures: float, patches: float, precision: Pr
 def pooling_operators(tower: Tower, pictures: float, tokens: float, precision: Precision, fused: bool) -> Iterator[Operator]:
     """The norm after the layers, and what encoders do for a pooled output, whether somebody reads it or not."""
     stack, width = tower.stack, tower.stack.width
+    if tower.averaged:  # which patch belongs to which token, times the patches
+        rows, size = pictures * tokens / tower.averaged, precision.activation / 8
+        read = (rows * tokens + pictures * tokens * width) * size
+        yield Operator("patch means", 2 * rows * tokens * width, loads=read, stores=rows * width * size, bits=precision.activation)
     if tower.after:
         yield norm_operator("post norm", tower.after, pictures * (1 if tower.cls_alone else tokens), width, precision)
     if not tower.pools:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UnsupportedModelError
 from ..families import FAMILIES, TOWERS
-from .architecture import LAYER_NORM, RMS_NORM, Linear, Norm, Projector
+from .architecture import BARE_NORM, LAYER_NORM, RMS_NORM, Linear, Norm, Projector
 
 Projectors = tuple[Projector, ...]
 
@@ -24,6 +24,13 @@ def _mlp(config: Any, norm: Norm | None = None, newline: bool = False) -> Projec
 
 def _linear(config: Any, bias: bool = True, norm: Norm | None = None) -> Projectors:
     return (Projector((Linear(config.vision_config.hidden_size, config.text_config.hidden_size, bias, norm),)),)
+
+
+def _pooled(config: Any) -> Projectors:
+    """A norm without weights after the means of patches, and a layer."""
+    width = config.text_config.hidden_size
+    layer = Linear(config.vision_config.hidden_size, width, bias=False, norm=BARE_NORM)
+    return (Projector((layer,), config.vision_config.pooling_kernel_size**2),)
 
 
 def _merger(config: Any) -> Projectors:
@@ -88,6 +95,18 @@ def _gated(config: Any, norm: Norm | None = LAYER_NORM) -> Projectors:
     return (Projector((first, Linear(inner // 2, width, activation="gated")), merge),)
 
 
+def _shuffled_mlp(config: Any) -> Projectors:
+    """An MLP of the encoder's own on blocks of patches, with an activation after each layer, and a layer."""
+    vision = config.vision_config
+    inner = vision.projector_output_dim
+    layers = (
+        Linear(vision.intermediate_size, vision.projector_input_dim, bias=False),
+        Linear(inner, inner, bias=False, activation="plain"),
+        Linear(vision.vision_output_dim, config.text_config.hidden_size, bias=False, activation="plain"),
+    )
+    return (Projector(layers, round(1 / vision.pixel_shuffle_ratio) ** 2),)
+
+
 def _words(config: Any) -> Projectors:
     """A choice among visual words, of which their embeddings are mixed."""
     vision, width, merge = config.vision_config, config.text_config.hidden_size, config.vision_config.hidden_stride**2
@@ -104,11 +123,13 @@ SHAPES: dict[str, Callable[[Any], Projectors]] = {
     "merged mlp": _merged_mlp,
     "linear": _linear,
     "pooled": partial(_linear, bias=False, norm=RMS_NORM),  # pooled and normalised, then projected
+    "pooled, no weights": _pooled,
     "merger": _merger,
     "convolution": _convolution,
     "shuffle": _shuffle,
     "normed shuffle": _normed_shuffle,
     "one": _one,
+    "shuffled mlp": _shuffled_mlp,
     "words": _words,
     "gated": _gated,
     "gated, no norm": partial(_gated, norm=None),

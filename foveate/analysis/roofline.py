@@ -16,6 +16,7 @@ from .operators import (
     cached,
     embedding,
     head_operators,
+    layer_embeddings,
     layer_operators,
     patch_operators,
     pooling_operators,
@@ -206,8 +207,10 @@ def _question(shape: Architecture, work: Workload) -> Iterator[Step]:
     if not tokens:
         return
     yield "prefill", "question", embedding(decoder, batch * tokens, precision), 1
+    for operator in layer_embeddings(decoder, batch * tokens, precision):
+        yield "prefill", "question", operator, 1
     for layer, times in Counter(decoder.stack.each).items():
-        span = prompt_span(tokens, layer.window, decoder.causal, work.fused)
+        span = prompt_span(tokens, layer.window, decoder.causal, work.fused, layer.chunks)
         for operator in layer_operators(layer, batch, span, tokens, precision, work.fused, to_cache=False):
             yield "prefill", "question", operator, times
 
@@ -217,16 +220,23 @@ def _decoder(shape: Architecture, work: Workload) -> Iterator[Step]:
     decoder, precision, batch = shape.decoder, work.precision, work.run.batch
     layers = Counter(zip(work.tokens, decoder.stack.each, strict=True))
     yield "prefill", "decoder", embedding(decoder, batch * work.tokens[0], precision), 1
+    for operator in layer_embeddings(decoder, batch * work.tokens[0], precision):
+        yield "prefill", "decoder", operator, 1
     for (tokens, layer), times in layers.items():
-        span = prompt_span(tokens, layer.window, decoder.causal, work.fused)
-        for operator in layer_operators(layer, batch, span, tokens, precision, work.fused, to_cache=True):
+        span = prompt_span(tokens, layer.window, decoder.causal, work.fused, layer.chunks)
+        if layer.reads:
+            span = Span(1, tokens, tokens)
+        for operator in layer_operators(layer, batch, span, span.queries, precision, work.fused, to_cache=True):
             yield "prefill", "decoder", operator, times
-    for operator in head_operators(decoder, batch, batch * work.tokens[-1], precision):
+    last = 1 if decoder.stack.each[-1].reads else work.tokens[-1]
+    for operator in head_operators(decoder, batch, batch * last, precision):
         yield "prefill", "decoder", operator, 1
     steps = work.new_tokens - 1
     if not steps:
         return
     yield "decode", "decoder", embedding(decoder, batch, precision), steps
+    for operator in layer_embeddings(decoder, batch, precision):
+        yield "decode", "decoder", operator, steps
     for (tokens, layer), times in layers.items():
         spans = Counter(step_span(tokens + step, layer.window) for step in range(steps))
         for span, repeated in spans.items():
@@ -274,7 +284,11 @@ def _memory(shape: Architecture, work: Workload, steps: Sequence[Step]) -> tuple
         weights = stack.layers * sum(operator.weights for operator in first)
         return {"decoder": weights}, kept, sum(operator.stores for operator in first)
     held = [
-        layer.mixer.held if layer.mixer else 2 * stack.keys * cached(tokens + work.new_tokens - 1, layer.window)
+        layer.mixer.held
+        if layer.mixer
+        else 0
+        if layer.reads
+        else 2 * layer.keys * cached(tokens + work.new_tokens - 1, layer.window)
         for tokens, layer in zip(work.tokens, stack.each, strict=True)
     ]
     kept = work.run.batch * sum(held) * precision.cache / 8

@@ -24,11 +24,11 @@ def _stack(vision: Any, **more: Any) -> Stack:
 
 
 def _plain(vision: Any, kind: TowerKind) -> Tower:
-    """With learnt positions and plain MLPs."""
+    """With learnt positions, perhaps rotary ones as well, and plain MLPs."""
     cls = kind.has_cls
     patches = _area(vision.image_size) // _area(vision.patch_size)
     return Tower(
-        _stack(vision),
+        _stack(vision, rotary=kind.rotary),
         patch=vision.num_channels * _area(vision.patch_size),
         patch_bias=kind.patch_bias,
         patches=patches,
@@ -36,7 +36,7 @@ def _plain(vision: Any, kind: TowerKind) -> Tower:
         positions=patches + cls,
         before=LAYER_NORM if cls else None,
         after=LAYER_NORM,
-        cls_alone=cls,
+        cls_alone=cls and not kind.cls_last,
         pools=kind.pools and getattr(vision, "vision_use_head", True),
     )
 
@@ -79,6 +79,21 @@ def _root(vision: Any, kind: TowerKind) -> Tower:
         positions=patches,
         before=RMS_NORM,
         after=RMS_NORM,
+    )
+
+
+def _averaged(vision: Any, kind: TowerKind) -> Tower:
+    """For pictures of any size, with a table of positions for each axis; four norms a layer, and heads of a width of their own."""
+    bare: dict[str, Any] = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), False)
+    heads = {"head": vision.head_dim, "key_value_heads": vision.num_key_value_heads}
+    norms = {"norms": 4, "norm": RMS_NORM, "query_norm": RMS_NORM}
+    return Tower(
+        _stack(vision, gated=kind.gated, rotary=kind.rotary, **norms, **heads, **bare),
+        patch=3 * _area(vision.patch_size),
+        patch_bias=kind.patch_bias,
+        patches=None,
+        positions=2 * vision.position_embedding_size,
+        averaged=vision.pooling_kernel_size**2,
     )
 
 
@@ -174,6 +189,7 @@ SHAPES: dict[str, Callable[[Any, TowerKind], Tower]] = {
     "rotated": _rotated,
     "resampled": _resampled,
     "root": _root,
+    "averaged": _averaged,
     "scaled": _scaled,
     "sized": _sized,
     "fused": _fused,

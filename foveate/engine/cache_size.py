@@ -29,9 +29,10 @@ def cache_bytes(cache: Any) -> list[int]:
     if cache is None:
         raise CacheError("generate returned no key-value cache, so its size is not known. Use a model that keeps one.")
     found, seen = [], set()
-    for layer in cache.layers:
+    empty = getattr(cache, "is_dummy", None) or [False] * len(cache.layers)  # layers that read what earlier ones hold
+    for layer, nothing in zip(cache.layers, empty, strict=True):
         held = 0
-        for tensor in _held(layer) or [None]:
+        for tensor in [] if nothing else _held(layer) or [None]:
             if not isinstance(tensor, Tensor):
                 raise CacheError("this cache does not show its keys and values, so its size is not known. Use a dynamic cache.")
             storage = tensor.untyped_storage()  # what is held is all of it, even where the layer sees a part

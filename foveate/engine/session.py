@@ -17,12 +17,13 @@ from ..errors import InputError
 from ..methods.base import Method
 from ..report import Clock, Report
 from .call import ShortCall, read, shorten
-from .decoder.hooks import DecoderCuts
+from .decoder.hooks import DecoderCuts, check_cuttable
 from .direct import Direct
 from .generation import FullPrompt, GenerateSettings, on_full_prompt
 from .install import Installation, installed_on
 from .model.anatomy import Anatomy, anatomy, innermost
 from .model.inputs import check_tensors, without_empty
+from .model.late import mended, taking_visual_tokens
 from .model.marks import cuts_of, forget_if_empty, layout_of, mark, restore
 from .model.seams import (
     PRE_ENCODED,
@@ -61,6 +62,7 @@ class Session:
         self.report = self.new_report()
         self.cuts = DecoderCuts(None, None)
         self._guards: list[Any] = []
+        self._late = False  # the model's forward takes no visual tokens
         self._adoptable = False  # attached by attach(), so that a with block may take it over once
         self._prefill: Report | None = None  # of the generate whose prefill comes next
         self._busy: set[int] = set()  # caches that generate works on: its calls of forward are right as they are
@@ -130,6 +132,7 @@ class Session:
             return self
         cuts = DecoderCuts(None, None)
         if self.method.inside_decoder() or self.method.first_tokens() is not None:
+            check_cuttable(parts, self.method)
             cuts = DecoderCuts(parts.decoder, self.method, two_way=parts.family.two_way, levels=parts.deepstack_levels)
         installed = installed or Installation(self.model)
         for outer in installed.sessions[-1:]:
@@ -138,6 +141,9 @@ class Session:
         installed.sessions.append(self)
         if self.front.positions == "original" and not parts.family.mrope:
             self._guards = guard_positions(self.model)
+        self._late = parts.family.late is not None
+        if self._late:
+            self._guards.append(mended(self.model))
         self.cuts = cuts
         try:
             cuts.install()
@@ -326,6 +332,8 @@ class Session:
         """Shorten the prompt of a direct call; calls from ``generate`` come with reduced pictures and pass."""
         kwargs = without_empty(kwargs)
         cache = cache_in(kwargs)
+        if self._late:
+            original = taking_visual_tokens(self.model, original)
         self.begins(kwargs)
         if cuts_of(cache) is not None:
             self.cuts.accept(cache)

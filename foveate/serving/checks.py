@@ -14,8 +14,8 @@ def check_servable(parts: Anatomy) -> None:
 
     Raises
     ------
-    UnsupportedModelError : positions are (t, h, w), tokens of a picture see each other, features enter several layers, or the model
-        embeds some words in another way beside pictures.
+    UnsupportedModelError : positions are (t, h, w), tokens of a picture see each other, features enter several layers, layers have
+        embeddings of their own, or the model embeds some words in another way beside pictures.
     """
     family, why = parts.family, None
     if family.mrope:
@@ -23,6 +23,8 @@ def check_servable(parts: Anatomy) -> None:
             "its visual tokens have (t, h, w) positions, which embeddings in a prompt do not carry. The plugin of vLLM hands them "
             "over for Qwen2-VL, Qwen2.5-VL and Qwen3-VL (docs/serving.md)"
         )
+    elif getattr(parts.model.config.get_text_config(), "hidden_size_per_layer_input", 0):
+        why = "its layers look up embeddings of their own for each token, which come with token ids only"
     elif family.two_way:
         why = "its visual tokens see each other in both directions, and a plain language model reads from left to right"
     elif parts.deepstack_levels:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.model.anatomy import Anatomy, anatomy
+from ..engine.model.anatomy import Anatomy, anatomy, decoder_of
+from ..engine.model.late import mended
 from ..engine.vision.front import prepare
 from ..errors import InputError
 from ..jsonl import parsed
@@ -157,7 +159,9 @@ def _write_text(loaded: Loaded, parts: Anatomy, folder: Path) -> tuple[Any, floa
     from transformers import AutoTokenizer
 
     text = language_model(parts)
-    difference = compared(parts.model, text)
+    running: AbstractContextManager[Any] = nullcontext() if parts.family.late is None else mended(parts.model)
+    with running:
+        difference = compared(parts.model, text)
     text.save_pretrained(folder)
     no_chat, number = write_tokenizer(loaded.processor, folder), 0
     if not no_chat:
@@ -250,7 +254,9 @@ def language_model(parts: Anatomy) -> Any:
             text = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     except ValueError as error:
         raise ExportError(f"transformers has no causal LM for the {config.model_type!r} language model of this model.") from error
-    state = {f"{text.base_model_prefix}.{name}": value for name, value in model.get_decoder().state_dict().items()}
+    decoder, inner = decoder_of(model), decoder_of(text)
+    place = next(name for name, module in text.named_modules() if module is inner)
+    state = {f"{place}.{name}": value for name, value in decoder.state_dict().items()}
     state |= {f"lm_head.{name}": value for name, value in head.state_dict().items()}
     expected = {name for name, _ in text.named_parameters(remove_duplicate=False)}
     if expected - state.keys() or state.keys() - expected - {name for name, _ in text.named_buffers()}:
@@ -259,7 +265,7 @@ def language_model(parts: Anatomy) -> Any:
     text.load_state_dict(state, strict=False, assign=True)
     for buffered in (module for module in text.modules() if any(buffer.is_meta for buffer in module.buffers(recurse=False))):
         # computed from the config and not saved, such as rotary frequencies
-        twin = next(own for own in model.get_decoder().modules() if type(own) is type(buffered))
+        twin = next(own for own in decoder.modules() if type(own) is type(buffered))
         for key, value in twin.named_buffers(recurse=False):
             buffered.register_buffer(key, value, persistent=False)
     text.tie_weights()

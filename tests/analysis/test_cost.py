@@ -44,10 +44,18 @@ def counted(function):
     return counter.get_total_flops() - sum(counts[name] for name in states) + sum(counts[name] for name in linear), out
 
 
+def idle(model, rows: int) -> int:
+    """Operations of experts on ``rows`` tokens that did not choose them: Llama 4 computes all, and adds zeros times those."""
+    layers = [
+        layer.feed_forward for layer in families.decoder_of(model).layers if hasattr(getattr(layer, "feed_forward", 0), "router")
+    ]
+    return sum(2 * rows * (each.num_experts - each.top_k) * 3 * each.hidden_dim * each.experts.expert_dim for each in layers)
+
+
 def held(layer) -> list[torch.Tensor]:
     if hasattr(layer, "recurrent_states"):
         return [each for states in (layer.conv_states, layer.recurrent_states) for each in states.values() if each is not None]
-    return [layer.keys, layer.values]
+    return [each for each in (layer.keys, layer.values) if each is not None]
 
 
 def cache_bytes(cache) -> int:
@@ -176,9 +184,10 @@ def llava(kind: str = "Llava", **changes):
     return getattr(hf, f"{kind}Config")(**(parts | changes))
 
 
-def of_family(family: str, vision=(), **changes):
+def of_family(family: str, vision=(), text=(), **changes):
     """The small config that the tests of the engine use, with other fields."""
-    kind, parts, text, fields = families.parts_of(family)
+    kind, parts, decoder, fields = families.parts_of(family)
+    text = {**decoder, **dict(text)} if text else decoder
     return kind(vision_config={**parts, **dict(vision)} if vision else parts, text_config=text, **(fields | changes))
 
 
@@ -222,6 +231,12 @@ CONFIGS = {
     "paddleocr_vl": lambda: of_family("paddleocr_vl"),
     "lfm2_vl": lambda: of_family("lfm2_vl"),
     "lfm2_vl, pooled": lambda: of_family("lfm2_vl", dict(vision_use_head=True), projector_use_layernorm=False),
+    "llama4": lambda: of_family("llama4"),
+    "llama4, dense": lambda: of_family("llama4", text=dict(moe_layers=[], attention_chunk_size=None)),
+    "gemma4": lambda: of_family("gemma4"),
+    "gemma4, left to right": lambda: of_family("gemma4", text=dict(use_bidirectional_attention=None)),
+    "gemma4, apart": lambda: of_family("gemma4, apart"),
+    "gemma4, no own embeddings": lambda: of_family("gemma4, apart", text=dict(hidden_size_per_layer_input=0)),
     "ovis2": lambda: of_family("ovis2"),
     "ovis2, biases": lambda: of_family("ovis2", dict(qkv_bias=True, mlp_bias=True)),
     "aya_vision": lambda: of_family("aya_vision"),
@@ -239,7 +254,7 @@ def test_weights_of_whole_models(name):
     model = AutoModelForImageTextToText.from_config(CONFIGS[name]())
     found = cost(model, patches=64, dtype="float32")
     assert sum(found.weights.values()) == sum(parameter.nbytes for parameter in model.parameters())
-    text = ("model.language_model.", "model.text_model.", "lm_head.")
+    text = ("model.language_model.", "model.text_model.", "lm_head.", "language_model.")
     vision = sum(parameter.nbytes for key, parameter in model.named_parameters() if not key.startswith(text))
     assert found.weights["vision tower"] + found.weights["projector"] == vision
 
@@ -254,7 +269,7 @@ SEEN = dict.fromkeys(("idefics3", "smolvlm", "aya_vision"), (3, None))  # tiles 
 SEEN |= {"internvl": (2, None), "glm4v": (1, 12 * 8), "mistral3": (1, 8 * 6)}
 SEEN |= {"qianfan_ocr": (2, None), "lighton_ocr": (1, 8 * 6), "cohere2_vision": (3, None)}
 SEEN |= dict.fromkeys(("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v_moe", "glm46v", "paddleocr_vl"), (1, 12 * 8))
-SEEN |= {"ovis2": (3, None), "lfm2_vl": (1, 8 * 8)}
+SEEN |= {"ovis2": (3, None), "lfm2_vl": (1, 8 * 8), "llama4": (3, None), "gemma4": (1, 8 * 8)}
 
 
 def prompts(name):
@@ -281,14 +296,14 @@ def prompts(name):
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in NO_FORWARD])
 def test_whole_models_against_counted_operations(name):
     model = AutoModelForImageTextToText.from_config(CONFIGS[name](), attn_implementation="eager", experts_implementation="eager")
-    model.eval()
+    families.running(model.eval())
     inputs, numbers = prompts(name)
     pictured = inputs["input_ids"] == IMAGE
     batch, text = len(pictured), int((~pictured[0]).sum())
     found = cost(model.config, text=text, batch=batch, **numbers, new_tokens=1, flash=False, dtype="float32")
     assert found.work.run.visual[0] == int(pictured[0].sum())
     flops, out = counted(lambda: model(**inputs, logits_to_keep=1, use_cache=True))
-    assert products(found) == flops
+    assert products(found) == flops - idle(model, pictured.numel())
     assert found.kv_cache == cache_bytes(out.past_key_values)
 
 
@@ -393,6 +408,8 @@ def test_fused_attention_computes_what_the_mask_lets_through(tokens, window):
     query, key = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
     seen = (key <= query) & (query - key < (window or tokens))
     assert prompt_span(tokens, window, causal=True, fused=True).pairs == int(seen.sum())
+    seen = (key <= query) & (query // (window or tokens) == key // (window or tokens))
+    assert prompt_span(tokens, window, causal=True, fused=True, chunks=True).pairs == int(seen.sum())
     assert prompt_span(tokens, window, causal=False, fused=True).pairs == tokens**2
     assert prompt_span(tokens, window, causal=True, fused=False).pairs == tokens**2
     size = window or tokens

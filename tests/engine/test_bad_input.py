@@ -297,7 +297,7 @@ def test_pictures_without_matplotlib(monkeypatch):
         new_figure()
 
 
-SIZES = ("image_grid_thw", "video_grid_thw", "image_sizes", "spatial_shapes")
+SIZES = ("image_grid_thw", "video_grid_thw", "image_sizes", "spatial_shapes", "image_position_ids")
 SIZED = [name for name in families.USABLE if any(key in families.batch(name) for key in SIZES)]
 
 

@@ -25,6 +25,13 @@ class DecoderKind:
         self.decoder, self.two_way = decoder, two_way
         self.windows, self.kinds = layer_windows(decoder.config), layer_kinds(decoder.config)
         self.reads_positions = reads_positions(decoder.layers[0])
+        shared = getattr(decoder.config, "num_kv_shared_layers", 0)
+        if shared:
+            raise UnsupportedModelError(
+                f"the last {shared} layers of {type(decoder).__name__} read the keys and values of earlier ones, and run the last "
+                "token of prompts only, so that none can leave between layers. Use a method that acts before the decoder, such as "
+                "'prumerge+'."
+            )
         strange = sorted({*self.kinds} - {"full_attention", "sliding_attention"})
         if strange:
             raise UnsupportedModelError(
@@ -261,12 +268,8 @@ class Prefill(Forward):
 
     def inputs(self, layer: int, stage: Stage, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a layer that runs fewer tokens."""
-        changed: dict[str, Any] = {}
-        for name, value in kwargs.items():
-            # whatever has one entry per token of the prompt, such as per-layer embeddings
-            follows = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == self.width
-            if follows and name not in ("attention_mask", "hidden_states", "position_ids"):
-                changed[name] = take(value, stage.index)
+        own = ("attention_mask", "hidden_states", "position_ids")
+        changed: dict[str, Any] = {name: self.followed(stage, value) for name, value in kwargs.items() if name not in own}
         number = stage.index.shape[1]
         if stage.positions is None:
             changed["position_embeddings"] = self._gathered(layer, stage, kwargs["position_embeddings"], hidden.device)
@@ -278,6 +281,11 @@ class Prefill(Forward):
             changed["position_ids"] = torch.arange(number, device=hidden.device)[None]
         changed["attention_mask"] = self.mask_before(layer, stage, hidden, kwargs["attention_mask"])
         return changed
+
+    def followed(self, stage: Stage, value: Any) -> Any:
+        """An argument of a layer; what has one entry per token of the prompt, such as per-layer embeddings, is shortened."""
+        follows = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == self.width
+        return take(value, stage.index) if follows else value
 
     def mask_before(self, layer: int, stage: Stage | None, hidden: Tensor, whole: Any) -> Tensor | None:
         """The mask of a layer that runs a stage; ``whole`` is what the model made for all of the prompt.

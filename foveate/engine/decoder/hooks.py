@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from ...errors import CacheError, FoveateError, InputError, UnsupportedModelError, shown
 from ...methods.base import DecoderReducer, Method
 from ...report import Report
+from ..model.anatomy import Anatomy
 from ..model.marks import cuts_of, forget_if_empty, mark_cuts
 from ..model.seams import attention_of, cache_in
 from .attention import OnlyRecording, Recorded, Tap
@@ -33,6 +34,15 @@ OTHER = (
     "visual tokens were removed from this cache inside the decoder, by another method than the attached one or in other settings. "
     "Continue it with the same method, or start a new cache."
 )
+
+
+def check_cuttable(parts: Anatomy, method: Method) -> None:
+    """Raise ``UnsupportedModelError`` where a method acts inside the decoder of a family that no tokens can leave there."""
+    if parts.family.uncut:
+        raise UnsupportedModelError(
+            f"{method.name} acts inside the decoder of {parts.family.name}, and {parts.family.uncut}, so that none can leave "
+            "between layers. Use a method that acts before the decoder, such as 'prumerge+'."
+        )
 
 
 class DecoderCuts:
@@ -317,7 +327,8 @@ class DecoderCuts:
             kwargs = {**kwargs, **run.inputs(layer, stage, hidden, kwargs)}
         if window is not None and run.sees_pictures(layer):
             kwargs = {**kwargs, "attention_mask": neighbour_mask(run, layer, hidden, window, whole)}
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        more = args[1:] if stage is None else tuple(run.followed(stage, value) for value in args[1:])
+        return ((hidden, *more), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _current(self, kwargs: dict[str, Any]) -> Forward | None:
         """The run of this thread, or the one a layer belongs to that gradient checkpointing calls again in the backward pass."""

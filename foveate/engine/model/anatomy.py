@@ -180,7 +180,7 @@ class Anatomy:
     @property
     def decoder(self) -> nn.Module:
         """The language model without its head; its blocks are at ``layers``."""
-        decoder: nn.Module = self.model.get_decoder()
+        decoder = decoder_of(self.model)
         _part(decoder, "layers", "decoder layers")
         _part(decoder, "rotary_emb", "rotary embeddings")
         return decoder
@@ -282,6 +282,13 @@ class Anatomy:
         patch = self.model.config.vision_config.patch_size
         rows, columns = (patch, patch) if isinstance(patch, int) else patch
         return height // rows, width // columns
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """The language model without its head; transformers gives that of Llama 4 with it."""
+    decoder = model.get_decoder()
+    found: nn.Module = decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
+    return found
 
 
 def anatomy(model: Any) -> Anatomy:

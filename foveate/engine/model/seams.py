@@ -334,8 +334,9 @@ def attention_of(layer: nn.Module) -> nn.Module:
 
 def values_of(attention: Any) -> tuple[nn.Module, int, int, int]:
     """The module that makes the values of an attention module: where they begin in its output, in how many heads of which width."""
-    groups, width = int(attention.config.num_key_value_heads), int(attention.head_dim)
-    if hasattr(attention, "v_proj"):
+    # layers of one decoder may have other numbers of heads (Gemma 4)
+    groups, width = int(attention.config.num_attention_heads) // int(attention.num_key_value_groups), int(attention.head_dim)
+    if getattr(attention, "v_proj", None) is not None:
         return attention.v_proj, 0, groups, width
     if hasattr(attention, "qkv_proj"):  # queries, keys and values in one (Phi-3)
         return attention.qkv_proj, (int(attention.config.num_attention_heads) + groups) * width, groups, width

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ...errors import InputError, UnsupportedModelError
-from ..model.anatomy import Anatomy
+from ..model.anatomy import Anatomy, decoder_of
 from ..model.marks import layout_of
 from ..model.seams import cache_in, full_positions, reads_positions
 from .layout import Layout, original_positions
@@ -231,7 +231,7 @@ def guard_positions(model: PreTrainedModel) -> list[RemovableHandle]:
     ------
     UnsupportedModelError : under flash attention, where the attention of the decoder computes with position ids.
     """
-    decoder: Any = model.get_decoder()
+    decoder: Any = decoder_of(model)
     layers: Any = getattr(decoder, "layers", ())
     reads = len(layers) > 0 and reads_positions(layers[0])
     if reads and "flash" in str(decoder.config._attn_implementation):

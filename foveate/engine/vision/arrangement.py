@@ -291,6 +291,17 @@ def _shapes(seen: Seen) -> Arrangement:
     return of_sizes(sizes, int(seen.parts.model.config.downsample_factor), seen.device, padded=True)
 
 
+def _places(seen: Seen) -> Arrangement:
+    """Pictures of different sizes, of whose patches each says its column and row; the encoder pads them."""
+    ends = (seen.kwargs["image_position_ids"].amax(1) + 1).tolist()  # padding is at -1
+    return of_sizes(
+        [(rows, columns) for columns, rows in ends],
+        int(seen.parts.model.config.vision_config.pooling_kernel_size),
+        seen.device,
+        padded=True,
+    )
+
+
 def _packed(seen: Seen) -> Arrangement:
     """A small picture, then the rows of its tiles side by side without their padding, each row with a newline after it.
 
@@ -362,5 +373,6 @@ ARRANGEMENTS: dict[str, Callable[[Seen], Arrangement]] = {
     "thw": _thw,
     "sizes": _sizes,
     "shapes": _shapes,
+    "places": _places,
     "packed": _packed,
 }

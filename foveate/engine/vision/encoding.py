@@ -14,6 +14,7 @@ from torch import Tensor
 from ...errors import FoveateError, UnsupportedModelError
 from ...tokens import EncoderLayer, EncoderTap
 from ..model.anatomy import Anatomy
+from ..model.late import with_projection
 from ..model.seams import encode_visuals, recorded_packing
 from .arrangement import ARRANGEMENTS, Arrangement, Seen, Unit
 from .beside import Beside, beside, layers_beside
@@ -37,7 +38,9 @@ def _taps(parts: Anatomy, layers: tuple[EncoderLayer, ...], values: bool = False
             def record(_: Any, __: Any, out: Any, name: EncoderLayer = name, what: str = what) -> None:
                 if threading.get_ident() == owner:
                     given = (out[0] if isinstance(out, tuple) else out).detach()
-                    seen[name, what] = given if given.ndim == 3 else given[None]  # some encoders know no batch
+                    given = given.flatten(2) if given.ndim == 4 else given  # head by head
+                    given = given if given.ndim == 3 else given[None]  # some encoders know no batch
+                    seen[name, what] = given.roll(1, 1) if parts.tower_kind.cls_last else given
 
             handles.append(module.register_forward_hook(record))
     try:
@@ -196,7 +199,7 @@ def encode(
         projector_input(parts, skip) as seen,
         recorded_packing(base) as packings,
     ):
-        output = encode_visuals(base, parts.modality, kwargs)
+        output = with_projection(parts, encode_visuals(base, parts.modality, kwargs))
     tokens, packing = seen[0] if seen else None, packings[0] if packings else None
     arrangement = ARRANGEMENTS[parts.arrangement or ""](Seen(parts, kwargs, tokens, output.pooler_output, runs or [], packing))
     projected = None

@@ -38,7 +38,7 @@ def positions_read(model: torch.nn.Module) -> Iterator[list[list]]:
         places = kwargs["position_ids"]
         found.append(places[-3:, 0].T.tolist() if places.ndim == 3 else places[0].tolist())
 
-    handle = model.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
+    handle = families.decoder_of(model).register_forward_pre_hook(look, with_kwargs=True)
     try:
         yield found
     finally:
@@ -65,6 +65,8 @@ GOLDENS: dict[str, tuple[Medium, list]] = {
     "smolvlm": (SPLIT, [0, 1, 2, 3, 4, 12, 13, 14, 15, 23, 24, 25, 26, 27, 28, 36, 37, 38, 39]),
     "qianfan_ocr": (SPLIT, [0, 1, 2, 3, 11, 12, 20, 21, 22, 23]),
     "cohere2_vision": (SPLIT, [0, 1, 2, 3, 11, 12, 13, 21, 22, 23, 31, 32, 33, 34, 35]),
+    "gemma4": (Medium((6, 8)), [0, 1, 2, 3, 14, 15, 16, 17]),
+    "llama4": (SPLIT, [0, 1, 2, 3, 11, 12, 13, 21, 22, 23, 24, 32, 33, 34, 35]),
     "lfm2_vl": (Medium((6, 8)), [0, 1, 2, 3, 14, 15, 16, 17]),
     "ovis2": (SPLIT, [0, 1, 2, 3, 11, 12, 13, 21, 22, 23, 31, 32, 33, 34]),
     "lighton_ocr": (Medium((84, 112)), [0, 1, 2, 3, 14, 15, 16, 17]),

@@ -26,7 +26,7 @@ ASKED = [(0,), (1,), (0, 1), (1, 0), (0, 0), (2, 1, 0), (0, 1, 2)]
 
 def test_every_family_that_is_served_is_here() -> None:
     # which are for batches only: a picture is no single span
-    told = {"mistral3", "idefics3", "smolvlm", "aya_vision", "cohere2_vision", "lfm2_vl"}
+    told = {"mistral3", "idefics3", "smolvlm", "aya_vision", "cohere2_vision", "lfm2_vl", "llama4"}
     served = {kind for kind, family in FAMILIES.items() if not (family.mrope or family.two_way or family.marks)} - told
     assert served <= {*KINDS}
 

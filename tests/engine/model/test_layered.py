@@ -1,0 +1,78 @@
+"""Gemma 4: pictures of any size, whose patches say where they are; layers that read the keys and values of earlier ones."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import foveate
+from foveate.engine.cache_size import cache_bytes
+from foveate.engine.model.anatomy import anatomy
+from foveate.engine.vision.encoding import encode
+
+from ... import families
+from ...family_prompts import VIDEO
+from .test_families import GREEDY
+
+FAMILY = "gemma4"
+
+
+@torch.no_grad()
+def test_a_token_is_a_block_of_patches():
+    """Each patch counts in the mean of one token: the one that the model's own pooling puts it in."""
+    model, inputs = families.load(FAMILY), families.batch(FAMILY)
+    encoded = encode(
+        anatomy(model), ("last",), {name: inputs[name] for name in ("pixel_values", "image_position_ids")}, project=True
+    )
+    places = inputs["image_position_ids"]
+    padding = (places == -1).all(-1)
+    assert padding.any()
+    patches = torch.randn(*padding.shape, 5)
+    pooled, real = model.model.vision_tower.pooler(patches, places, padding, output_length=padding.shape[1] // 4)
+    torch.testing.assert_close(encoded.arrangement.cells(patches), pooled[real] / 48**0.5)
+    grids = [unit.grid for unit in encoded.arrangement.units]
+    assert grids == [(medium.size[0] // 2, medium.size[1] // 2) for row in families.SPECS[FAMILY].rows for medium in row]
+
+
+@torch.no_grad()
+def test_queries_and_keys_are_those_after_their_norms():
+    model, inputs, seen = families.load(FAMILY), families.batch(FAMILY, rows=(0,)), []
+    attention = model.model.vision_tower.encoder.layers[-1].self_attn
+    handles = [part.register_forward_hook(lambda _, __, out: seen.append(out)) for part in (attention.q_norm, attention.k_norm)]
+    pixels = {name: inputs[name] for name in ("pixel_values", "image_position_ids")}
+    tap = encode(anatomy(model), ("last",), pixels, project=True).taps["last"]
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(tap.queries.unflatten(-1, (4, -1)), seen[0])
+    assert torch.equal(tap.keys.unflatten(-1, (4, -1)), seen[1])
+
+
+def test_layers_that_share_keys_and_values_are_not_cut():
+    said = re.escape("the last 2 layers of Gemma4TextModel read the keys and values of earlier ones")
+    with pytest.raises(foveate.UnsupportedModelError, match=said):
+        foveate.attach(families.load(FAMILY), "fastv", budget=0.5)
+
+
+def test_the_size_of_a_cache_with_layers_that_hold_nothing():
+    model, inputs = families.load(FAMILY), families.batch(FAMILY)
+    with foveate.DivPrune(budget=4)(model):
+        sizes = cache_bytes(model.generate(**inputs, **GREEDY).past_key_values)
+    assert all(sizes[:4])
+    assert not any(sizes[4:])
+
+
+def test_videos_are_refused():
+    model, inputs = families.load(FAMILY), families.batch(FAMILY, rows=(0,))
+    ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == families.IMAGE, VIDEO)
+    films = dict(pixel_values_videos=inputs["pixel_values"], video_position_ids=inputs["image_position_ids"])
+    with foveate.DivPrune(budget=4)(model), pytest.raises(foveate.UnsupportedModelError, match="videos are not supported"):
+        model.generate(input_ids=ids, **films, num_frames_per_video=torch.tensor([1]))
+
+
+def test_pictures_without_places_are_refused():
+    model, inputs = families.load(FAMILY), families.batch(FAMILY, rows=(0,))
+    del inputs["image_position_ids"]
+    with foveate.DivPrune(budget=4)(model), pytest.raises(foveate.InputError, match="no image_position_ids"):
+        model.generate(**inputs)
