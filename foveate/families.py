@@ -217,6 +217,7 @@ FAMILIES = {
             projector=None,
             two_way=True,
             joins="pooled, no weights",
+            since="5.24",
             notes="cuts inside the decoder only where all layers have keys and values of their own (not E2B and E4B)",
         ),
         Family(
@@ -304,6 +305,7 @@ FAMILIES = {
             late="multi_modal_projector",
             uncut="its layers count chunks of the prompt, and scale queries, by the places of tokens in their caches",
             joins="shuffled mlp",
+            since="5.24",
             notes=_TILES,
         ),
         _qwen("paddleocr_vl", "PaddleOCR-VL", "PaddlePaddle/PaddleOCR-VL", videos=None, since="5.21"),

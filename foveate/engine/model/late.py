@@ -41,7 +41,7 @@ def taking_visual_tokens(model: Any, original: Callable[..., Any]) -> Callable[.
 def _embedded(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a forward with embeddings in the place of token ids and pictures; the same where no pictures are projected."""
     ids, output = arguments.get("input_ids"), (arguments.get(PRE_ENCODED) or {}).get("image")
-    if ids is None or getattr(output, "pooler_output", None) is None:
+    if ids is None or output is None or output.get("pooler_output") is None:
         return arguments
     words = model.get_input_embeddings()(ids)
     visual = torch.cat(list(output.pooler_output)).to(words.device, words.dtype)
