@@ -41,7 +41,8 @@ def ready_file(path: str | Path) -> Path:
     place = Path(path).expanduser()
     if place.is_dir():
         raise InputError(f"{place} is a folder; give the name of a file")
-    ready_folder(place.parent)
+    if not place.exists() or place.is_file():  # a device or a pipe is written to where it is
+        ready_folder(place.parent)
     if place.exists() and not os.access(place, os.W_OK):
         raise InputError(f"{place} cannot be written (Permission denied). Choose another place.")
     return place

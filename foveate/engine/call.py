@@ -19,7 +19,16 @@ from ..report import Report
 from ..tokens import Reduction
 from .model.anatomy import Anatomy
 from .model.inputs import check_sizes, check_tensors
-from .model.seams import PACKED_INPUTS, PER_TOKEN_INPUTS, PRE_ENCODED, cache_in, encodings_in, modalities, of_modality
+from .model.seams import (
+    LAYERED_INPUTS,
+    PACKED_INPUTS,
+    PER_TOKEN_INPUTS,
+    PRE_ENCODED,
+    cache_in,
+    encodings_in,
+    modalities,
+    of_modality,
+)
 from .prompt.layout import Layout, cached_layout, filler, short_rows
 from .prompt.positions import Positions
 from .prompt.shorten import IGNORED, PromptPictures, check_columns, lay_out, read_pictures
@@ -173,6 +182,8 @@ class ShortCall:
             packed = [name for name in PACKED_INPUTS if found.get(name) is not None]
             if packed:
                 raise InputError(f"{packed[0]}: packed prompts cannot be shortened. Give each prompt a row of its own.")
+            if found.get(LAYERED_INPUTS) is not None:
+                raise InputError(f"{LAYERED_INPUTS} cannot be shortened. Leave it out: the model looks it up by input_ids.")
             found["attention_mask"], positions = self.mask, self.positions.follow(layout, call.mask)
             found.pop("position_ids", None)
             found |= self.training()

@@ -183,7 +183,7 @@ def test_what_sizes_can_afford():
         ('{"tasks": {"a": [{"size": true, "tokens": 2, "score": 0.5}]}}', "size is True"),
         ('{"tasks": {"a": [{"size": "7B", "tokens": 2, "score": 0.5}]}}', "size is '7B'"),
         ('{"tasks": {"a": [{"size": 0, "tokens": 2, "score": 0.5}]}}', "size 0"),
-        ('{"tasks": {"a": [{"size": 1, "tokens": 0, "score": 0.5}]}}', "at least 1 token"),
+        ('{"tasks": {"a": [{"size": 1, "tokens": 0, "score": 0.5}]}}', "tokens from 1 to"),
         ('{"tasks": {"a": [{"size": 1, "tokens": 2, "score": 53.5}]}}', "percent: divide all scores by 100"),
         ('{"tasks": {"a": [{"size": 1, "tokens": 2, "score": 1442}]}}', "expected 0 to 1. Give mean scores as shares"),
         ('{"tasks": {"a": [{"size": 1, "tokens": 2, "score": -0.1}]}}', "expected 0 to 1"),

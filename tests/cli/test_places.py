@@ -44,6 +44,7 @@ def commands(scene: str, place: Path) -> dict[str, list[str]]:
     return {
         "ask": ["ask", scene, "what color is the star ?", "--save", f"{place}/kept.png"],
         "demo": ["demo", "--folder", str(place)],
+        **{name: [name, "--json", f"{place}/found.json"] for name in ("env", "law", "methods", "models")},
         "bench": ["bench", "--rounds", "1", "--new-tokens", "2", "--json", f"{place}/bench.json"],
         "search": ["search", f"{place}/plan.json", "--examples", "2"],
         "compare --save": ["compare", "--scenes", "2", "--save", str(place), "--store", f"{scene}.store"],

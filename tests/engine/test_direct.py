@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils.generic import TransformersKwargs
 
 import foveate
-from foveate.engine.model.seams import PACKED_INPUTS, PER_TOKEN_INPUTS
+from foveate.engine.model.seams import LAYERED_INPUTS, PACKED_INPUTS, PER_TOKEN_INPUTS
 from foveate.families import FAMILIES
 
 from .. import families, zoo
@@ -147,10 +147,12 @@ KNOWN = {
         ),
         *("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "batch_num_images", "mm_encoder_outputs", "spatial_shapes"),
         *("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"),
+        *("image_position_ids", "video_position_ids", "num_frames_per_video", "input_features", "input_features_mask"),
     },
+    "refused": {LAYERED_INPUTS, *PACKED_INPUTS},
     "of the call": {"self", "kwargs", "cache", "past_key_values", "use_cache", "logits_to_keep", "cache_position", "return_dict"}
     | {"output_attentions", "output_hidden_states", "rope_deltas", "image_hidden_states", "num_items_in_batch", "is_causal"}
-    | {"output_router_logits", "token_type_ids", *PACKED_INPUTS},
+    | {"output_router_logits", "token_type_ids"},
 }
 
 
@@ -168,6 +170,13 @@ def test_losses_take_no_other_argument_per_token():
 
     known = {"logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels", "kwargs"}
     assert set(inspect.signature(ForCausalLMLoss).parameters) == known
+
+
+def test_embeddings_of_layers_are_refused():
+    model, inputs = families.load("gemma4"), families.batch("gemma4")
+    given = torch.zeros(*inputs["input_ids"].shape, 1, 1)
+    with foveate.PruMergePlus()(model), pytest.raises(foveate.InputError, match="per_layer_inputs cannot be shortened"):
+        model(**inputs, per_layer_inputs=given)
 
 
 def test_packed_prompts_are_refused(model):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
 PACKED_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")  # where packed sequences begin
+LAYERED_INPUTS = "per_layer_inputs"  # embeddings for each layer, which Gemma 4 looks up by token ids
 PRE_ENCODED = "mm_encoder_outputs"
 # whether rows of prefix_allowed_tokens_fn are sequences where a prompt has several (before 5.24), or prompts, as with beams
 ROWS_ARE_SEQUENCES = Version(transformers.__version__) < Version("5.24.dev0")

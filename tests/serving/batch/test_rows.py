@@ -258,7 +258,7 @@ def test_no_row_generates_beyond_what_the_model_takes(engine, pictures, tmp_path
     monkeypatch.setattr(
         engine.loaded.model, "generate", lambda **inputs: (asked.append(inputs["max_new_tokens"]), generate(**inputs))[1]
     )
-    rows = [{**row, "max_new_tokens": 10**30} for row in mixed(pictures, 2)]
+    rows = [{**row, "max_new_tokens": 2**31 - 1} for row in mixed(pictures, 2)]
     assert all("answer" in row for row in alone(engine, Source(written(tmp_path, rows))).values())
     assert asked == [4096] * 2
 
