@@ -165,12 +165,16 @@ class RequestReader:
         return min(FRAMES, self.limits.frames) if frames is None else frames
 
 
+# the others change no answer; the last is of vLLM, and asked for by clients that measure: numbers come at the end of a stream
+STREAM_OPTIONS = ("include_usage", "include_obfuscation", "continuous_usage_stats")
+
+
 def _usage(asked: Any) -> bool:
     """Whether a stream ends with the numbers of tokens."""
     asked = {} if asked is None else asked
     if not isinstance(asked, dict):
         raise RequestError("stream_options must be an object", param="stream_options")
-    odd = sorted(name for name in asked if asked[name] is not None and name not in ("include_usage", "include_obfuscation"))
+    odd = sorted(name for name in asked if asked[name] is not None and name not in STREAM_OPTIONS)
     if odd:
         raise RequestError(f"unknown argument {shown(odd[0])} of stream_options. Known: include_usage.", param="stream_options")
     return bool(asked.get("include_usage"))

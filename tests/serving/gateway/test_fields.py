@@ -58,7 +58,7 @@ HARMLESS: dict[str, Any] = {
     "something_new": None,
     "model": None,
     "tools": None,
-    "stream_options": {"include_obfuscation": False, "other": None},
+    "stream_options": {"include_obfuscation": False, "continuous_usage_stats": True, "other": None},
 }
 
 
@@ -77,7 +77,7 @@ CHANGING: dict[str, Any] = {
     "functions": [{"name": "a"}],
     "web_search_options": {},
     "something_new": False,
-    "stream_options": {"continuous_usage_stats": True},
+    "stream_options": {"include_thoughts": True},
     "chat_template_kwargs": {"a": 1},
     "prompt_embeds": "AAAA",
 }
