@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 SHOWN_ITEMS = 20  # pictures in a table, and maps below it
 SIDE = 120  # pixels of the longer side of a map in the notebook
-DROPPED, MERGED = 40, 0.35  # grey of dropped tokens; brightness of merged ones beside the kept token that they went to
+# grey of dropped tokens; brightness of merged ones beside the kept token that they went to, and of those that decoder layers drop
+DROPPED, MERGED, LEFT = 40, 0.35, 0.65
 LEGEND = "bright: kept; dim: merged into the kept token of that colour; grey: dropped"
+LEAVING = "; half bright: dropped between decoder layers"
 
 
 def token_color(number: int) -> NDArray[np.float32]:
@@ -27,13 +29,17 @@ def token_color(number: int) -> NDArray[np.float32]:
 
 
 def token_map(image: ImageReport) -> Image.Image:
-    """One pixel for each token of a grid: kept ones bright, merged ones dim in the colour of their kept token, others grey."""
+    """One pixel for each token of a grid: kept ones bright, merged ones dim in the colour of their kept token, others grey.
+
+    What enters the decoder and does not reach its last layer is half bright.
+    """
+    last = set(image.stages[-1].kept if image.stages else image.kept)
     pixels = np.full((image.grid[0] * image.grid[1], 3), DROPPED, np.float32)
     for cell, output in enumerate(image.source):
         if output >= 0:
             pixels[cell] = MERGED * token_color(output)
     for number, cell in enumerate(image.kept):
-        pixels[cell] = token_color(number)
+        pixels[cell] = (1 if cell in last else LEFT) * token_color(number)
     return Image.fromarray(pixels.reshape(*image.grid, 3).astype(np.uint8))
 
 
@@ -61,7 +67,8 @@ def report_html(report: Report) -> str:
 
 def _maps(report: Report) -> str:
     shown = [_map(image) for image in report.images[:SHOWN_ITEMS]]
-    return f"<div>{''.join(shown)}</div><p><small>{LEGEND}</small></p>" if shown else ""
+    legend = LEGEND + (LEAVING if any(image.stages for image in report.images[:SHOWN_ITEMS]) else "")
+    return f"<div>{''.join(shown)}</div><p><small>{legend}</small></p>" if shown else ""
 
 
 def _map(image: ImageReport) -> str:
@@ -70,4 +77,5 @@ def _map(image: ImageReport) -> str:
     name = f"picture {image.item}" + (f", part {image.part}" if image.part else "")
     style = f"width:{width}px;height:{height}px;image-rendering:pixelated;margin:2px;display:inline-block"
     title = f"{name}: {image.after} of {image.before} tokens"
+    title += f", {len(image.stages[-1].kept)} in the last layer" if image.stages else ""
     return f'<img alt="{title}" title="{title}" style="{style}" src="{data_url(token_map(image))}">'

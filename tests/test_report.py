@@ -134,6 +134,20 @@ def test_maps_of_a_notebook_are_the_kept_tokens(session):
     assert set((pixels == pixels[:, :1]).all(1).nonzero()[0].tolist()) == dropped
 
 
+def test_maps_show_what_decoder_layers_drop():
+    """All tokens enter the decoder, and a part of them reaches its last layer: that part alone is bright."""
+    with foveate.FastV(budget=0.25)(zoo.load()) as session:
+        session.model(**zoo.batch(rows=(0,)))
+    shown, (image,) = session.report._repr_html_(), session.report.images
+    (url,) = re.findall(r'src="data:image/png;base64,([^"]+)"', shown)
+    bright = np.asarray(Image.open(io.BytesIO(base64.b64decode(url)))).max(-1).reshape(-1)
+    last = image.stages[-1].kept
+    assert 0 < len(last) < len(image.kept) == len(bright)
+    assert sorted(last) == np.flatnonzero(bright > 250).tolist()
+    assert f"{len(last)} in the last layer" in shown
+    assert "dropped between decoder layers" in shown
+
+
 def test_a_report_as_a_table_of_pandas(session, monkeypatch):
     pandas = pytest.importorskip("pandas")
     frame = session.report.to_pandas()

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .common import POCKET, Config, Fields, Imports, PlanFile, err, method_of, out, sayer
-from .document import JsonFile, ready_json, tell_result, write_json
+from .document import JsonFile, ready_json, telling
 
 if TYPE_CHECKING:
     from ..answering import Answer
@@ -50,7 +50,6 @@ def ask_command(
 ) -> None:
     """Ask a question about a picture or a video, with fewer visual tokens."""
     from ..errors import FoveateError, InputError
-    from ..places import saving
 
     if not question.strip():
         raise InputError("the question is empty")
@@ -89,9 +88,7 @@ def ask_command(
         "picture": str(save) if save else None,
         "notes": notes,
     }
-    with saving(unsaved) as keep:
-        keep(tell_result, document, json_file, lambda: _show(notes, answers, chosen, counts, compare))
-        keep(write_json, document, json_file)
+    with telling(document, json_file, lambda: _show(notes, answers, chosen, counts, compare), unsaved):
         if save:
             sayer(err)(f"picture: {save}")
 

@@ -14,9 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import InputError
-from ..places import saving
 from .common import DEFAULT, POCKET, Configs, Fields, Imports, PlanFile, err, methods_of, out, sayer, wide
-from .document import JsonFile, ready_json, tell_result, write_json
+from .document import JsonFile, ready_json, telling
 from .html import HtmlFile, lines_part, table_part, write_html
 
 if TYPE_CHECKING:
@@ -84,9 +83,7 @@ def bench_command(
     options = BenchOptions(model, methods, sizes, image, prompt, new_tokens, rounds, dtype, device, attn, seed)
     with err.status("starting") as status:
         document, measured = run_bench(options, lambda what: status.update(escape(what)))
-    with saving() as save:
-        save(tell_result, document, json_file, lambda: show(document, measured, out))
-        save(write_json, document, json_file)
+    with telling(document, json_file, lambda: show(document, measured, out)) as save:
         if html is not None:
             tables = [table_part(made) for each in measured for made in (times_table(each), ratios_table(each))]
             notes = [f"note: {line}" for line in document["notes"]]

@@ -31,7 +31,7 @@ from .common import (
     sayer,
     wide,
 )
-from .document import JsonFile, ready_json, tell_result, write_json
+from .document import JsonFile, ready_json, telling
 from .html import HtmlFile, lines_part, picture_part, table_part, write_html
 
 if TYPE_CHECKING:
@@ -87,9 +87,7 @@ def compare_command(
     ready_json(json_file, options.store, html, *options.saved, reads=[data, plan, *options.names])
     resumable(options.store)
     report = run_compare(options, err)
-    with saving() as keep:
-        keep(tell_result, report, json_file, lambda: show(report, out))
-        keep(write_json, report, json_file)
+    with telling(report, json_file, lambda: show(report, out)) as keep:
         if save and keep(write_files, report, save):
             sayer(err)(f"written to {save}")
         if html is not None:

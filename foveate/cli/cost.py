@@ -16,9 +16,8 @@ from ..analysis.hardware import HARDWARE, Hardware
 from ..analysis.roofline import PARTS, Cost, Part
 from ..errors import InputError, first_line
 from ..jsonl import parsed
-from ..places import saving
 from .common import POCKET, Fields, err, method_of, out, wide
-from .document import JsonFile, ready_json, tell_result, write_json
+from .document import JsonFile, ready_json, tell, telling
 from .html import HtmlFile, lines_part, picture_part, table_part, write_html
 
 CLOSE = 3.5  # percent
@@ -113,9 +112,7 @@ def cost_command(
         for count in counted:
             costs[f"{name}, {count}"] = cost(shape, **{**options, **more, "visual": count})
     document = {"runs": {name: each.to_dict() for name, each in costs.items()}, "picture": str(save) if save else None}
-    with saving() as keep:
-        keep(tell_result, document, json_file, lambda: show(costs, wide(out, WIDTH), operators))
-        keep(write_json, document, json_file)
+    with telling(document, json_file, lambda: show(costs, wide(out, WIDTH), operators)) as keep:
         if save:
             from ..viz.roofline_chart import save_roofline
 
@@ -330,8 +327,7 @@ def _paper_table(number: int, json_file: Path | None, console: Console) -> None:
         raise InputError(f"there is no cost table {number} in the paper; --table 2 is the one. foveate compare --table has others.")
     ready_json(json_file)
     document = table2()
-    tell_result(document, json_file, lambda: _show_paper_table(document, console))
-    write_json(document, json_file)
+    tell(document, json_file, lambda: _show_paper_table(document, console))
 
 
 def _show_paper_table(document: dict[str, Any], console: Console) -> None:

@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import FoveateError, MissingExtraError
-from ..places import ready_folder, saving, writing
+from ..places import ready_folder, writing
 from .common import POCKET, Configs, Fields, Imports, err, methods_of, out, sayer
-from .document import JsonFile, ready_json, tell_result, write_json
+from .document import JsonFile, ready_json, tell
 
 if TYPE_CHECKING:
     from ..answering import Answer
@@ -77,9 +77,7 @@ def demo_command(
     bare = isinstance(problem, MissingExtraError)
     if bare:
         sayer(err)(f"note: there are no pictures of what is kept. {problem}", "yellow")
-    with saving(None if bare else problem) as keep:  # what was answered is told in any case
-        keep(tell_result, document, json_file, lambda: _show(scenes))
-        keep(write_json, document, json_file)
+    tell(document, json_file, lambda: _show(scenes), None if bare else problem)
 
 
 def _show(scenes: list[Shown]) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 
 from ..errors import FoveateError, InputError
 from ..jsonl import parsed
-from ..places import ready_files, write_text
+from ..places import ready_files, saving, write_text
 from .common import err, sayer
 
 STDOUT = Path("-")
@@ -82,13 +82,46 @@ def _configures(file: Path) -> bool:
     return isinstance(found, dict) and "model_type" in found
 
 
-def tell_result(document: Any, place: Path | None, show: Callable[[], Any]) -> None:
-    """Print a result: as one document and nothing else where ``--json`` says so, otherwise as ``show`` does.
+@contextlib.contextmanager
+def telling(
+    document: Any, place: Path | None, show: Callable[[], Any], *earlier: FoveateError | None
+) -> Iterator[Callable[..., bool]]:
+    """Tell a result, and save further ones: what cannot be printed or written stops none of the others (``places.saving``).
+
+    Parameters
+    ----------
+    document : of ``--json``.
+    place : what ``--json`` says.
+    show : prints the result for people; not called where the document is alone on stdout.
+    earlier : what could not be written before.
+
+    Yields
+    ------
+    As ``places.saving`` does.
 
     Raises
     ------
-    FoveateError : nothing can be printed, for example because stdout is a file on a full disk.
+    FoveateError : something could not be told or written; the message names all of it.
     """
+    with saving(*earlier) as keep:
+        keep(_print, document, place, show)
+        if place is not None and place != STDOUT and keep(write_text, place, json.dumps(document, indent=1) + "\n"):
+            sayer(err)(f"numbers: {place}")
+        yield keep
+
+
+def tell(document: Any, place: Path | None, show: Callable[[], Any], *earlier: FoveateError | None) -> None:
+    """Tell a result as ``telling`` does, where nothing else is saved.
+
+    Raises
+    ------
+    FoveateError : it could not be told or written.
+    """
+    with telling(document, place, show, *earlier):
+        pass
+
+
+def _print(document: Any, place: Path | None, show: Callable[[], Any]) -> None:
     try:
         if place == STDOUT:
             print(json.dumps(document))
@@ -100,15 +133,3 @@ def tell_result(document: Any, place: Path | None, show: Callable[[], Any]) -> N
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         why = getattr(error, "strerror", None) or "nobody reads it"
         raise FoveateError(f"the result cannot be printed ({why}). Make room, or choose another place.") from error
-
-
-def write_json(document: Any, place: Path | None) -> None:
-    """Write a result to the file of ``--json``, if one was named.
-
-    Raises
-    ------
-    FoveateError : it cannot be written.
-    """
-    if place is not None and place != STDOUT:
-        write_text(place, json.dumps(document, indent=1) + "\n")
-        sayer(err)(f"numbers: {place}")

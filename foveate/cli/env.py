@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .common import out, sayer
-from .document import JsonFile, ready_json, tell_result, write_json
+from .document import JsonFile, ready_json, tell
 
 EPILOG = "Example:  foveate env"
 
@@ -18,8 +18,7 @@ def env_command(
 
     ready_json(json_file)
     found = environment()
-    tell_result(found, json_file, lambda: sayer(out)("\n".join(f"{name:<14} {value}" for name, value in lines_of(found))))
-    write_json(found, json_file)
+    tell(found, json_file, lambda: sayer(out)("\n".join(f"{name:<14} {value}" for name, value in lines_of(found))))
 
 
 def lines_of(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -14,9 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import MissingExtraError
-from ..places import saving, write_text
+from ..places import write_text
 from .common import DEFAULT, Configs, Fields, Imports, PlanFile, err, methods_of, out, parts_of, resumable, sayer, wide
-from .document import JsonFile, ready_json, tell_result, write_json
+from .document import JsonFile, ready_json, telling
 
 EPILOG = (
     "Examples:  foveate eval --limit 100  |  foveate eval --model llava-hf/llava-1.5-7b-hf --tasks pope,mme --budget 144  |  "
@@ -81,9 +81,7 @@ def eval_command(
     if not first:
         return
     report = {"command": shlex.join(["foveate", *sys.argv[1:]]), **report}
-    with saving() as keep:
-        keep(tell_result, report, json_file, lambda: show(report))
-        keep(write_json, report, json_file)
+    with telling(report, json_file, lambda: show(report)) as keep:
         if save is not None and keep(write_files, report, save):
             sayer(err)(f"written to {save}")
 

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from .common import Config, Fields, PlanFile, err, method_of, out
-from .document import JsonFile, ready_json, tell_result, write_json
+from .document import JsonFile, ready_json, tell
 
 if TYPE_CHECKING:
     from ..methods.base import Method
@@ -42,8 +42,7 @@ def export_command(
         raise InputError("--set belongs to --method. Name one.")
     with err.status(escape(f"exporting {model}")):
         told = export(model, folder, dtype=dtype, method=chosen)
-    tell_result(asdict(told), json_file, lambda: show(told, model, folder, chosen, plan))
-    write_json(asdict(told), json_file)
+    tell(asdict(told), json_file, lambda: show(told, model, folder, chosen, plan))
 
 
 def show(told: Exported, model: str, folder: Path, chosen: Method | None, plan: Path | None) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .common import err, sayer
-from .document import JsonFile, ready_json, tell_result, write_json
+from .document import JsonFile, ready_json, telling
 
 EPILOG = "Examples:  foveate figure 3a --out attention.png  |  foveate figure 4"
 
@@ -21,7 +21,6 @@ def figure_command(
     """A figure of the LLaVA-PruMerge paper on scenes of the pocket world."""
     from ..errors import InputError
     from ..lab.paper_figures import TITLES, paper_figure
-    from ..places import saving
     from ..viz.canvas import write_figure
     from ..viz.overlay import picture_file
 
@@ -31,8 +30,6 @@ def figure_command(
     ready_json(json_file, place)
     with err.status(f"drawing figure {number}"):
         drawn, numbers = paper_figure(number)
-    with saving() as keep:  # the numbers are told, also where the picture cannot be written
-        keep(tell_result, numbers, json_file, lambda: None)
-        keep(write_json, numbers, json_file)
+    with telling(numbers, json_file, lambda: None) as keep:  # the numbers are told, also where the picture cannot be written
         if keep(write_figure, drawn, place, 130):
             sayer(err)(f"picture: {place}")

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .common import out, parts_of, sayer, wide
-from .document import JsonFile, ready_json, tell_result, write_json
+from .document import JsonFile, ready_json, tell
 
 if TYPE_CHECKING:
     from ..analysis.law import Study
@@ -48,8 +48,7 @@ def law_command(
     points = known[name]
     having = sorted(set(points.sizes.tolist())) if sizes is None else sorted(_numbers(sizes, "sizes", "0.5,1.8,4,7"))
     document = {"tasks": name, "data": str(data or PUBLISHED.name), **described(study(points), text, budgets, having)}
-    tell_result(document, json_file, lambda: show(document))
-    write_json(document, json_file)
+    tell(document, json_file, lambda: show(document))
 
 
 def _numbers(given: str, option: str, example: str) -> list[float]:

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .common import Imports, err, out, sayer
-from .document import JsonFile, ready_json, tell_result, write_json
+from .document import JsonFile, ready_json, tell
 
 if TYPE_CHECKING:
     from ..methods.registry import MethodInfo
@@ -27,8 +27,7 @@ def methods_command(
     ready_json(json_file)
     found = methods()
     document = [vars(info) for info in found]
-    tell_result(document, json_file, lambda: show(found))
-    write_json(document, json_file)
+    tell(document, json_file, lambda: show(found))
 
 
 def show(found: list[MethodInfo]) -> None:

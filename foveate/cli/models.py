@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .common import out
-from .document import JsonFile, ready_json, tell_result, write_json
+from .document import JsonFile, ready_json, tell
 
 if TYPE_CHECKING:
     from ..api import ModelInfo
@@ -26,8 +26,7 @@ def models_command(
     ready_json(json_file)
     found = models()
     document = {"supported": [vars(info) for info in found], "refused": REFUSED}
-    tell_result(document, json_file, lambda: show(found, REFUSED))
-    write_json(document, json_file)
+    tell(document, json_file, lambda: show(found, REFUSED))
 
 
 def show(found: list[ModelInfo], refused: dict[str, str]) -> None:

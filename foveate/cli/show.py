@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from .common import DEFAULT, POCKET, Configs, Fields, Imports, PlanFile, err, methods_of, out, sayer
-from .document import JsonFile, ready_json, tell_result, write_json
+from .document import JsonFile, ready_json, telling
 
 EPILOG = (
     'Examples:  foveate show scene.png "what color is the star ?" --method prumerge+ --method fovea --budget 64  |  '
@@ -36,7 +36,6 @@ def show_command(
 ) -> None:
     """One picture of a question: the answers with all tokens and with fewer, what was kept, and the scores as heat."""
     from ..errors import FoveateError, InputError
-    from ..places import saving
 
     if not question.strip():
         raise InputError("the question is empty. Ask something.")
@@ -83,8 +82,6 @@ def show_command(
     told = {"answers": {name: answer.text for name, answer in answers.items()}, "visual_tokens": tokens}
     told |= {"picture": None if unsaved else str(place)}
     lines = [f"{way.name}: {way.answer} ({way.counts})" for way in ways] if unsaved else []  # otherwise the picture says it
-    with saving(unsaved) as keep:
-        keep(tell_result, told, json_file, lambda: [sayer(out)(line) for line in lines])
-        keep(write_json, told, json_file)
+    with telling(told, json_file, lambda: [sayer(out)(line) for line in lines], unsaved):
         if not unsaved:
             sayer(err)(f"picture: {place}")

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .common import POCKET, ExampleFile, Imports, LongestAnswer, ScoreName, VideoFrames, err, out, parts_of, resumable, sayer, wide
-from .document import JsonFile, ready_json, tell_result, write_json
+from .document import JsonFile, ready_json, telling
 
 if TYPE_CHECKING:
     from ..tuning.trial import Tuned
@@ -54,7 +54,6 @@ def tune_command(
     """Find the setting that saves most and loses less than a tolerance, on your model and your examples."""
     from ..errors import InputError
     from ..lab.scoring import score_of
-    from ..places import saving
     from ..tuning.costs import OBJECTIVES
 
     if not 0 < tolerance < 100:
@@ -89,9 +88,7 @@ def tune_command(
         sayer(err)(f"note: {line}", "yellow")
     from ..tuning.page import write_page
 
-    with saving() as keep:  # what was found is told, also where it cannot be written
-        keep(tell_result, found.document, json_file, lambda: show(found.tuned, found.plan.saving, objective, out))
-        keep(write_json, found.document, json_file)
+    with telling(found.document, json_file, lambda: show(found.tuned, found.plan.saving, objective, out)) as keep:
         if keep(found.plan.save, out_file):
             sayer(err)(f"plan: {out_file}")
         if keep(write_page, found, page):

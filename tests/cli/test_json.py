@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from foveate.pocket.scenes import draw_scene
 from .test_main import invoke
 
 CHEAP = ("env", "methods", "models", "law", "cost")
+PRINTED = "foveate.cli.env.lines_of"
 
 
 @pytest.fixture
@@ -120,6 +122,18 @@ def test_what_cannot_be_printed_is_in_its_files_all_the_same(tmp_path, options, 
     assert "error: the result cannot be printed" in told.stderr
     assert "Exception ignored" not in told.stderr
     assert "memory GB" in page.read_text()
+
+
+@pytest.mark.parametrize("command", CHEAP)
+def test_what_cannot_be_printed_is_in_the_file_of_its_document(command, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"foveate.cli.{command}.show" if command in ("methods", "models", "law", "cost") else PRINTED, full)
+    code, _, errors = invoke(capsys, monkeypatch, command, "--json", str(tmp_path / "found.json"))
+    assert code == 2
+    assert "the result cannot be printed (No space left on device)" in errors
+    assert json.loads((tmp_path / "found.json").read_text())
 
 
 def test_a_document_does_not_replace_a_file_of_an_export(tmp_path, capsys, monkeypatch):
