@@ -38,18 +38,20 @@ if TYPE_CHECKING:
     from .methods.base import TokenReducer as TokenReducer
     from .methods.baselines import Pool as Pool
     from .methods.baselines import Random as Random
-    from .methods.baselines import Resize as Resize
     from .methods.baselines import Sequential as Sequential
     from .methods.baselines import Spatial as Spatial
     from .methods.cdpruner import CDPruner as CDPruner
     from .methods.compose import Compose as Compose
     from .methods.crossget import CrossGET as CrossGET
+    from .methods.crossget_plus import CrossGETPlus as CrossGETPlus
     from .methods.dart import DART as DART
     from .methods.divprune import DivPrune as DivPrune
+    from .methods.dyvte import DyVTE as DyVTE
     from .methods.evit import EViT as EViT
     from .methods.evs import EVS as EVS
     from .methods.fastv import FastV as FastV
     from .methods.fewer_frames import FewerFrames as FewerFrames
+    from .methods.fovea import Fovea as Fovea
     from .methods.g_search import GSearch as GSearch
     from .methods.inflection_cut import InflectionCut as InflectionCut
     from .methods.iti import ITI as ITI
@@ -60,11 +62,15 @@ if TYPE_CHECKING:
     from .methods.prumerge_plus import PruMergePlus as PruMergePlus
     from .methods.prunesid import PruneSID as PruneSID
     from .methods.pyramiddrop import PyramidDrop as PyramidDrop
+    from .methods.quecc import QueCC as QueCC
     from .methods.random_cut import RandomCut as RandomCut
     from .methods.registry import MethodInfo as MethodInfo
     from .methods.registry import get as get
     from .methods.registry import methods as methods
+    from .methods.resize import Resize as Resize
     from .methods.scope import Scope as Scope
+    from .methods.setok import SeTok as SeTok
+    from .methods.setok_mean import SeTokMean as SeTokMean
     from .methods.sparsevlm import SparseVLM as SparseVLM
     from .methods.text_relevance import TextRelevanceCut as TextRelevanceCut
     from .methods.tome import ToMe as ToMe
@@ -74,6 +80,7 @@ if TYPE_CHECKING:
     from .methods.vidcom2 import VidCom2 as VidCom2
     from .methods.visionzip import VisionZip as VisionZip
     from .methods.vispruner import VisPruner as VisPruner
+    from .methods.vistog import VisToG as VisToG
     from .methods.vtc_cls import FasterVLM as FasterVLM
     from .methods.vtc_cls import VTCCls as VTCCls
     from .methods.yopo import YOPO as YOPO
@@ -103,7 +110,7 @@ _HOMES = {
     "methods.aim": "AIM",
     "methods.ats": "ATS",
     "methods.base": "DecoderReducer EncoderReducer FrontReducer KeepAll Method ProjectorReducer TokenReducer",
-    "methods.baselines": "Pool Random Resize Sequential Spatial",
+    "methods.baselines": "Pool Random Sequential Spatial",
     "methods.cdpruner": "CDPruner",
     "methods.compose": "Compose",
     "methods.crossget": "CrossGET",
@@ -125,6 +132,7 @@ _HOMES = {
     "methods.pyramiddrop": "PyramidDrop",
     "methods.random_cut": "RandomCut",
     "methods.registry": "MethodInfo get methods",
+    "methods.resize": "Resize",
     "methods.scope": "Scope",
     "methods.sparsevlm": "SparseVLM",
     "methods.text_relevance": "TextRelevanceCut",
@@ -136,6 +144,13 @@ _HOMES = {
     "methods.vispruner": "VisPruner",
     "methods.vtc_cls": "FasterVLM VTCCls",
     "methods.yopo": "YOPO",
+    "methods.crossget_plus": "CrossGETPlus",
+    "methods.dyvte": "DyVTE",
+    "methods.fovea": "Fovea",
+    "methods.quecc": "QueCC",
+    "methods.setok": "SeTok",
+    "methods.setok_mean": "SeTokMean",
+    "methods.vistog": "VisToG",
     "pocket": "load_pocket",
     "report": "ImageReport Report",
     "tuning.plan": "load_plan",
@@ -155,10 +170,12 @@ __all__ = [
     "CacheError",
     "Compose",
     "CrossGET",
+    "CrossGETPlus",
     "Cut",
     "DecoderReducer",
     "DecoderTap",
     "DivPrune",
+    "DyVTE",
     "EViT",
     "Encoded",
     "EncoderReducer",
@@ -166,6 +183,7 @@ __all__ = [
     "FastV",
     "FasterVLM",
     "FewerFrames",
+    "Fovea",
     "FoveateError",
     "FrontReducer",
     "GSearch",
@@ -191,6 +209,7 @@ __all__ = [
     "PruMergePlus",
     "PruneSID",
     "PyramidDrop",
+    "QueCC",
     "Question",
     "Random",
     "RandomCut",
@@ -199,6 +218,8 @@ __all__ = [
     "Report",
     "Resize",
     "Scope",
+    "SeTok",
+    "SeTokMean",
     "Sequential",
     "Session",
     "SparseVLM",
@@ -212,6 +233,7 @@ __all__ = [
     "VTCCls",
     "VidCom2",
     "VisPruner",
+    "VisToG",
     "VisionZip",
     "VisualTokens",
     "attach",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,40 +12,9 @@ from ..errors import InputError
 from ..tokens import EncoderTap, Escort
 from .base import FirstTokens
 from .crossget import CrossGET
+from .networks.cross_tokens import CrossTokens, Passed, divergence, repeated
 from .tools.scoring import received_attention, token_attention
 from .trained import ModelShape, Trained
-
-
-@dataclass
-class Passed:
-    """Cross tokens of one call before each layer, without their offsets: [B, C] of the encoder, [B, D] of the decoder."""
-
-    encoder: dict[int, Escort]
-    decoder: dict[int, Tensor]
-
-
-class CrossTokens(nn.Module):
-    """The offsets of cross tokens, one for each layer of the encoder and of the decoder; zero before training."""
-
-    passed: Passed | None = None
-
-    def __init__(self, shape: ModelShape) -> None:
-        super().__init__()
-        self.image = nn.Parameter(torch.zeros(shape.encoder_layers, shape.encoder_width))
-        self.text = nn.Parameter(torch.zeros(shape.decoder_layers, shape.width))
-
-    def before(self, offsets: Tensor, layer: int, states: Tensor) -> Tensor:
-        """[B, C] what a cross token is before a layer; the layers before it get no gradient from that."""
-        return states.detach() + offsets[layer].to(states.dtype)
-
-    @contextmanager
-    def listening(self) -> Iterator[Passed]:
-        """Within this, what cross tokens were before each layer is noted."""
-        self.passed = Passed({}, {})
-        try:
-            yield self.passed
-        finally:
-            self.passed = None
 
 
 @dataclass(kw_only=True)
@@ -138,20 +105,3 @@ class CrossGETPlus(Trained, CrossGET, name="crossget+", paper="https://arxiv.org
         project = passed.encoder[0].project
         image = project(image + self._cross.image[:, None]).float()
         return divergence(repeated(image, len(text)), text + self._cross.text[:, None])
-
-
-def repeated(layers: Tensor, number: int) -> Tensor:
-    """[E, ...] -> [number, ...]: layer i as often as whole steps of ``number`` / E end in it."""
-    ends = torch.arange(len(layers) + 1, device=layers.device) * number // len(layers)
-    return layers.repeat_interleave(ends.diff(), 0)
-
-
-def divergence(image: Tensor, text: Tensor) -> Tensor:
-    """[L, B, D] logits of both kinds -> the mean over layers and rows of half the sum of KL(M || P) and KL(M || Q).
-
-    P and Q are the softmax over channels, M is their mean.
-    """
-    first, second = image.log_softmax(-1), text.log_softmax(-1)
-    mean = torch.logaddexp(first, second) - torch.log(torch.tensor(2.0, device=image.device))
-    apart = (mean.exp() * (2 * mean - first - second)).sum(-1) / 2
-    return apart.mean()

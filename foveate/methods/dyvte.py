@@ -14,54 +14,15 @@ from torch import Tensor, nn
 from ..cuts import Cut, PromptTokens
 from ..errors import InputError
 from .base import DecoderReducer
-from .tools.exits import agreement, answers, correct, is_safe, outputs_of, recalled
+from .exit_at import ExitAt
+from .networks.gates import Gates, gate_input
+from .tools.exits import agreement, answers, correct, is_safe, outputs_of, recalled, smallest_threshold
 from .trained import ModelShape, Trained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FLOOR = 0.05  # by how much the loss of an answer may grow, however small it is
-
-
-class Gates(nn.Module):
-    """One gate after each decoder layer but the last, after which nothing runs: W2 GELU(W1 x) without biases.
-
-    Attributes
-    ----------
-    seen : by layer, the inputs [B, 2D] of the gates in a pass that only looks and lets nothing leave; None = gates act.
-    """
-
-    def __init__(self, width: int, hidden: int, layers: int) -> None:
-        super().__init__()
-        self.gates = nn.ModuleList(
-            nn.Sequential(nn.Linear(2 * width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, 2, bias=False))
-            for _ in range(layers - 1)
-        )
-        for weight in self.parameters():
-            nn.init.xavier_uniform_(weight)
-        self.seen: dict[int, Tensor] | None = None
-
-    def forward(self, inputs: Tensor, layer: int) -> Tensor:
-        """[B, 2D] -> [B, 2] logits of staying and leaving, before decoder layer ``layer``."""
-        found: Tensor = self.gates[layer - 1](inputs.float())
-        return found
-
-
-@dataclass(kw_only=True)
-class ExitAt(DecoderReducer, name="exit-at", listed=False):
-    """All visual tokens leave before one decoder layer, which is fixed: the label of DyVTE's gates, and a baseline beside them."""
-
-    reads = "nothing"
-
-    layer: int = 1
-
-    def cuts(self, layers: int) -> tuple[int, ...]:
-        if not 0 < self.layer < layers:
-            raise InputError(f"exit-at: layer={self.layer}; this decoder has {layers} layers, expected 1 to {layers - 1}")
-        return (self.layer,)
-
-    def cut(self, tokens: PromptTokens) -> Cut:
-        return Cut(torch.zeros_like(tokens.visual))
 
 
 @dataclass(kw_only=True)
@@ -166,23 +127,4 @@ class DyVTE(Trained, DecoderReducer, name="dyvte", paper="https://arxiv.org/abs/
             return {}
         inputs, right = (torch.cat([batch[name] for batch in batches]) for name in ("inputs", "right"))
         leave = torch.stack([self.module(row, layer).softmax(-1)[:, 1] for layer, row in enumerate(inputs.unbind(1), 1)], 1)
-        for threshold in torch.linspace(0.5, 0.999, 500).tolist():
-            fires = leave > threshold
-            first = torch.where(fires.any(1), 1 + fires.int().argmax(1), 0)  # 0 = never
-            lost = int(right[:, 0].sum()) - int(right.gather(1, first[:, None]).sum())
-            if lost <= tolerance * len(right):
-                return {"threshold": round(threshold, 3)}
-        return {"threshold": 1.0}
-
-
-def gate_input(tokens: PromptTokens) -> Tensor:
-    """[B, 2D] float32: the mean of the text after the first picture without its last token, and the last token of the prompt.
-
-    Where there is no other text, the last token stands for the mean.
-    """
-    hidden, place = tokens.hidden.float(), torch.arange(tokens.hidden.shape[1], device=tokens.hidden.device)
-    last = hidden.gather(1, tokens.last[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
-    text = (tokens.prompt_text & (place != tokens.last[:, None]))[..., None]
-    number = text.sum(1)
-    mean = torch.where(number > 0, (hidden * text).sum(1) / number.clamp(min=1), last)
-    return torch.cat([mean, last], 1)
+        return {"threshold": smallest_threshold(leave, right, tolerance)}

@@ -84,6 +84,8 @@ def read_field(cls: type[Method], field: str, text: str) -> Any:
     It is checked where the method is built. Fields that the method does not have are read, too; building it says that.
     """
     hint = get_type_hints(cls).get(field, Any)
+    if text in get_args(_unwrapped(hint, text)):  # also where "none" is one of the words
+        return text
     if text.strip().lower() in ("none", "null"):
         return None
     if _unwrapped(hint, text) is str or get_origin(hint) is Literal:

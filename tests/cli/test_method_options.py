@@ -77,6 +77,8 @@ def test_fields(tmp_path):
     for name, config in ((None, tmp_path / "one.json"), (str(tmp_path / "one.json"), None)):
         assert method_of(name, None, ["k=3"], config).settings() == foveate.PruMerge.released(k=3).settings()
     assert list(methods_of(["prumerge"], None, None, [tmp_path / "both.json"])) == ["prumerge", "both"]
+    assert method_of("quecc", None, ["reader=none"]).reader == "none"  # one of its words, and not that there is none
+    assert method_of("quecc", None, ["stride=none"]).stride is None
 
 
 @pytest.mark.parametrize(

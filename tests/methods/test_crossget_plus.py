@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 import foveate
-from foveate.methods.crossget_plus import CrossGETPlus, divergence, repeated
+from foveate.methods.crossget_plus import CrossGETPlus
+from foveate.methods.networks.cross_tokens import divergence, repeated
 
 from .. import encoder_reference as slow
 from .. import reference, zoo

@@ -12,7 +12,9 @@ import foveate
 from foveate.cuts import PromptTokens
 from foveate.errors import InputError
 from foveate.loading import load
-from foveate.methods.dyvte import DyVTE, ExitAt, Gates, gate_input
+from foveate.methods.dyvte import DyVTE
+from foveate.methods.exit_at import ExitAt
+from foveate.methods.networks.gates import Gates, gate_input
 from foveate.methods.tools.exits import agreement, answers, correct, is_safe
 from foveate.training.batches import Collator
 from foveate.training.drawn import DrawnSamples

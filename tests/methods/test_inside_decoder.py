@@ -16,7 +16,8 @@ from hypothesis.extra import numpy as hnp
 
 import foveate
 from foveate.cuts import DecoderTap, PromptTokens
-from foveate.methods.aim import AIM, AIMMerge, AIMPrune
+from foveate.methods.aim import AIM, AIMPrune
+from foveate.methods.aim_merge import AIMMerge
 from foveate.methods.g_search import GSearch
 from foveate.methods.inflection_cut import InflectionCut
 from foveate.methods.iti import ITI

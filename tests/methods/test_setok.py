@@ -11,7 +11,8 @@ from torch import nn
 
 import foveate
 from foveate.methods.networks.merger import Clusters, Merger
-from foveate.methods.setok import SeTok, SeTokMean, placed
+from foveate.methods.setok import SeTok
+from foveate.methods.setok_mean import SeTokMean, placed
 from foveate.methods.tools.density import distances, members_of, peak_scores, position_code
 from foveate.tokens import VisualTokens
 

@@ -75,3 +75,21 @@ def correct(words: Tensor, labels: Tensor) -> Tensor:
     """[B] bool, whether every word of the answer is the likeliest one."""
     wanted = labels[:, 1:].to(words.device)
     return ((words == wanted) | (wanted == IGNORE)).all(1)
+
+
+def smallest_threshold(leave: Tensor, right: Tensor, tolerance: float) -> float:
+    """The smallest threshold from 0.5 on at which no more than a share of all answers is lost; 1 where there is none.
+
+    Parameters
+    ----------
+    leave : [B, L - 1] probabilities of leaving before layers 1 to L - 1; the first one above the threshold decides.
+    right : [B, L] bool, the answers with all tokens first, then after each exit.
+    tolerance : share of the answers that may become wrong, less those that become right.
+    """
+    for threshold in torch.linspace(0.5, 0.999, 500).tolist():
+        fires = leave > threshold
+        first = torch.where(fires.any(1), 1 + fires.int().argmax(1), 0)  # 0 = never
+        lost = int(right[:, 0].sum()) - int(right.gather(1, first[:, None]).sum())
+        if lost <= tolerance * len(right):
+            return round(threshold, 3)
+    return 1.0
