@@ -214,6 +214,8 @@ FAMILIES = {
             "Gemma 4",
             "google/gemma-4-E4B-it",
             images="places",
+            videos="places",
+            stamped=True,
             projector=None,
             two_way=True,
             joins="pooled, no weights",

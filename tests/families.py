@@ -63,6 +63,7 @@ from .family_prompts import (
     Lay,
     Medium,
     Pixels,
+    apart,
     framed,
     in_pixels,
     lines,
@@ -301,6 +302,10 @@ class Spec:
     types: str = ""
 
 
+def placed(medium: Medium) -> tuple[int, ...]:
+    return (max(1, medium.frames), math.prod(medium.size), 3 * PATCH * PATCH)
+
+
 def square(side: int) -> Callable[[Medium], tuple[int, ...]]:
     pixels = side * zoo.PATCH
     return lambda medium: (medium.frames, 3, pixels, pixels) if medium.frames else (3, pixels, pixels)
@@ -328,6 +333,7 @@ MISTRAL_ROWS = ((Medium((112, 84)),), (Medium((84, 84)), Medium((112, 140))), ()
 GLM_ROWS = ((Medium((12, 8)),), (Medium((8, 8)), Medium((6, 12))), (), (Medium((8, 10)),))  # patches
 SHAPED_ROWS = ((Medium((8, 8)),), (Medium((8, 8)), Medium((4, 16))), (), (Medium((8, 10)),))  # patches, too
 LONG, SHORT = Medium((6, 8), frames=4), Medium((8, 8), frames=2)
+PLACED_ROWS = ((Medium((8, 8)), SHORT), (Medium((8, 8)), Medium((4, 16))), (), (LONG,))
 QWEN_ROWS = ((Medium((12, 8)),), (Medium((8, 8)), LONG), (), (SHORT,), (Medium((6, 12)), Medium((8, 10))))
 
 SPECS: dict[str, Spec] = {
@@ -354,7 +360,7 @@ SPECS: dict[str, Spec] = {
     "qwen3_vl_moe": Spec(QWEN_ROWS, packed(timestamps=True), patches, packed_patches(), "mrope"),
     "qwen3_5": Spec(QWEN_ROWS, packed(timestamps=True), patches, packed_patches(), "mrope"),
     "qwen3_5_moe": Spec(QWEN_ROWS, packed(timestamps=True), patches, packed_patches(), "mrope"),
-    "gemma4": Spec(SHAPED_ROWS, in_pixels(2), lambda medium: (math.prod(medium.size), 3 * PATCH * PATCH), placed_patches, "typed"),
+    "gemma4": Spec(PLACED_ROWS, apart(2), placed, placed_patches, "typed"),
     "llama4": Spec(TILED_ROWS, tiles_with_separators(3), tiled(6, whole=True)),
     "paddleocr_vl": Spec(
         GLM_ROWS, packed(), lambda medium: (math.prod(medium.size), 3, zoo.PATCH, zoo.PATCH), packed_patches(), "mrope"
@@ -366,7 +372,8 @@ SPECS: dict[str, Spec] = {
 }
 SPECS["gemma4, apart"] = SPECS["gemma4"]
 APART = ("gemma4, apart",)  # other models of a family
-STAMPED = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v")  # with a time at each frame
+# with a time at each frame
+STAMPED = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v", "gemma4")
 LEVELS = {"qwen3_vl": 3, "qwen3_vl_moe": 3}  # decoder layers that still get features of the vision encoder
 ONE_PLACEHOLDER = tuple(kind for kind, row in FAMILIES.items() if row.one_placeholder)  # of pictures and videos
 # nothing can be cut inside these
@@ -456,7 +463,7 @@ def inputs_of(family: str, ids: Sequence[list[int]], media: Sequence[Pixels], si
     elif spec.types == "prefix":
         inputs["token_type_ids"] = torch.zeros_like(tokens)
     elif spec.types == "typed":
-        inputs["mm_token_type_ids"] = (tokens == IMAGE).int()
+        inputs["mm_token_type_ids"] = (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()
     elif spec.types == "mrope":
         films = family in ONE_PLACEHOLDER and any(medium.frames for row in media for medium, _ in row)
         inputs["mm_token_type_ids"] = (1 + films) * (tokens == IMAGE).int() + 2 * (tokens == VIDEO).int()

@@ -316,13 +316,37 @@ def padded_patches(rows: Sequence[Pixels]) -> dict[str, Tensor]:
     return {"pixel_values": pixels, "pixel_attention_mask": real.long(), "spatial_shapes": shapes}
 
 
+def apart(merged: int) -> Lay:
+    """Gemma 4: the lines of a picture follow each other; each frame of a video is a picture after its time."""
+
+    def lay(medium: Medium, _: int) -> Laid:
+        rows, columns = medium.size[0] // merged, medium.size[1] // merged
+        places = [place for frame in range(max(1, medium.frames)) for place in cells(rows, columns, frame * rows)]
+        if not medium.frames:
+            return Laid([START, *[IMAGE] * (rows * columns), END], [places])
+        ids: list[int] = []
+        for frame in range(medium.frames):
+            ids += [FIRST_WORD + frame, START, *[VIDEO] * (rows * columns), END]
+        return Laid(ids, [places])
+
+    return lay
+
+
 def placed_patches(rows: Sequence[Pixels]) -> dict[str, Tensor]:
-    """Gemma 4: the same; each patch says its column and row, and padding -1."""
-    inputs = padded_patches(rows)
-    real = inputs.pop("pixel_attention_mask")
-    inputs["image_position_ids"] = real.new_full((*real.shape, 2), -1)
-    for places, (high, wide) in zip(inputs["image_position_ids"], inputs.pop("spatial_shapes").tolist(), strict=True):
-        places[: high * wide] = torch.tensor([[column, row] for row in range(high) for column in range(wide)])
+    """Gemma 4: the patches of each picture, and of each frame of a video, padded to the longest; each says its column and row."""
+    inputs: dict[str, Tensor] = {}
+    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        pairs = [pair for row in rows for pair in row if pair[0].kind == kind]
+        frames = [(medium.size, frame) for medium, tensor in pairs for frame in tensor]
+        if not frames:
+            continue
+        inputs[name] = torch.nn.utils.rnn.pad_sequence([frame for _, frame in frames], batch_first=True)
+        places = torch.full((*inputs[name].shape[:2], 2), -1)
+        for own, ((high, wide), _) in zip(places, frames, strict=True):
+            own[: high * wide] = torch.tensor([[column, row] for row in range(high) for column in range(wide)])
+        inputs[f"{kind}_position_ids"] = places
+        if kind == "video":
+            inputs["num_frames_per_video"] = torch.tensor([medium.frames for medium, _ in pairs])
     return inputs
 
 

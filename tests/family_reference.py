@@ -106,13 +106,14 @@ def rope_positions(family: str, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def blocks_of(family: str, ids: Sequence[int]) -> Tensor:
-    """[T] of Gemma 3 the pictures of a row, of PaliGemma the whole of it; -1 = tokens that see nothing behind them."""
+    """[T] of Gemma the pictures, and frames, of a row, of PaliGemma the whole of it; -1 = tokens that see nothing behind them."""
     if family == "paligemma":
         return torch.zeros(len(ids), dtype=torch.long)
     found, number = [], -1
     for at, token in enumerate(ids):
-        number += token == IMAGE and ids[at - 1] != IMAGE
-        found.append(number if token == IMAGE and family.startswith("gemma") else -1)
+        seen = token in (IMAGE, VIDEO)
+        number += seen and ids[at - 1] != token
+        found.append(number if seen and family.startswith("gemma") else -1)
     return torch.tensor(found)
 
 

@@ -46,6 +46,7 @@ class Fovea(Trained, ProjectorReducer, name="fovea", paper=PAGE, adaptive=False)
     belongs_to_weights = ("guided",)
     learns = ("module",)
     needs_answers = False
+    single_turns = False  # ``lessons`` tells turns apart
     reads_cls = True
     reads_projected = True
 

@@ -78,7 +78,7 @@ class Trained(Method):
 
     belongs_to_weights: ClassVar[tuple[str, ...]] = ()  # fields that the folder of weights decides
     learns: ClassVar[tuple[str, ...]] = ("module",)  # what ``foveate train`` trains; also "projector" and "lora" of the decoder
-    single_turns: ClassVar[bool] = False  # every question of a conversation needs a prompt of its own in training
+    single_turns: ClassVar[bool | None] = None  # every question needs a prompt of its own in training; None = where it is read
     needs_answers: ClassVar[bool] = True  # False: where data have no answers, those of the model with all tokens teach
 
     weights: str | None = None

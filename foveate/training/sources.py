@@ -61,7 +61,9 @@ def read_rows(method: Method, learner: Trained | None, settings: TrainSettings, 
 
 def _single(method: Method, learner: Trained | None) -> bool:
     """Whether every question needs a prompt of its own."""
-    return method.before_decoder().reads_question or (learner is not None and learner.single_turns)
+    if learner is not None and learner.single_turns is not None:
+        return learner.single_turns
+    return method.before_decoder().reads_question
 
 
 def datasets(
@@ -78,12 +80,14 @@ def datasets(
         number = (settings.steps or DRAWN) * settings.batch * settings.accumulate * processes()
         single = _single(method, learner)
         scenes = settings.limit
-        if learner is not None and prepares(learner):
+        prepared = learner is not None and prepares(learner)
+        if prepared:
             number, scenes = settings.limit or DRAWN, None
         world: World = world_of(loaded.processor) or "pocket"
+        turns = settings.turns if single or prepared else 1
         return (
             DrawnSamples(number, settings.seed, settings.turns, single=single, scenes=scenes, world=world),
-            DrawnSamples(settings.checked, 0, settings.turns if single else 1, "validation", single=single, world=world),
+            DrawnSamples(settings.checked, 0, turns, "validation", single=single, world=world),
         )
     data, held_out = (
         with_answers(each, loaded, out / f"answers-{name}.jsonl", tell) for name, each in zip("ab", rows, strict=True)

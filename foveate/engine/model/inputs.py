@@ -13,12 +13,12 @@ RAW_INPUTS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "ima
 TENSORS = ("input_ids", "attention_mask", "position_ids", "labels", *RAW_INPUTS)  # of them nothing else is taken
 BESIDE = (
     *("image_grid_thw", "video_grid_thw", "image_sizes", "spatial_shapes", "batch_num_images"),
-    "image_position_ids",
+    *("image_position_ids", "video_position_ids", "num_frames_per_video"),
     *("pixel_attention_mask", "second_per_grid_ts"),
 )
 # how visual tokens are arranged in the prompt, and where a model reads the sizes of pictures that this depends on
 SIZES = {"thw": "{modality}_grid_thw", "packed": "image_sizes", "sizes": "image_sizes", "shapes": "spatial_shapes"}
-SIZES |= {"places": "image_position_ids"}
+SIZES |= {"places": "{modality}_position_ids"}
 
 
 def is_none(value: Any) -> bool:

@@ -292,14 +292,25 @@ def _shapes(seen: Seen) -> Arrangement:
 
 
 def _places(seen: Seen) -> Arrangement:
-    """Pictures of different sizes, of whose patches each says its column and row; the encoder pads them."""
-    ends = (seen.kwargs["image_position_ids"].amax(1) + 1).tolist()  # padding is at -1
-    return of_sizes(
-        [(rows, columns) for columns, rows in ends],
-        int(seen.parts.model.config.vision_config.pooling_kernel_size),
-        seen.device,
-        padded=True,
-    )
+    """Pictures, or frames of videos, of different sizes, of whose patches each says its column and row; the encoder pads them."""
+    video = seen.parts.modality == "video"
+    ends = (seen.kwargs["video_position_ids" if video else "image_position_ids"].amax(1) + 1).tolist()  # padding is at -1
+    merge = int(seen.parts.model.config.vision_config.pooling_kernel_size)
+    each = of_sizes([(rows, columns) for columns, rows in ends], merge, seen.device, padded=True)
+    return each if not video else in_videos(each, seen.kwargs["num_frames_per_video"].tolist())
+
+
+def in_videos(each: Arrangement, counts: list[int]) -> Arrangement:
+    """Pictures that are the frames of videos, so many of each, one after the other."""
+    units, sizes, left = [], [], iter(each.units)
+    for item, count in enumerate(counts):
+        size = 0
+        for part in range(count):
+            frame = next(left)
+            units.append(replace(frame, item=item, part=part, places=frame.places + size))
+            size += len(frame.places)
+        sizes.append(size)
+    return replace(each, sizes=sizes, units=units)
 
 
 def _packed(seen: Seen) -> Arrangement:
