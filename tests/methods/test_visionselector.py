@@ -417,16 +417,15 @@ def test_what_the_engine_owes():
 
 
 def test_costs():
-    """Two maps to half the width, one of them of the mean token alone, and for IDPruner the similarities."""
+    """Two maps to half the width of one token of each picture, and for IDPruner the similarities."""
     from foveate.analysis.cost import cost
 
-    width, cells = 4096, 576
-    linear = (cells + 1) * 2 * width * (width // 2) + cells * 2 * (width // 2)
+    width = 4096
     (line,) = cost(method="visionselector", new_tokens=1).select("prefill", "method")
-    assert line.flops == pytest.approx(linear, rel=1e-3)
+    assert line.flops == pytest.approx(2 * 2 * width * (width // 2), rel=0.01)
     assert line.weights / 4 == 2 * (width // 2) * (width + 1)
     (other,) = cost(method="idpruner", new_tokens=1).select("prefill", "method")
-    assert other.flops > line.flops
+    assert other.flops > 10 * line.flops
 
 
 def test_one_order_serves_all_budgets():

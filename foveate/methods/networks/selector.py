@@ -21,9 +21,16 @@ class Selector(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N] the mean over all j of q_i . k_j / sqrt(d'), which is q_i times the key of the mean token."""
-        queries, key = self.query(tokens), self.key(tokens.mean(1, keepdim=True))
-        scores: Tensor = (queries @ key.mT)[..., 0] / queries.shape[-1] ** 0.5
+        """[B, N, D] -> [B, N] the mean over all j of q_i . k_j / sqrt(d').
+
+        That is q_i . k / sqrt(d') with the key k of the mean token. As q_i is linear in x_i, it is x_i . (W_q^T k) + b_q . k: maps
+        of one token, and a product with each. Pictures are mapped one by one, so that their batch changes no bit.
+        """
+        means = tokens.mean(1).split(1)
+        keys = [self.key(mean) / self.key.out_features**0.5 for mean in means]
+        direction = torch.stack([key @ self.query.weight for key in keys])
+        offset = torch.cat([key @ self.query.bias for key in keys])
+        scores: Tensor = (tokens * direction).sum(-1) + offset[:, None]
         return scores
 
 
