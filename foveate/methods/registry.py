@@ -146,8 +146,9 @@ def shipped(cls: type[Method]) -> dict[str, str]:
     from .weights import POCKET, SHIPPED
 
     folders = SHIPPED.iterdir() if SHIPPED.is_dir() and hasattr(cls, "from_pretrained") else ()
-    mine = sorted(path.name for path in folders if path.name == cls.name or path.name.startswith(f"{cls.name}-"))
-    return {f"{POCKET}{name.removeprefix(cls.name)}": f"{POCKET}/{name}" for name in mine}
+    of = getattr(cls, "weights_of", "") or cls.name
+    mine = sorted(path.name for path in folders if path.name == of or path.name.startswith(f"{of}-"))
+    return {f"{POCKET}{name.removeprefix(of)}": f"{POCKET}/{name}" for name in mine}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class _State:
         self.shape: ModelShape | None = None
         self.signature: dict[str, list[float]] = {}
         self.run = ""  # names a training run while it lasts
+        self.progress = 0.0
         self.warnings: list[str] = []
         self.kept: dict[str, Tensor] | None = None  # of a module that was pickled, until the model is known
         self._digest = (-1, "")
@@ -76,6 +77,7 @@ class Trained(Method):
         None = ``fresh()`` makes random ones.
     """
 
+    weights_of: ClassVar[str] = ""  # the method whose weights it takes, beside its own, where it works with those of another one
     belongs_to_weights: ClassVar[tuple[str, ...]] = ()  # fields that the folder of weights decides
     learns: ClassVar[tuple[str, ...]] = ("module",)  # what ``foveate train`` trains; also "projector" and "lora" of the decoder
     single_turns: ClassVar[bool | None] = None  # every question needs a prompt of its own in training; None = where it is read
@@ -93,8 +95,8 @@ class Trained(Method):
         super().__post_init__()
 
     def _opened(self, name: str) -> Weights:
-        source: Weights = vars(self).pop("_given", None) or Weights(named(name, self.name))
-        if source.method != self.name:
+        source: Weights = vars(self).pop("_given", None) or Weights(named(name, self.weights_of or self.name))
+        if source.method not in (self.name, self.weights_of):
             raise InputError(f"{name} holds weights of {source.method!r}, and this is {self.name!r}. Give a folder of its own.")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for field in self.belongs_to_weights:
@@ -161,6 +163,18 @@ class Trained(Method):
     # -- the module
 
     @property
+    def progress(self) -> float:
+        """Share of the steps of its training that are done, from 0 to 1, for an ``objective`` that changes with them.
+
+        ``foveate train`` sets it before each step, also in a run that goes on; a loop of your own has to do so itself.
+        """
+        return self._state.progress
+
+    @progress.setter
+    def progress(self, share: float) -> None:
+        self._state.progress = share
+
+    @property
     def module(self) -> nn.Module:
         """The trained part.
 
@@ -209,7 +223,8 @@ class Trained(Method):
     def _made(self, host: Host) -> nn.Module:
         state = self._state
         if state.source is None and state.kept is None and state.module is None and state.seed is None:
-            shipped = ' Shipped for the pocket model: weights="pocket".' if (SHIPPED / self.name).is_dir() else ""
+            there = (SHIPPED / (self.weights_of or self.name)).is_dir()
+            shipped = ' Shipped for the pocket model: weights="pocket".' if there else ""
             raise InputError(
                 f"{self.name} has to be trained and has no weights. Give weights=, a folder or an id of the Hub, or train it with "
                 f"'foveate train {self.name}'; fresh() begins with random ones.{shipped}"
@@ -325,7 +340,7 @@ class Trained(Method):
         """
         place = str(name) if revision is None else f"{name}@{revision}"
         known = {field.name for field in dataclasses.fields(cls)}
-        source, made = Weights(named(place, cls.name)), cls.__new__(cls)
+        source, made = Weights(named(place, cls.weights_of or cls.name)), cls.__new__(cls)
         stored = {field: value for field, value in source.fields.items() if field in known and field != "weights"}
         vars(made)["_given"] = source  # so that it is opened once
         made.__init__(**{**stored, **fields, "weights": place})  # type: ignore[misc]

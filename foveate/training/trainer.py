@@ -69,6 +69,7 @@ class MethodTrainer(Trainer):
         if self.part is None:
             loss = bare(**inputs).loss
         else:
+            self.part.progress = self.state.global_step / max(1, self.state.max_steps)
             loss, told = self.part.objective(bare, inputs)
         for name, value in told.items():
             self._told[name].append(float(value))

@@ -26,6 +26,7 @@ METHODS = {
     "pyramiddrop": {},  # nothing before the decoder
     "vispruner": {"budget": 36},
     "fovea": {"budget": 36},  # reads projected features
+    "visionselector": {"budget": 36},  # the same, and trains with a method of its own attached
     "quecc": {"stride": 4, "heads": 4},  # reads the question, and four layers
     "vistog": {},  # runs beside the patches
     "setok": {"threshold": 2.4e-4},

@@ -256,6 +256,34 @@ def farthest_first(similar: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return torch.cat(order, 1), alone
 
 
+@torch.no_grad()
+def relevant_first(importance: Tensor, row_of: Callable[[Tensor], Tensor], count: int, share: float) -> Tensor:
+    """Greedy maximal marginal relevance: ``share`` * importance - (1 - ``share``) * similarity to the most similar chosen token.
+
+    The first is the most important token. Ties go to the earlier token.
+
+    Parameters
+    ----------
+    importance : [B, N].
+    row_of : gives rows of the similarities of all tokens, [B, 1] -> [B, 1, N] (``cosine_rows``).
+    count : how many to choose.
+    share : of importance, from 0 to 1.
+
+    Returns
+    -------
+    [B, count] in the order they were chosen.
+    """
+    taken, nearest, order = torch.zeros_like(importance, dtype=torch.bool), None, []
+    for _ in range(count):
+        gain = importance if nearest is None else share * importance - (1 - share) * nearest
+        best = gain.masked_fill(taken, float("-inf")).argmax(-1, keepdim=True)
+        taken = taken.scatter(1, best, True)
+        row = row_of(best)[:, 0]
+        nearest = row if nearest is None else torch.maximum(nearest, row)
+        order.append(best)
+    return torch.cat(order, 1)
+
+
 def anchors(attention: Tensor) -> Tensor:
     """A cell of its own for each output that was made of several tokens: the free one that it attends to most.
 
