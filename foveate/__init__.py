@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .methods.fewer_frames import FewerFrames as FewerFrames
     from .methods.fovea import Fovea as Fovea
     from .methods.g_search import GSearch as GSearch
+    from .methods.idpruner import IDPruner as IDPruner
     from .methods.inflection_cut import InflectionCut as InflectionCut
     from .methods.iti import ITI as ITI
     from .methods.p_sigmoid import PSigmoid as PSigmoid
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from .methods.trained import Trained as Trained
     from .methods.v_cast import VCast as VCast
     from .methods.vidcom2 import VidCom2 as VidCom2
+    from .methods.visionselector import VisionSelector as VisionSelector
     from .methods.visionzip import VisionZip as VisionZip
     from .methods.vispruner import VisPruner as VisPruner
     from .methods.vistog import VisToG as VisToG
@@ -151,6 +153,8 @@ _HOMES = {
     "methods.setok": "SeTok",
     "methods.setok_mean": "SeTokMean",
     "methods.vistog": "VisToG",
+    "methods.idpruner": "IDPruner",
+    "methods.visionselector": "VisionSelector",
     "pocket": "load_pocket",
     "report": "ImageReport Report",
     "tuning.plan": "load_plan",
@@ -187,6 +191,7 @@ __all__ = [
     "FoveateError",
     "FrontReducer",
     "GSearch",
+    "IDPruner",
     "ImageReport",
     "InflectionCut",
     "InputError",
@@ -234,6 +239,7 @@ __all__ = [
     "VidCom2",
     "VisPruner",
     "VisToG",
+    "VisionSelector",
     "VisionZip",
     "VisualTokens",
     "attach",
