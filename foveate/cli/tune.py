@@ -54,6 +54,7 @@ def tune_command(
     """Find the setting that saves most and loses less than a tolerance, on your model and your examples."""
     from ..errors import InputError
     from ..lab.scoring import score_of
+    from ..places import user_path
     from ..tuning.costs import OBJECTIVES
 
     if not 0 < tolerance < 100:
@@ -67,7 +68,7 @@ def tune_command(
     names = None if methods is None else parts_of(methods, "methods", "fovea,prumerge+")
     judge = score_of(score)
     page, answers = html or out_file.with_suffix(".html"), store or out_file.with_suffix(".answers.jsonl")
-    page, answers = page.expanduser(), answers.expanduser()
+    page, answers = user_path(page), user_path(answers)
     ready_json(json_file, out_file, page, answers, reads=[data, *(names or [])])
     resumable(answers)
 

@@ -23,7 +23,7 @@ from ..loading import Loaded, load, own_device, part
 from ..methods.base import Method
 from ..methods.saved import code_of
 from ..methods.trained import Trained
-from ..places import ready_folder, write_text
+from ..places import ready_folder, user_path, write_text
 from .batches import Collator
 from .drawn import DrawnSamples
 from .encoded import Memory
@@ -133,7 +133,7 @@ def _save(learner: Trained | None, model: Any, base: str, out: Path, summary: di
         learner.save_pretrained(out, training={**summary, "adapter": "lora" in learns})
         write_text(out / "README.md", learner.card(out.name))
     if "lora" in learns:
-        base = str(Path(base).expanduser().absolute()) if Path(base).expanduser().is_dir() else base
+        base = str(user_path(base).absolute()) if user_path(base).is_dir() else base
         save_adapter(model, out if learner is None else out / ADAPTER, base)
 
 
