@@ -80,7 +80,7 @@ def table(
     rows: list[dict[str, Any]] = []
     for number in numbers:
         whole = 0.0
-        for name in track(["encoder", *names(methods)], f"{number} tokens", transient=True):
+        for name in track(["encoder", *names(methods)], f"{number} tokens", console=Console(stderr=True), transient=True):
             earlier = next((row for row in reversed(rows) if row["method"] == name), None)
             if earlier is not None and name != "encoder" and earlier["seconds"] * (number / earlier["tokens"]) ** 2 > longest:
                 continue

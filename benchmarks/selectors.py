@@ -66,9 +66,8 @@ def main(
             with torch.no_grad():
                 times = {"encoder": [spent(lambda pixels=pixels: encoder(pixels)) for _ in range(rounds + 1)][1:]}
                 shapes = Shapes(batch, number, width, decoder_width)
-                for name, call in track(
-                    calls(shapes, round(share * number), methods), f"{number} tokens x {batch}", transient=True
-                ):
+                asked, what = calls(shapes, round(share * number), methods), f"{number} tokens x {batch}"
+                for name, call in track(asked, what, console=Console(stderr=True), transient=True):
                     if name in size and size[name][0] * (number / size[name][1]) ** 2 * batch / size[name][2] > longest:
                         continue
                     times[name] = [spent(call)]

@@ -17,6 +17,7 @@ from .engine.model.anatomy import anatomy
 from .errors import FoveateError, InputError, MissingExtraError, first_line
 from .fingerprint import digest, fingerprint
 from .jsonl import parsed
+from .places import user_path
 from .pocket import ADAPTERS, MODELS, NAME
 
 POCKET = NAME
@@ -142,9 +143,9 @@ def source_of(name: str) -> str:
             known = ", ".join(f"{POCKET}+{path.name}" for path in sorted(ADAPTERS.iterdir()))
             raise InputError(f"there is no model {name!r}. Shipped are {', '.join(MODELS)}, {known}.")
         return str(folder)
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+    if name.startswith((".", "/", "~")) and not user_path(name).exists():
         raise InputError(f"there is no folder {name}. Give {POCKET}, a folder that holds a model, or a Hub id.")
-    return str(Path(name).expanduser()) if name.startswith("~") else name
+    return str(user_path(name)) if name.startswith("~") else name
 
 
 def is_adapter(name: str) -> bool:
@@ -163,7 +164,7 @@ def base_of(folder: Path) -> str:
         base = parsed((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
         if not isinstance(base, str) or not base:
             raise ValueError("no name of a model")
-        if Path(base).expanduser().resolve() == folder.resolve():
+        if user_path(base).resolve() == folder.resolve():
             raise ValueError("it names itself")
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"{ADAPTER} does not name its model ({type(error).__name__}: {first_line(error)})"

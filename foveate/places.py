@@ -11,7 +11,22 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .errors import FoveateError, InputError
+from .errors import FoveateError, InputError, shown
+
+
+def user_path(path: str | Path) -> Path:
+    """A path whose ``~`` or ``~name`` is the home folder that it stands for.
+
+    Raises
+    ------
+    InputError : there is no such user, or nobody knows the home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        name = Path(path).parts[0][1:]
+        why = f"there is no user {shown(name)} with a home folder here" if name else "the home folder of this user is not known"
+        raise InputError(f"{path} is no place: {why}. Give the whole path.") from error
 
 
 def ready_folder(path: str | Path) -> Path:
@@ -21,7 +36,7 @@ def ready_folder(path: str | Path) -> Path:
     ------
     InputError : it cannot be made, or not written to.
     """
-    place = Path(path).expanduser()
+    place = user_path(path)
     try:
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place):
@@ -38,7 +53,7 @@ def ready_file(path: str | Path) -> Path:
     ------
     InputError : it is a folder, its folder cannot be written, or the file there cannot be replaced.
     """
-    place = Path(path).expanduser()
+    place = user_path(path)
     if place.is_dir():
         raise InputError(f"{place} is a folder; give the name of a file")
     if not place.exists() or place.is_file():  # a device or a pipe is written to where it is
@@ -60,7 +75,7 @@ def ready_files(*paths: str | Path | None, reads: Iterable[str | Path | None] = 
     InputError : one cannot be written, two are the same, or one is read.
     """
     places: dict[Path, str | Path] = {}
-    sources = {Path(os.path.expanduser(each)).resolve() for each in reads if each is not None}
+    sources = {Path(os.path.expanduser(each)).resolve() for each in reads if each is not None}  # some are read as ~name itself
     for path in paths:
         if path is not None:
             place = ready_file(path).resolve()
@@ -136,7 +151,7 @@ def write_bytes(path: str | Path, contents: bytes) -> None:
     ------
     FoveateError : it cannot be written.
     """
-    place = Path(path).expanduser()
+    place = user_path(path)
     with writing(path):
         if place.exists() and not place.is_file():
             place.write_bytes(contents)

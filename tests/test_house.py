@@ -160,6 +160,14 @@ def test_families_are_known_in_one_table():
         assert not kinds & written, name
 
 
+def test_progress_is_shown_in_two_ways():
+    """By the console of the commands and the bar of studies: on stderr, and in terminals only."""
+    assert {name for name in INSIDE if "rich.progress" in MODULES[name].read_text(encoding="utf-8")} == {
+        "foveate.cli.common",
+        "foveate.lab.progress",
+    }
+
+
 def compared(tree: ast.Module) -> set[str]:
     """Strings that something is decided by."""
     deciding: list[ast.AST] = [node for node in ast.walk(tree) if isinstance(node, ast.Compare | ast.MatchValue)]

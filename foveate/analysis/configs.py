@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import InputError, first_line
 from ..families import FAMILIES
+from ..places import user_path
 from .architecture import Architecture
 from .decoders import read_decoder
 from .projectors import read_projectors
@@ -45,7 +46,7 @@ def read_config(model: Any) -> Any:
         return _llava(str(model))
     from transformers import AutoConfig
 
-    path = Path(model).expanduser()
+    path = user_path(model)
     if (str(model).startswith((".", "/", "~")) or path.suffix == ".json") and not path.exists():
         raise InputError(f"there is no {model}")
     try:

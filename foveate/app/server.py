@@ -28,6 +28,7 @@ HEADERS = (
     (b"x-content-type-options", b"nosniff"),
 )
 UPLOAD = "/gradio_api/upload"
+DIRECT = ("/gradio_api/call/", "/gradio_api/run/", "/gradio_api/api/")  # where programs call functions by name; the page queues
 FORM = 2**16  # bytes of a form beside its file
 Asgi = Any  # an application, or one of its arguments
 
@@ -71,6 +72,9 @@ class Guard:
             problem = (413, "the request is too large") if body is None else self._problem(body)
             if problem:
                 await _refuse(send, *problem)
+                return
+            if scope["path"].startswith(DIRECT):  # all functions are private, and Gradio fails at names that it does not know
+                await _refuse(send, 404, "there is nothing to call here: this page is for people.")
                 return
             receive = _again(body or b"", receive)
 

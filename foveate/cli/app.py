@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import InputError, MissingExtraError
-from .common import LOOPBACK, Imports, err
+from .common import LOOPBACK, Imports, err, starting
 
 SHIPPED = ("pocket", "pocket-qwen")
 SHUTDOWN = 3  # seconds that running questions have once the server is told to end
@@ -45,13 +45,14 @@ def app_command(
         raise InputError("the variable FOVEATE_API_KEY is empty. Give it a key, or unset it.")
     if not api_key and host not in LOOPBACK:
         raise InputError(f"--host {host} lets others ask, and there is no key. Set the variable FOVEATE_API_KEY.")
-    try:
-        import gradio  # noqa: F401
-        import uvicorn
-    except ImportError as error:
-        raise MissingExtraError(error.name or "gradio", "app") from error
-    from ..app.comparison import Playground
-    from ..app.server import create_app
+    with starting():
+        try:
+            import gradio  # noqa: F401
+            import uvicorn
+        except ImportError as error:
+            raise MissingExtraError(error.name or "gradio", "app") from error
+        from ..app.comparison import Playground
+        from ..app.server import create_app
 
     names = [*dict.fromkeys(model or SHIPPED)]
     with tempfile.TemporaryDirectory(prefix="foveate-app-") as uploads:

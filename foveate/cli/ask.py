@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .common import POCKET, Config, Fields, Imports, PlanFile, err, method_of, out, sayer
+from .common import POCKET, Config, Fields, Imports, PlanFile, err, method_of, out, sayer, starting
 from .document import JsonFile, ready_json, telling
 
 if TYPE_CHECKING:
@@ -53,11 +53,12 @@ def ask_command(
 
     if not question.strip():
         raise InputError("the question is empty")
-    from ..answering import ask_all, frame_counts, limits, open_shown, save_kept, unknown
-    from ..chat import AS_PICTURES, make_inputs, takes_videos
-    from ..loading import SPREAD, load
-    from ..video import Video
-    from ..viz.overlay import picture_file
+    with starting():
+        from ..answering import ask_all, frame_counts, limits, open_shown, save_kept, unknown
+        from ..chat import AS_PICTURES, make_inputs, takes_videos
+        from ..loading import SPREAD, load
+        from ..video import Video
+        from ..viz.overlay import picture_file
 
     shown, notes = open_shown(file, frames)
     video = shown if isinstance(shown, Video) else None

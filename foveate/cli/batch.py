@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import InputError
-from .common import Config, Fields, Imports, PlanFile, asked_of, err, resumable, sayer
+from .common import Config, Fields, Imports, PlanFile, asked_of, err, progress, resumable, sayer, starting
 
 EPILOG = (
     "Examples:  foveate batch questions.jsonl answers.jsonl  |  "
@@ -58,11 +57,12 @@ def batch_command(
     address: Annotated[str | None, typer.Option(help="ray: a running cluster, such as auto. Default: this machine.")] = None,
 ) -> None:
     """Answer a file of questions about pictures, with fewer visual tokens. Rows that fail are written with their error."""
-    from ..loading import quiet_loading
-    from ..serving.batch.base import Job, batch_engine
-    from ..serving.batch.offline import settings
-    from ..serving.batch.results import Output, check_apart
-    from ..serving.batch.rows import AnswerSettings, Source
+    with starting():
+        from ..loading import quiet_loading
+        from ..serving.batch.base import Job, batch_engine
+        from ..serving.batch.offline import settings
+        from ..serving.batch.results import Output, check_apart
+        from ..serving.batch.rows import AnswerSettings, Source
 
     answering = batch_engine(engine, {"export": export, "encoders": encoders, "engines": engines, "address": address})
     if not math.isfinite(temperature):
@@ -86,17 +86,13 @@ def batch_command(
             job = Job(source, waiting, wanted, model, batch_size or answering.rows, export, others)
             with err.status("starting"), quiet_loading(bars=False):
                 found = answering.start(job)
-            with _bar() as bar:
-                task = bar.add_task("rows", total=len(lines), completed=len(lines) - len(waiting), failed=len(output.failed))
+            with progress("rows") as tell:
+                tell("rows", len(lines) - len(waiting), len(lines))
                 for rows in found:
                     output.add(rows)
-                    bar.update(task, advance=len(rows), failed=len(output.failed))
+                    failed = f", {len(output.failed)} failed" if output.failed else ""
+                    tell(f"rows{failed}", len(output.answered) + len(output.failed), len(lines))
     done = len(lines) - len(waiting)
     failed = f"{len(output.failed)} failed" + (" (--retry-failed answers them again)" if output.failed else "")
     earlier = f", {done} rows were there already" if done else ""
     print(f"{answers}: {len(output.answered)} answered, {failed}{earlier}")
-
-
-def _bar() -> Progress:
-    counts = (MofNCompleteColumn(), TextColumn("{task.fields[failed]} failed"))
-    return Progress(TextColumn("rows"), BarColumn(), *counts, TimeElapsedColumn(), TimeRemainingColumn(), console=err)

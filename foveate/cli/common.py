@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.status import Status
 
 if TYPE_CHECKING:
     from ..methods.base import Method
@@ -17,7 +21,32 @@ out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 POCKET = "pocket"  # the model where none is named
 DEFAULT = "prumerge+"  # the method
 LOOPBACK = ("127.0.0.1", "::1", "localhost")  # interfaces that only this machine reaches
+Tell = Callable[[str, int, int], None]  # what comes next, how much is done, of how much
 WIDTH = 150  # of tables that go to a file or a pipe
+
+
+def starting() -> Status:
+    """What a terminal shows while libraries are imported, which takes seconds. Nothing is shown elsewhere."""
+    return err.status("starting")
+
+
+def first_process() -> bool:
+    """Whether this is the process that tells, where accelerate or torchrun started several."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def progress(first: str) -> Iterator[Tell]:
+    """A bar that is told what comes next, how much is done, and of how much. It is shown in a terminal and goes in the end.
+
+    Parameters
+    ----------
+    first : what is shown until it is told something.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not first_process()) as bar:
+        task = bar.add_task(escape(first), total=None)
+        yield lambda what, done, total: bar.update(task, description=escape(what), completed=done, total=total)
 
 
 def parse_budget(text: str) -> int | float | None:
@@ -91,7 +120,9 @@ def planned(plan: Path, *others: Any) -> Method:
     InputError : it is no plan, or other options say something of the method, too.
     """
     from ..errors import InputError
-    from ..tuning.plan import load_plan
+
+    with starting():
+        from ..tuning.plan import load_plan
 
     if any(other is not None and other != [] for other in others):
         raise InputError("--plan says all of the method. Leave out --method, --budget, --set and --config.")
@@ -119,9 +150,11 @@ def method_of(
     if plan is not None:
         return planned(plan, name, budget, fields, config)
     from ..errors import InputError
-    from ..methods.base import Method
-    from ..methods.fields import read_field
-    from ..methods.registry import get, look_up
+
+    with starting():
+        from ..methods.base import Method
+        from ..methods.fields import read_field
+        from ..methods.registry import get, look_up
 
     if name is not None and config is not None:
         raise InputError("--method and --config both name a method. Leave one out.")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..places import saving
@@ -27,15 +24,17 @@ from .common import (
     err,
     out,
     parts_of,
+    progress,
     resumable,
     sayer,
+    starting,
     wide,
 )
 from .document import JsonFile, ready_json, telling
 from .html import HtmlFile, lines_part, picture_part, table_part, write_html
 
 if TYPE_CHECKING:
-    from ..lab.runner import Runner, Tell
+    from ..lab.runner import Runner
 
 EPILOG = (
     "Examples:  foveate compare --methods prumerge+,visionzip --budgets 64,144 --scenes 60  |  "
@@ -86,7 +85,7 @@ def compare_command(
     options = checked(CompareOptions(methods, budgets, own, scenes, each, seed, model, store, save, table, mine))
     ready_json(json_file, options.store, html, *options.saved, reads=[data, plan, *options.names])
     resumable(options.store)
-    report = run_compare(options, err)
+    report = run_compare(options)
     with telling(report, json_file, lambda: show(report, out)) as keep:
         if save and keep(write_files, report, save):
             sayer(err)(f"written to {save}")
@@ -212,9 +211,11 @@ def checked(options: CompareOptions) -> CompareOptions:
     InputError : something is wrong with them; nothing has been computed yet.
     """
     from ..errors import InputError
-    from ..lab.paper_tables import BUILD
-    from ..places import ready_file, ready_folder
-    from ..viz.overlay import picture_file
+
+    with starting():
+        from ..lab.paper_tables import BUILD
+        from ..places import ready_file, ready_folder
+        from ..viz.overlay import picture_file
 
     if options.table is not None:
         if options.table not in BUILD:
@@ -230,24 +231,15 @@ def checked(options: CompareOptions) -> CompareOptions:
     return options
 
 
-@contextmanager
-def progress(console: Console) -> Iterator[Tell]:
-    """A bar that is told what comes next."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("encoding", total=None)
-        yield lambda what, done, total: bar.update(task, description=escape(what), completed=done, total=total)
-
-
-def run_compare(options: CompareOptions, console: Console) -> dict[str, Any]:
+def run_compare(options: CompareOptions) -> dict[str, Any]:
     """Run what the store does not hold, and return the report."""
-    from ..lab.compare import budgets_for, compare
-    from ..lab.paper_tables import paper_table
-
-    with console.status(escape(f"loading {options.model}")):
+    with starting():
+        from ..lab.compare import budgets_for, compare
+        from ..lab.paper_tables import paper_table
+    with err.status(escape(f"loading {options.model}")):
         runner = _runner(options)
     budgets = budgets_for(runner, options.counts, options.table)
-    with progress(console) as tell:
+    with progress("encoding") as tell:
         if options.table is None:
             report = compare(runner, options.names, budgets, own=options.own, tell=tell)
         else:

@@ -16,7 +16,7 @@ from ..analysis.hardware import HARDWARE, Hardware
 from ..analysis.roofline import PARTS, Cost, Part
 from ..errors import InputError, first_line
 from ..jsonl import parsed
-from .common import POCKET, Fields, err, method_of, out, wide
+from .common import POCKET, Fields, err, method_of, out, starting, wide
 from .document import JsonFile, ready_json, tell, telling
 from .html import HtmlFile, lines_part, picture_part, table_part, write_html
 
@@ -71,11 +71,12 @@ def cost_command(
             raise InputError("--table brings its own numbers, and is printed, or written by --json. Leave out the other options.")
         _paper_table(table, json_file, out)
         return
-    from ..analysis.configs import read_architecture
-    from ..analysis.cost import cost
-    from ..loading import quiet_loading, source_of
-    from ..measuring.ledger import command
-    from ..viz.overlay import picture_file
+    with starting():
+        from ..analysis.configs import read_architecture
+        from ..analysis.cost import cost
+        from ..loading import quiet_loading, source_of
+        from ..measuring.ledger import command
+        from ..viz.overlay import picture_file
 
     save = save and picture_file(save)
     ready_json(json_file, save, html, reads=[model, method, report])

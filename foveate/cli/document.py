@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 
 from ..errors import FoveateError, InputError
 from ..jsonl import parsed
-from ..places import ready_files, saving, write_text
+from ..places import ready_files, saving, user_path, write_text
 from .common import err, sayer
 
 STDOUT = Path("-")
@@ -70,13 +70,13 @@ def ready_json(place: Path | None, *others: str | Path | None, reads: Iterable[s
     """
     file = None if place == STDOUT else place
     ready_files(file, *others, reads=reads)
-    if file is not None and file.expanduser().is_file() and _configures(file):  # devices and pipes may have no end
+    if file is not None and user_path(file).is_file() and _configures(file):  # devices and pipes may have no end
         raise InputError(f"--json {file} would replace the config of a model. Name another file, or give --json last.")
 
 
 def _configures(file: Path) -> bool:
     try:
-        found = parsed(file.expanduser().read_bytes())
+        found = parsed(user_path(file).read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and "model_type" in found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .common import out, sayer
+from .common import out, sayer, starting
 from .document import JsonFile, ready_json, tell
 
 EPILOG = "Example:  foveate env"
@@ -14,10 +14,11 @@ def env_command(
     json_file: JsonFile = None,
 ) -> None:
     """What to put into a report of a fault: versions, devices, precision, extras. Nothing of it is secret."""
-    from ..measuring.environment import environment
-
     ready_json(json_file)
-    found = environment()
+    with starting():
+        from ..measuring.environment import environment
+
+        found = environment()
     tell(found, json_file, lambda: sayer(out)("\n".join(f"{name:<14} {value}" for name, value in lines_of(found))))
 
 

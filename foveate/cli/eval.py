@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -15,7 +14,22 @@ from rich.table import Table
 
 from ..errors import MissingExtraError
 from ..places import write_text
-from .common import DEFAULT, Configs, Fields, Imports, PlanFile, err, methods_of, out, parts_of, resumable, sayer, wide
+from .common import (
+    DEFAULT,
+    Configs,
+    Fields,
+    Imports,
+    PlanFile,
+    err,
+    first_process,
+    methods_of,
+    out,
+    parts_of,
+    resumable,
+    sayer,
+    starting,
+    wide,
+)
 from .document import JsonFile, ready_json, telling
 
 EPILOG = (
@@ -60,18 +74,19 @@ def eval_command(
     given = () if methods is None and (config or plan) else parts_of(methods or DEFAULT, "methods", "prumerge,prumerge+")
     chosen = list(methods_of(given, budget, fields, config, plan=plan).values())
     names = parts_of(tasks, "tasks", "pope,mme")
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = first_process()
     saved = [] if save is None else [save / "evaluation.json", save / "evaluation.md"]
     ready_json(json_file, *saved, reads=[*given, *(config or []), plan])
-    _quiet()
-    from ..evaluation.running import TaskRun, evaluate, load_tasks
-    from ..loading import load, own_device, part, quiet_loading
+    with starting():
+        _quiet()
+        from ..evaluation.running import TaskRun, evaluate, load_tasks
+        from ..loading import load, own_device, part, quiet_loading
 
     def tell(line: str) -> None:
         if first:
             sayer(err)(line, "dim")
 
-    with quiet_loading(bars=False):
+    with err.status(escape(f"loading {model}")), quiet_loading(bars=False):
         loaded = load(model, dtype=dtype, device=own_device(device), attention=attention)
     if cache is not None:
         resumable(cache)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from .common import Config, Fields, PlanFile, err, method_of, out
+from .common import Config, Fields, PlanFile, err, method_of, out, starting
 from .document import JsonFile, ready_json, tell
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ def export_command(
 ) -> None:
     """Write the language model of a vision-language model as a folder that vLLM serves, with pictures as embeddings."""
     from ..errors import InputError
-    from ..serving.export import export
+
+    with starting():
+        from ..serving.export import export
 
     if json_file is not None and folder.resolve() in json_file.resolve().parents:
         raise InputError(f"--json {json_file} is inside the export, whose files are its own. Choose another place.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import err, sayer
+from .common import err, sayer, starting
 from .document import JsonFile, ready_json, telling
 
 EPILOG = "Examples:  foveate figure 3a --out attention.png  |  foveate figure 4"
@@ -20,9 +20,11 @@ def figure_command(
 ) -> None:
     """A figure of the LLaVA-PruMerge paper on scenes of the pocket world."""
     from ..errors import InputError
-    from ..lab.paper_figures import TITLES, paper_figure
-    from ..viz.canvas import write_figure
-    from ..viz.overlay import picture_file
+
+    with starting():
+        from ..lab.paper_figures import TITLES, paper_figure
+        from ..viz.canvas import write_figure
+        from ..viz.overlay import picture_file
 
     if number not in TITLES:
         raise InputError(f"there is no figure {number!r} here. Choose one of {', '.join(TITLES)}.")

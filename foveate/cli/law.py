@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .common import out, parts_of, sayer, wide
+from .common import err, out, parts_of, sayer, wide
 from .document import JsonFile, ready_json, tell
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def law_command(
         raise InputError(f"--tasks {shown(name)}: there are scores of {', '.join(known)}")
     points = known[name]
     having = sorted(set(points.sizes.tolist())) if sizes is None else sorted(_numbers(sizes, "sizes", "0.5,1.8,4,7"))
-    document = {"tasks": name, "data": str(data or PUBLISHED.name), **described(study(points), text, budgets, having)}
+    with err.status("fitting the law"):
+        document = {"tasks": name, "data": str(data or PUBLISHED.name), **described(study(points), text, budgets, having)}
     tell(document, json_file, lambda: show(document))
 
 

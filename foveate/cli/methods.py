@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from .common import Imports, err, out, sayer
+from .common import Imports, err, out, sayer, starting
 from .document import JsonFile, ready_json, tell
 
 if TYPE_CHECKING:
@@ -22,10 +22,11 @@ def methods_command(
     json_file: JsonFile = None,
 ) -> None:
     """The table of methods."""
-    from ..methods.registry import methods
-
     ready_json(json_file)
-    found = methods()
+    with starting():
+        from ..methods.registry import methods
+
+        found = methods()
     document = [vars(info) for info in found]
     tell(document, json_file, lambda: show(found))
 

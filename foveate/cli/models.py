@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from .common import out
+from .common import out, starting
 from .document import JsonFile, ready_json, tell
 
 if TYPE_CHECKING:
@@ -20,11 +20,12 @@ def models_command(
     json_file: JsonFile = None,
 ) -> None:
     """The table of models: what works on each family, and why others are refused."""
-    from ..api import models
-    from ..families import REFUSED
-
     ready_json(json_file)
-    found = models()
+    with starting():
+        from ..api import models
+        from ..families import REFUSED
+
+        found = models()
     document = {"supported": [vars(info) for info in found], "refused": REFUSED}
     tell(document, json_file, lambda: show(found, REFUSED))
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .common import POCKET, Imports, err, out, sayer
+from .common import POCKET, Imports, err, out, sayer, starting
 
 EPILOG = "Example:  foveate search plan.json  |  foveate search heads.json --method yopo --share 0.5"
 
@@ -30,10 +30,12 @@ def search_command(
 ) -> None:
     """Search keep rates per decoder layer, or a head mask, on a calibration set."""
     from ..errors import InputError
-    from ..loading import SPREAD, load
-    from ..places import ready_files, write_text
-    from ..tuning.calibration import Calibration
-    from ..tuning.search import search_of
+
+    with starting():
+        from ..loading import SPREAD, load
+        from ..places import ready_files, write_text
+        from ..tuning.calibration import Calibration
+        from ..tuning.search import search_of
 
     search = search_of(method)
     if share <= 0:

@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import InputError, MissingExtraError
-from .common import LOOPBACK, Config, Fields, Imports, PlanFile, asked_of, err
+from .common import LOOPBACK, Config, Fields, Imports, PlanFile, asked_of, err, starting
 
 if TYPE_CHECKING:
     from ..serving.encoding import PictureEncoder
@@ -79,16 +79,17 @@ def serve_command(
         raise InputError("--vllm-key is of a running vLLM; the launched one gets a key of its own")
     if not launch and (vllm_python or vllm_args or export):
         raise InputError("--vllm-python, --vllm-args and --export are for --launch")
-    try:
-        import uvicorn
+    with starting():
+        try:
+            import uvicorn
 
-        from ..serving.gateway.app import create_app
-    except ImportError as error:
-        raise MissingExtraError(error.name or "fastapi", "serve") from error
-    from ..serving.export import ready_export
-    from ..serving.gateway.gateway import GatewaySettings
-    from ..serving.gateway.launch import LaunchError, VllmServer
-    from ..serving.gateway.requests import Limits
+            from ..serving.gateway.app import create_app
+        except ImportError as error:
+            raise MissingExtraError(error.name or "fastapi", "serve") from error
+        from ..serving.export import ready_export
+        from ..serving.gateway.gateway import GatewaySettings
+        from ..serving.gateway.launch import LaunchError, VllmServer
+        from ..serving.gateway.requests import Limits
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     for chatty in ("httpx", "httpcore"):

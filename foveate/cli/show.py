@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from .common import DEFAULT, POCKET, Configs, Fields, Imports, PlanFile, err, methods_of, out, sayer
+from .common import DEFAULT, POCKET, Configs, Fields, Imports, PlanFile, err, methods_of, out, sayer, starting
 from .document import JsonFile, ready_json, telling
 
 EPILOG = (
@@ -40,13 +40,14 @@ def show_command(
     if not question.strip():
         raise InputError("the question is empty. Ask something.")
     methods = methods_of(method or ([] if config or plan else [DEFAULT]), budget, fields, config, plan=plan)
-    from ..answering import ask, open_shown, title, unknown
-    from ..chat import make_inputs
-    from ..loading import SPREAD, load
-    from ..video import Video
-    from ..viz.frames import first_as_seen, frames_as_seen
-    from ..viz.overlay import picture_file
-    from ..viz.question import Way, save_question
+    with starting():
+        from ..answering import ask, open_shown, title, unknown
+        from ..chat import make_inputs
+        from ..loading import SPREAD, load
+        from ..video import Video
+        from ..viz.frames import first_as_seen, frames_as_seen
+        from ..viz.overlay import picture_file
+        from ..viz.question import Way, save_question
 
     shown, notes = open_shown(file, frames)
     place = picture_file(out_file)

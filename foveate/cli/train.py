@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import DEFAULT, POCKET, Config, Fields, Imports, err, method_of, out, parts_of, resumable, sayer
+from .common import DEFAULT, POCKET, Config, Fields, Imports, err, method_of, out, parts_of, progress, resumable, sayer, starting
 
 LORA = "lora"
 EPILOG = (
@@ -56,10 +56,12 @@ def train_command(
 ) -> None:
     """Train the weights of a method, or LoRA adapters of a model with a method attached."""
     from ..errors import InputError
-    from ..methods.trained import Trained
-    from ..pocket import MODELS
-    from ..training.run import train as run
-    from ..training.settings import TrainSettings
+
+    with starting():
+        from ..methods.trained import Trained
+        from ..pocket import MODELS
+        from ..training.run import train as run
+        from ..training.settings import TrainSettings
 
     if what != LORA and method is not None:
         raise InputError(f"--method belongs to 'foveate train lora'; here the method is {what!r}")
@@ -95,6 +97,6 @@ def train_command(
         tolerance=tolerance,
     )
     resumable(out_)
-    say = sayer(err)
-    summary = run(chosen, settings, out_, say)
+    with progress("starting") as tell:
+        summary = run(chosen, settings, out_, sayer(err), lambda done, total: tell("training", done, total))
     sayer(out)(f"{out_}: {summary['steps']} steps")

@@ -11,7 +11,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .common import POCKET, ExampleFile, Imports, LongestAnswer, ScoreName, VideoFrames, err, out, parts_of, resumable, sayer, wide
+from .common import (
+    POCKET,
+    ExampleFile,
+    Imports,
+    LongestAnswer,
+    ScoreName,
+    VideoFrames,
+    err,
+    out,
+    parts_of,
+    resumable,
+    sayer,
+    starting,
+    wide,
+)
 from .document import JsonFile, ready_json, telling
 
 if TYPE_CHECKING:
@@ -53,8 +67,11 @@ def tune_command(
 ) -> None:
     """Find the setting that saves most and loses less than a tolerance, on your model and your examples."""
     from ..errors import InputError
-    from ..lab.scoring import score_of
-    from ..tuning.costs import OBJECTIVES
+
+    with starting():
+        from ..lab.scoring import score_of
+        from ..places import user_path
+        from ..tuning.costs import OBJECTIVES
 
     if not 0 < tolerance < 100:
         raise InputError(
@@ -67,12 +84,13 @@ def tune_command(
     names = None if methods is None else parts_of(methods, "methods", "fovea,prumerge+")
     judge = score_of(score)
     page, answers = html or out_file.with_suffix(".html"), store or out_file.with_suffix(".answers.jsonl")
-    page, answers = page.expanduser(), answers.expanduser()
+    page, answers = user_path(page), user_path(answers)
     ready_json(json_file, out_file, page, answers, reads=[data, *(names or [])])
     resumable(answers)
 
-    from ..measuring import ledger
-    from ..tuning.run import Options, tuned_plan
+    with starting():
+        from ..measuring import ledger
+        from ..tuning.run import Options, tuned_plan
 
     options = Options(
         model, data, tolerance / 100, objective, score, judge, names, examples, max_tokens, frames, minutes, batch, seed, answers

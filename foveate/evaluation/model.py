@@ -151,7 +151,7 @@ class FoveateModel(lmms):
         """
         keys = []
         waiting: dict[str, dict[str, _Asked]] = {}
-        bar = tqdm(total=len(requests), desc=self.shown, disable=self._rank != 0)
+        bar = tqdm(total=len(requests), desc=self.shown, disable=None if self._rank == 0 else True)
         for request in requests:
             asked = self._read(request)
             keys.append(asked.key)

@@ -18,7 +18,6 @@ import torch
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from ..errors import InputError
@@ -30,6 +29,7 @@ from ..pocket.scenes import LEVELS, Scene
 from ..pocket.worlds import world_of
 from .exam import Evaluator
 from .native_exam import NativeEvaluator
+from .progress import bar
 from .runner import Outcome, Runner
 from .scores import majority
 from .testset import SEED
@@ -92,7 +92,7 @@ def _kinds(scene: Scene) -> NDArray[np.int64]:
     return of_item[scene.owner]
 
 
-def compare(runner: Runner, budgets: Sequence[int], console: Console) -> dict[str, Any]:
+def compare(runner: Runner, budgets: Sequence[int]) -> dict[str, Any]:
     """All methods at all budgets, adaptive methods, and baselines at the counts that adaptive methods chose."""
     data, scores, evaluator = runner.data, runner.scores, runner.evaluator
     if not isinstance(evaluator, Evaluator):
@@ -101,7 +101,7 @@ def compare(runner: Runner, budgets: Sequence[int], console: Console) -> dict[st
     results: dict[tuple[str, int | None], Outcome] = {}
     jobs: list[tuple[Variant, int | None]] = [(variant, None) for variant in ADAPTIVE]
     jobs += [(variant, budget) for budget in budgets for variant in COMPARED]
-    for (shown, name, fields), budget in track(jobs, "evaluating", console=console, transient=True):
+    for (shown, name, fields), budget in bar(jobs, "evaluating"):
         results[shown, budget] = runner.outcome(get(name, budget=budget, **fields).per_image())
     for shown in ("prumerge", "prumerge+"):  # baselines at the mean count of the adaptive rule
         count = round(results[shown, None].tokens)
@@ -202,7 +202,7 @@ def evaluate(
     loaded = load(model)
     native = world_of(loaded.processor) == "native"
     runner = Runner(scenes, EVERY, seed, model=loaded)
-    report = families(runner) if native else compare(runner, [int(b) for b in budgets.split(",")], console)
+    report = families(runner) if native else compare(runner, [int(b) for b in budgets.split(",")])
     console.print(family_table(report))
     if not native:
         console.print(method_table(report))

@@ -19,6 +19,7 @@ from ..errors import FoveateError, InputError, first_line
 from ..fingerprint import digest
 from ..loading import Loaded
 from ..methods.base import KeepAll, Method
+from ..places import user_path
 from ..pocket.worlds import world_of
 from ..serving.batch.rows import AnswerSettings, Row, RowPlace, Source, contents, opened
 from ..serving.encoding import pictures_of
@@ -133,7 +134,7 @@ def read_examples(
     ------
     InputError : the file cannot be read, no row can be used, or some have answers and others have none.
     """
-    source, items, skipped, unused = Source(Path(path).expanduser()), [], {}, 0
+    source, items, skipped, unused = Source(user_path(path)), [], {}, 0
     every = source.lines()
     places = every[:limit]
     if seed is not None and len(places) < len(every):

@@ -6,10 +6,10 @@ import importlib.util
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, first_line
+from ..places import user_path
 
 Score = Callable[[str, Sequence[str], Mapping[str, Any]], float]
 NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
@@ -98,7 +98,7 @@ def score_of(name: str) -> Score:
     file, _, attribute = name.rpartition(":")
     if not file.endswith(".py"):
         raise InputError(f"unknown score {name!r}; available: {', '.join(SCORES)}, or a function of yours as in my.py:score")
-    path = Path(file).expanduser()
+    path = user_path(file)
     spec = importlib.util.spec_from_file_location("foveate_score", path) if path.is_file() else None
     if spec is None or spec.loader is None:
         raise InputError(f"{file} is no Python file. Give a file and a function in it, as in my.py:score.")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..jsonl import parsed
+from ..places import user_path
 from .tools.schedule import FILLED, PAPER, Schedule
 
 
@@ -73,8 +74,9 @@ def read_plan(path: str | Path) -> tuple[float, ...]:
     ------
     InputError : there is no such file, or it is no plan.
     """
+    place = user_path(path)
     try:
-        rates = parsed(Path(path).expanduser().read_text())["rates"]
+        rates = parsed(place.read_text())["rates"]
         if not isinstance(rates, list) or not all(isinstance(rate, int | float) and not isinstance(rate, bool) for rate in rates):
             raise TypeError("rates is no list of numbers")
         return tuple(float(rate) for rate in rates)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, first_line, shown
+from ..places import user_path
 
 if TYPE_CHECKING:
     from .base import Method
@@ -56,7 +57,7 @@ def import_file(place: str | Path) -> None:
     ------
     InputError : there is no such file, or it cannot be run.
     """
-    path = Path(place).expanduser().resolve()
+    path = user_path(place).resolve()
     name = f"foveate_import_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import InputError, first_line
 from ..fingerprint import digest
 from ..jsonl import parsed
-from ..places import write_text
+from ..places import user_path, write_text
 from .registry import REGISTRY, UNLISTED, get, look_up
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def read(path: str | Path) -> Method:
     ------
     InputError : there is no such file, it describes no method, or there is no such method here.
     """
-    place = Path(path).expanduser()
+    place = user_path(path)
     try:
         document = parsed(place.read_text(encoding="utf-8"))
     except OSError as error:

@@ -18,6 +18,7 @@ from typing_extensions import Self
 
 from ..errors import InputError, first_line
 from ..fingerprint import same_signature
+from ..places import user_path
 from .host import Host as Host
 from .host import ModelShape as ModelShape
 from .weights import SHIPPED, Weights, named, state_digest, write
@@ -377,7 +378,7 @@ class Trained(Method):
     def described(self) -> dict[str, Any]:
         if self.weights is None:
             raise InputError(f"{self.name}: its weights are in no folder. Call save_pretrained first, and build it with weights=.")
-        folder = Path(self.weights).expanduser()
+        folder = user_path(self.weights)
         found = super().described()
         return {**found, "fields": {**found["fields"], "weights": str(folder.absolute()) if folder.is_dir() else self.weights}}
 

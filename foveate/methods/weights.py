@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import FoveateError, InputError, first_line
 from ..jsonl import parsed
+from ..places import user_path
 
 FORMAT = 1
 CONFIG, TENSORS = "config.json", "model.safetensors"
@@ -100,7 +101,7 @@ def named(name: str, method: str) -> str:
 
 def _folder(name: str) -> Path:
     """Where the weights are on this machine."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -125,7 +126,7 @@ def write(folder: str | Path, config: dict[str, Any], tensors: Mapping[str, Tens
 
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     text = json.dumps({"format": FORMAT, **config}, indent=1) + "\n"
-    place = Path(folder).expanduser()
+    place = user_path(folder)
     try:
         place.mkdir(parents=True, exist_ok=True)
         for name, content in ((TENSORS, data), (CONFIG, text.encode())):

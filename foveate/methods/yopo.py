@@ -20,6 +20,7 @@ from ..cuts import Cut, Pattern, PromptTokens
 from ..errors import InputError
 from ..fingerprint import digest
 from ..jsonl import parsed
+from ..places import user_path
 from .base import DecoderReducer
 from .tools.schedule import steps
 
@@ -88,8 +89,9 @@ def read_heads(path: str | Path) -> tuple[tuple[bool, ...], ...]:
     ------
     InputError : there is no such file, or it holds no head mask.
     """
+    place = user_path(path)
     try:
-        heads = parsed(Path(path).expanduser().read_text())["heads"]
+        heads = parsed(place.read_text())["heads"]
         if not all(isinstance(layer, list) and all(isinstance(head, bool) for head in layer) for layer in heads):
             raise TypeError("heads is no list of lists of true and false")
         return tuple(tuple(layer) for layer in heads)

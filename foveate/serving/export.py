@@ -21,7 +21,7 @@ from ..jsonl import parsed
 from ..loading import Loaded, is_adapter, load, merged, quiet_loading
 from ..methods.base import Method
 from ..methods.trained import Trained
-from ..places import ready_folder, writing
+from ..places import ready_folder, user_path, writing
 from .conversations import ExportError, check_conversations
 from .files import fingerprint
 from .handover import Handover, ImageEmbeds, PromptEmbeds, handover_of
@@ -86,7 +86,7 @@ def export(name: str, out: Path, *, dtype: str | None = None, method: Method | N
     UnsupportedModelError : its language model needs more than vLLM can be handed.
     ExportError : what was written does not do what the model does; nothing is left in ``out`` then.
     """
-    out = Path(out).expanduser()
+    out = user_path(out)
     check_folder(out)
     ready_folder(out.parent)
     with quiet_loading(bars=False):
@@ -219,9 +219,7 @@ def ready_export(name: str, folder: Path | None = None, *, dtype: str | None = N
     """
     mark = fingerprint(name)
     if folder is None:
-        folder = (
-            Path.home() / ".cache" / "foveate" / "exports" / "-".join([Path(name).name, *([dtype] if dtype else []), mark[:12]])
-        )
+        folder = user_path("~/.cache/foveate/exports") / "-".join([Path(name).name, *([dtype] if dtype else []), mark[:12]])
     if not (folder / MARK).is_file():
         export(name, folder, dtype=dtype)
     told = described(folder)

@@ -23,7 +23,7 @@ from ..loading import Loaded, load, own_device, part
 from ..methods.base import Method
 from ..methods.saved import code_of
 from ..methods.trained import Trained
-from ..places import ready_folder, write_text
+from ..places import ready_folder, user_path, write_text
 from .batches import Collator
 from .drawn import DrawnSamples
 from .encoded import Memory
@@ -31,14 +31,14 @@ from .lora import adapted, checked_parts, save_adapter
 from .prepared import Prepared, moved, prepares
 from .settings import TrainSettings, number, processes
 from .sources import Rows, Tell, datasets, read_rows
-from .telling import Log, Stopping
+from .telling import Log, Step, Steps, Stopping
 from .trainer import MethodTrainer, last_checkpoint
 
 FIRST = 1500  # conversations that first values are taken from, at most: methods take what they need
 RUN, CHECKPOINTS, ADAPTER = "run.json", "checkpoints", "adapter"
 
 
-def train(method: Method, settings: TrainSettings, out: Path, tell: Tell = print) -> dict[str, Any]:
+def train(method: Method, settings: TrainSettings, out: Path, tell: Tell = print, step: Step = lambda *_: None) -> dict[str, Any]:
     """Train, or go on with an interrupted run in the same folder.
 
     Parameters
@@ -48,6 +48,7 @@ def train(method: Method, settings: TrainSettings, out: Path, tell: Tell = print
     out : gets ``config.json`` and ``model.safetensors`` of the method, ``adapter/`` where there is one, ``log.jsonl``, and
         checkpoints while the run lasts. Where LoRA alone is trained it is the adapter itself.
     tell : prints a line.
+    step : is told how many steps are done.
 
     Returns
     -------
@@ -72,7 +73,7 @@ def train(method: Method, settings: TrainSettings, out: Path, tell: Tell = print
             method = learner = learner.fresh(settings.seed)
         about = _same_run(method, settings, learns, loaded, rows, out)
         data, held_out = datasets(method, learner, settings, rows, loaded, out, tell)
-        return _train(method, learner, settings, learns, loaded, data, held_out, out, about, tell)
+        return _train(method, learner, settings, learns, loaded, data, held_out, out, about, tell, step)
     finally:
         part()
 
@@ -88,6 +89,7 @@ def _train(
     out: Path,
     about: dict[str, Any],
     tell: Tell,
+    step: Step,
 ) -> dict[str, Any]:
     model = loaded.model.requires_grad_(False)
     if "lora" in learns and hasattr(model, "peft_config"):
@@ -102,7 +104,7 @@ def _train(
             collate = default_collate
         parts = session.parts()
         memory = Memory(parts, method.before_decoder(), settings.remember * 1e9) if settings.remember else None
-        trainer = _trainer(session, learner, memory, model, collate, data, held_out, settings, out, tell)
+        trainer = _trainer(session, learner, memory, model, collate, data, held_out, settings, out, tell, step)
         checkpoint = last_checkpoint(out / CHECKPOINTS)
         if learner is not None and learner.weights is None and checkpoint is None:
             begin = islice(DataLoader(data, settings.batch, collate_fn=collate), math.ceil(FIRST / settings.batch))
@@ -133,7 +135,7 @@ def _save(learner: Trained | None, model: Any, base: str, out: Path, summary: di
         learner.save_pretrained(out, training={**summary, "adapter": "lora" in learns})
         write_text(out / "README.md", learner.card(out.name))
     if "lora" in learns:
-        base = str(Path(base).expanduser().absolute()) if Path(base).expanduser().is_dir() else base
+        base = str(user_path(base).absolute()) if user_path(base).is_dir() else base
         save_adapter(model, out if learner is None else out / ADAPTER, base)
 
 
@@ -191,6 +193,7 @@ def _trainer(
     settings: TrainSettings,
     out: Path,
     tell: Tell,
+    step: Step,
 ) -> MethodTrainer:
     """A Trainer, with checkpoints in ``out``."""
     evaluates = len(held_out) > 0
@@ -212,7 +215,7 @@ def _trainer(
         train_dataset=data,
         eval_dataset=held_out if evaluates else None,
         optimizers=(torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0), None),
-        callbacks=[Log(out / "log.jsonl", tell), Stopping()],
+        callbacks=[Log(out / "log.jsonl", tell), Steps(step), Stopping()],
     )
     made.remove_callback(PrinterCallback)
     return made

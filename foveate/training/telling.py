@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from ..jsonl import append, parsed, whole_lines
 
+Step = Callable[[int, int], None]  # steps done, of how many
 SHOWN = {"loss": "loss", "eval_loss": "loss on validation data"}
 
 
@@ -37,6 +38,21 @@ class Log(TrainerCallback):
         for name, what in SHOWN.items():
             if name in (logs or {}):
                 self.tell(f"step {state.global_step}/{state.max_steps}: {what} {(logs or {})[name]:.4f}")
+
+
+class Steps(TrainerCallback):
+    """Tells how many steps are done, and of how many."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Of a run that goes on, some are."""
+        self.step(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """One more is."""
+        self.step(state.global_step, state.max_steps)
 
 
 class Stopping(TrainerCallback):

@@ -13,7 +13,7 @@ from ..fingerprint import signature
 from ..jsonl import parsed
 from ..methods.base import Method
 from ..methods.saved import restored
-from ..places import write_text
+from ..places import user_path, write_text
 
 FORMAT = 1
 EXPECTED = "expected a plan that 'foveate tune' wrote"
@@ -63,7 +63,7 @@ def read_plan(path: str | Path) -> TunedPlan:
     ------
     InputError : there is no such file, or it is no plan.
     """
-    place = Path(path).expanduser()
+    place = user_path(path)
     try:
         document = parsed(place.read_text(encoding="utf-8"))
         plan = TunedPlan(**document)

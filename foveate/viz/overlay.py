@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError, MissingExtraError
 from ..notebook import token_color
-from ..places import ready_file
+from ..places import ready_file, user_path
 from ..report import ImageReport
 from .canvas import new_figure, write_figure
 from .charts import draw_layers, draw_scores
@@ -72,7 +72,7 @@ def picture_file(path: str | Path) -> Path:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError as error:
         raise MissingExtraError("matplotlib", "viz") from error
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is a folder or a device; give the name of a picture")
     path = path if path.suffix else path.with_suffix(".png")

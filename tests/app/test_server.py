@@ -81,6 +81,20 @@ def test_sizes(local):
     assert local.post("/gradio_api/queue/join", content=b"[" * 200_000).status_code == 400
 
 
+@pytest.mark.parametrize("name", ["upload", "answer", "load", "predict", "nothing"])
+@pytest.mark.parametrize("place", ["call/v2", "call", "run", "api"])
+@pytest.mark.parametrize("end", ["", "/"])
+def test_functions_are_called_by_the_page_alone(local, place, name, end):
+    answer = local.post(f"/gradio_api/{place}/{name}{end}", json={"data": []})
+    assert answer.status_code == 404
+    assert "nothing to call" in answer.text
+    assert answer.headers["content-security-policy"]
+
+
+def test_no_function_has_a_name_for_others(local):
+    assert local.get("/gradio_api/info").json() == {"named_endpoints": {}, "unnamed_endpoints": {}}
+
+
 def test_other_sites_cannot_ask(local):
     assert local.get("/", headers={"host": "evil.example"}).status_code == 421
     assert local.get("/", headers={"host": "localhost:7860"}).status_code == 200

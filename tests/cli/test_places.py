@@ -91,6 +91,54 @@ def test_the_list_of_commands_is_whole():
     assert writing == {name.split()[0] for name in commands("", Path())}
 
 
+NOBODY = "~nosuchuser/x"  # what a shell hands on where there is no such user
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *({name: command for name, command in commands("{scene}", Path(NOBODY)).items() if name != "cost"}).values(),
+        ["ask", NOBODY, "what ?"],
+        ["ask", "{scene}", "what ?", "--model", NOBODY],
+        ["ask", "{scene}", "what ?", "--config", NOBODY],
+        ["ask", "{scene}", "what ?", "--plan", NOBODY],
+        ["ask", "{scene}", "what ?", "--import", NOBODY],
+        ["ask", "{scene}", "what ?", "--method", "dyvte", "--set", f"weights={NOBODY}"],
+        ["ask", "{scene}", "what ?", "--method", "g-search", "--set", f"plan={NOBODY}"],
+        ["ask", "{scene}", "what ?", "--method", "yopo", "--set", f"heads={NOBODY}"],
+        ["ask", "{scene}", "what ?", "--method", f"{NOBODY}.json"],
+        ["batch", NOBODY, "{scene}.answers.jsonl"],
+        ["bench", "--image", NOBODY],
+        ["compare", "--data", NOBODY],
+        ["compare", "--data", NOBODY, "--score", f"{NOBODY}.py:score"],
+        ["cost", NOBODY],
+        ["cost", "llava-1.5-7b", "--save", f"{NOBODY}.png"],
+        ["cost", "llava-1.5-7b", "--html", NOBODY],
+        ["cost", "--report", NOBODY, "--text", "4"],
+        ["export", NOBODY, "{scene}.folder"],
+        ["law", "--data", NOBODY],
+        ["serve", "--model", NOBODY, "--vllm-url", "http://127.0.0.1:9"],
+        ["train", "dyvte", "--out", NOBODY],
+        ["train", "dyvte", "--out", "{scene}.weights", "--data", NOBODY],
+        ["train", "lora", "--out", "{scene}.weights", "--method", f"{NOBODY}.json"],
+        ["tune", "--out", "{scene}.json", "--data", NOBODY],
+        ["tune", "--out", "{scene}.json", "--html", NOBODY],
+        ["tune", "--out", "{scene}.json", "--score", f"{NOBODY}.py:score"],
+        ["app", "--model", NOBODY],
+    ],
+    ids=" ".join,
+)
+def test_homes_of_nobody(asked, scene, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(f"{scene}.jsonl").write_text(json.dumps({"image": scene, "question": "what ?"}))
+    code, out, err = invoke(capsys, monkeypatch, *(part.replace("{scene}", scene) for part in asked))
+    assert (code, out) == (2, ""), err
+    assert err.startswith("error: ")
+    assert "nosuchuser" in err
+    assert "RuntimeError" not in err
+    assert not list(tmp_path.glob("~*"))
+
+
 def full(monkeypatch, written: str) -> None:
     """Files of this ending end up on a full disk."""
     write = places.write_bytes

@@ -16,7 +16,6 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 from torch.utils.data import Dataset
 
 from ...api import attach
@@ -25,6 +24,7 @@ from ...methods.registry import get
 from ...pocket.questions import QUESTION_KINDS
 from ...training.batches import Collator, Sample
 from ...training.prepared import Prepared
+from ..progress import bar
 from ..scores import Scores
 from ..tables import markdown_table, points
 from ..testset import SEED, TestSet
@@ -63,7 +63,7 @@ def prepared(weights: str, data: TestSet, folder: Path, model: str = POCKET) -> 
         rows = Prepared(method, loaded.model, Asked(data), Collator(loaded), folder, err.print).rows
         layers = range(1, rows["inputs"].shape[1] + 1)
         with torch.no_grad():
-            leave = [method.module(rows["inputs"][:, layer - 1], layer).softmax(-1)[:, 1] for layer in track(layers, console=err)]
+            leave = [method.module(rows["inputs"][:, layer - 1], layer).softmax(-1)[:, 1] for layer in bar(layers, "gates")]
     return torch.stack(leave, 1).numpy(), rows["right"].numpy()
 
 

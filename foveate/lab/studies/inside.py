@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from ...errors import InputError
@@ -25,6 +24,7 @@ from ...methods.compose import Compose
 from ...methods.registry import get
 from ...places import write_text
 from ...pocket.questions import READING
+from ..progress import bar
 from ..runner import Outcome, Runner, nearby
 from ..testset import SEED
 
@@ -62,17 +62,17 @@ def settings(runner: Runner, plan: Path | None) -> list[Setting]:
     return rows
 
 
-def measure(runner: Runner, plan: Path | None, console: Console) -> list[dict[str, Any]]:
+def measure(runner: Runner, plan: Path | None) -> list[dict[str, Any]]:
     """One entry per setting, with baselines at the counts of every row: accuracy, its interval, and paired differences."""
     found: list[tuple[str, float | None, Outcome]] = []
-    for setting in track(settings(runner, plan), "inside the decoder", console=console, transient=True):
+    for setting in bar(settings(runner, plan), "inside the decoder"):
         found.append((setting.name, setting.share, runner.outcome(setting.method)))
     shares = {round(runner.total * share) for share in SHARES}
     means = shares | {nearby(outcome.mean) for *_, outcome in found}
     jobs = [(name, count) for name in BESIDE for count in sorted(means if name in COMPARED else shares)]
     jobs += [("resize", count) for count in RESIZED]
     beside = {}
-    for name, count in track(jobs, "beside", console=console, transient=True):
+    for name, count in bar(jobs, "beside"):
         beside[name, count] = runner.outcome(get(name, budget=count))
     found += [(name, None, outcome) for (name, _), outcome in beside.items()]
     full, scores = runner.outcome(None), runner.scores
@@ -122,7 +122,7 @@ def main(
     if split not in ("test", "validation"):
         raise InputError(f"--split {split!r}; choose test or validation")
     runner = Runner(scenes, each, seed, store, model=model, split=split)
-    rows = measure(runner, plan, Console(stderr=True))
+    rows = measure(runner, plan)
     Console(width=160).print(show(rows))
     if json_file is not None:
         document = {"scenes": scenes, "questions": len(runner.data.asked), "rows": rows}

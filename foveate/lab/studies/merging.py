@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from ...methods.base import Method
@@ -23,6 +22,7 @@ from ...methods.registry import get
 from ...places import write_text
 from ...pocket.questions import READING
 from ..compare import COUNTS
+from ..progress import bar
 from ..runner import Outcome, Runner
 from ..tables import points
 
@@ -84,8 +84,8 @@ def main(
     console = Console(width=160)
     study = Study(Runner(scenes, each=99, store=store), tuple(map(int, budgets.split(","))))
     jobs = [(name, budget) for name in SETTINGS for budget in (*study.budgets, None)]
-    rows = [study.merging(*job) for job in track(jobs, "merging", console=Console(stderr=True), transient=True)]
-    beside = [study.beside(budget) for budget in track(study.budgets, "beside", console=Console(stderr=True), transient=True)]
+    rows = [study.merging(*job) for job in bar(jobs, "merging")]
+    beside = [study.beside(budget) for budget in bar(study.budgets, "beside")]
     table = Table(title=f"what merging adds to the same choice of tokens, points [95 %], {len(study.runner.data.asked)} questions")
     for head in ("method", "tokens", "unmerged, %", "merging adds", "to reading"):
         table.add_column(head, justify="left" if head == "method" else "right")

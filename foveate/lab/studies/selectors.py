@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import track
 
 from ...errors import InputError
 from ...methods.base import Method
 from ...methods.registry import get
 from ...places import write_text
+from ..progress import bar
 from ..runner import Runner
 from ..tables import markdown_table, points
 
@@ -46,10 +45,7 @@ def method_of(text: str, budget: int | None = None) -> Method:
 def table(runner: Runner, rows: tuple[str, ...], budgets: tuple[int, ...]) -> dict[str, Any]:
     """Accuracies, each [mean, low, high], and by "a - b" the paired differences of all pairs, by budget."""
     jobs = [(row, budget) for budget in budgets for row in rows]
-    right = {
-        (row, budget): runner.outcome(method_of(row, budget)).right
-        for row, budget in track(jobs, "selectors", console=Console(stderr=True), transient=True)
-    }
+    right = {(row, budget): runner.outcome(method_of(row, budget)).right for row, budget in bar(jobs, "selectors")}
     pairs = [(a, b) for number, a in enumerate(rows) for b in rows[:number]]
     return {
         "accuracy": {row: {budget: runner.scores.interval(right[row, budget]) for budget in budgets} for row in rows},

@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 from ...errors import InputError
 from ...loading import POCKET, load
@@ -25,6 +24,7 @@ from ...methods.base import Method
 from ...places import ready_folder, write_text
 from ...pocket.questions import READING
 from ...tokens import Question, VisualTokens
+from ..progress import bar
 from ..runner import Outcome, Runner
 from ..scores import Scores
 from ..tables import markdown_table, points
@@ -82,18 +82,15 @@ def outcomes(
 ) -> tuple[dict[str, Outcome], Scores]:
     """By row, how it did. Rows of one model follow one another, as its pictures are encoded once."""
     found: dict[str, Outcome] = {}
-    err = Console(stderr=True, highlight=False)
     models = dict.fromkeys(row_of(row)[1] for row in (*rows, *wrong))
     scores: Scores | None = None
     for model in models:
         name = re.sub(r"\W+", "-", model).strip("-")
         runner = Runner(scenes, each, store=store / f"{name}.json", model=load(model, dtype="float32"), split=split)
         scores = runner.scores
-        for row in (row for row in rows if row_of(row)[1] == model):
-            err.print(row)
+        for row in bar([row for row in rows if row_of(row)[1] == model], model):
             found[row] = runner.outcome(row_of(row)[0])
-        for row in (row for row in wrong if row_of(row)[1] == model):
-            err.print(f"{row}, with other questions")
+        for row in bar([row for row in wrong if row_of(row)[1] == model], f"{model}, with other questions"):
             method = row_of(row)[0]
             if method is None:
                 raise InputError("all tokens read no question, so that they can read no wrong one")

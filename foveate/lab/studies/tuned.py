@@ -19,6 +19,7 @@ from ...pocket import NAME
 from ...pocket.questions import QUESTION_KINDS
 from ..claims import GROUPS
 from ..evaluate import EVERY
+from ..progress import bar
 from ..runner import Outcome, Runner
 from ..scores import Scores
 from ..testset import SEED
@@ -27,7 +28,7 @@ from ..testset import SEED
 def results(model: str, method: str, scenes: int, seed: int) -> tuple[dict[str, list[Outcome]], Scores]:
     """By what was kept, the answers of the shipped model and of another one; and how they are scored."""
     found: dict[str, list[Outcome]] = {}
-    for name in (NAME, model):
+    for name in bar((NAME, model), "models"):
         runner = Runner(scenes, EVERY, seed, model=load(name, dtype="float32"))
         mine = {"all tokens": runner.outcome(None), method: runner.outcome(get(method))}
         mine["spatial"] = runner.outcome(get("spatial", budget=round(mine[method].tokens)))
