@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import foveate
 from foveate.errors import InputError
 from foveate.loading import load
 from foveate.pocket.questions import ask
@@ -16,6 +17,8 @@ from foveate.pocket.scenes import draw_scene
 from foveate.training.batches import Collator, Sample, Samples
 from foveate.training.conversations import Conversation
 from foveate.training.drawn import DrawnSamples
+from foveate.training.settings import TrainSettings
+from foveate.training.sources import datasets
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +131,12 @@ def test_single_turns_of_a_scene_share_its_picture():
     random = Random("finetune/train/0/0")
     questions = ask(draw_scene(random), random, 3)
     assert [question.answer for question in questions] == whole.answers
+
+
+@pytest.mark.parametrize(("name", "fields", "turns"), [("fovea", {"guided": True}, 4), ("fovea", {}, 4), ("quecc", {}, 1)])
+def test_who_learns_from_whole_conversations(name, fields, turns, tmp_path):
+    """A guided fovea reads the question, and still learns from several about a picture that is read once."""
+    method = foveate.get(name, **fields).fresh()
+    settings = TrainSettings(limit=3, turns=4, checked=4)
+    for data in datasets(method, method, settings, None, load("pocket"), tmp_path, print):
+        assert [len(data[number].answers) for number in range(2)] == [turns, turns]
