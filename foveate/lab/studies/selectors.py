@@ -43,11 +43,12 @@ def method_of(text: str, budget: int | None = None) -> Method:
 
 
 def table(runner: Runner, rows: tuple[str, ...], budgets: tuple[int, ...]) -> dict[str, Any]:
-    """Accuracies, each [mean, low, high], and by "a - b" the paired differences of all pairs, by budget."""
+    """Accuracies, each [mean, low, high], that of all tokens, and by "a - b" the paired differences of all pairs, by budget."""
     jobs = [(row, budget) for budget in budgets for row in rows]
     right = {(row, budget): runner.outcome(method_of(row, budget)).right for row, budget in bar(jobs, "selectors")}
     pairs = [(a, b) for number, a in enumerate(rows) for b in rows[:number]]
     return {
+        "all tokens": runner.scores.interval(runner.outcome(None).right),
         "accuracy": {row: {budget: runner.scores.interval(right[row, budget]) for budget in budgets} for row in rows},
         "families": {row: {budget: runner.scores.per_family(right[row, budget]) for budget in budgets} for row in rows},
         "differences": {
@@ -86,7 +87,8 @@ def main(
     runner = Runner(scenes, each, store=store, split=split)
     names, counts = tuple(part.strip() for part in rows.split(";")), tuple(map(int, budgets.split(",")))
     found = table(runner, names, counts)
-    typer.echo(f"{len(runner.data.asked)} questions about {scenes} scenes ({split})\n")
+    whole = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * value for value in found["all tokens"]))
+    typer.echo(f"{len(runner.data.asked)} questions about {scenes} scenes ({split}); all tokens: {whole} %\n")
     typer.echo("\n".join(shown(found, counts)))
     if json_file is not None:
         write_text(json_file, json.dumps({**runner.setting, **found}, indent=1) + "\n")
