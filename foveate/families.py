@@ -210,11 +210,7 @@ FAMILIES = {
         Family("qianfan_ocr", "Qianfan-OCR", "baidu/Qianfan-OCR", images="runs", projector=None, joins="shuffle"),
         Family("gemma3", "Gemma 3", "google/gemma-3-4b-it", projector=None, two_way=True, joins="pooled"),
         Family(
-            "gemma4",
-            "Gemma 4",
-            "google/gemma-4-E4B-it",
-            images="places",
-            videos="places",
+            *("gemma4", "Gemma 4", "google/gemma-4-E4B-it", "places", "places"),
             stamped=True,
             projector=None,
             two_way=True,
