@@ -43,8 +43,11 @@ def progress(first: str) -> Iterator[Tell]:
     ----------
     first : what is shown until it is told something.
     """
+    if not (err.is_terminal and first_process()):
+        yield lambda what, done, total: None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not first_process()) as bar:
+    with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(escape(first), total=None)
         yield lambda what, done, total: bar.update(task, description=escape(what), completed=done, total=total)
 

@@ -18,4 +18,5 @@ def bar(jobs: Sequence[T], what: str) -> Iterable[T]:
     ----------
     what : is done with them.
     """
-    return track(jobs, what, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return track(jobs, what, console=console, transient=True) if console.is_terminal else jobs

@@ -70,3 +70,7 @@ def check_sizes(arrangement: str | None, modality: str, arguments: dict[str, Any
     name = SIZES.get(arrangement or "", "").format(modality=modality)
     if name and is_none(arguments.get(name)):
         raise InputError(f"{modality}s and no {name}, which says how large each of them is. Pass all that the processor returned.")
+    if arrangement == "places" and modality == "video" and is_none(arguments.get("num_frames_per_video")):
+        raise InputError(
+            "videos and no num_frames_per_video, which says how many of the frames are whose. Pass all that the processor returned."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -13,7 +14,6 @@ from foveate.engine.model.anatomy import anatomy
 from foveate.engine.vision.encoding import encode
 
 from ... import families
-from ...family_prompts import VIDEO
 from .test_families import GREEDY
 
 FAMILY = "gemma4"
@@ -33,7 +33,9 @@ def test_a_token_is_a_block_of_patches():
     pooled, real = model.model.vision_tower.pooler(patches, places, padding, output_length=padding.shape[1] // 4)
     torch.testing.assert_close(encoded.arrangement.cells(patches), pooled[real] / 48**0.5)
     grids = [unit.grid for unit in encoded.arrangement.units]
-    assert grids == [(medium.size[0] // 2, medium.size[1] // 2) for row in families.SPECS[FAMILY].rows for medium in row]
+    assert grids == [
+        (medium.size[0] // 2, medium.size[1] // 2) for row in families.SPECS[FAMILY].rows for medium in row if not medium.frames
+    ]
 
 
 @torch.no_grad()
@@ -63,12 +65,24 @@ def test_the_size_of_a_cache_with_layers_that_hold_nothing():
     assert not any(sizes[4:])
 
 
-def test_videos_are_refused():
-    model, inputs = families.load(FAMILY), families.batch(FAMILY, rows=(0,))
-    ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == families.IMAGE, VIDEO)
-    films = dict(pixel_values_videos=inputs["pixel_values"], video_position_ids=inputs["image_position_ids"])
-    with foveate.DivPrune(budget=4)(model), pytest.raises(foveate.UnsupportedModelError, match="videos are not supported"):
-        model.generate(input_ids=ids, **films, num_frames_per_video=torch.tensor([1]))
+def test_frames_of_a_video_are_told_by_their_own_counts():
+    """Two videos of unlike sizes: which frames are whose, how large they are, and what each keeps."""
+    model, inputs = families.load(FAMILY), families.batch(FAMILY)
+    with foveate.DivPrune(budget=4)(model) as session:
+        model.generate(**inputs, max_new_tokens=1)
+    media = [medium for row in families.SPECS[FAMILY].rows for medium in row]
+    frames = [max(1, medium.frames) for medium in media]
+    before = [number * math.prod(medium.size) // 4 for number, medium in zip(frames, media, strict=True)]
+    assert sorted(session.report.before) == sorted(before)
+    assert session.report.after == [4] * len(media)  # a count is that of the whole video
+
+
+def test_videos_without_counts_or_places_are_refused():
+    for name in ("num_frames_per_video", "video_position_ids"):
+        model, inputs = families.load(FAMILY), families.batch(FAMILY)
+        del inputs[name]
+        with foveate.DivPrune(budget=4)(model), pytest.raises(foveate.InputError, match=f"no {name}"):
+            model.generate(**inputs)
 
 
 def test_pictures_without_places_are_refused():
