@@ -333,7 +333,7 @@ MISTRAL_ROWS = ((Medium((112, 84)),), (Medium((84, 84)), Medium((112, 140))), ()
 GLM_ROWS = ((Medium((12, 8)),), (Medium((8, 8)), Medium((6, 12))), (), (Medium((8, 10)),))  # patches
 SHAPED_ROWS = ((Medium((8, 8)),), (Medium((8, 8)), Medium((4, 16))), (), (Medium((8, 10)),))  # patches, too
 LONG, SHORT = Medium((6, 8), frames=4), Medium((8, 8), frames=2)
-PLACED_ROWS = ((Medium((8, 8)),), (Medium((4, 12)), SHORT), (), (LONG,))
+PLACED_ROWS = ((Medium((8, 8)),), (Medium((8, 8)), Medium((4, 16))), (), (LONG, Medium((8, 10)), SHORT))
 QWEN_ROWS = ((Medium((12, 8)),), (Medium((8, 8)), LONG), (), (SHORT,), (Medium((6, 12)), Medium((8, 10))))
 
 SPECS: dict[str, Spec] = {
