@@ -24,7 +24,7 @@ ARGUMENTS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
-PATIENCE = 60_000  # milliseconds; machines of tests are slow
+PATIENCE = 120_000  # milliseconds; machines of tests are slow
 PHONE = {"width": 390, "height": 844}
 
 
