@@ -19,6 +19,7 @@ BESIDE = (
 # how visual tokens are arranged in the prompt, and where a model reads the sizes of pictures that this depends on
 SIZES = {"thw": "{modality}_grid_thw", "packed": "image_sizes", "sizes": "image_sizes", "shapes": "spatial_shapes"}
 SIZES |= {"places": "{modality}_position_ids"}
+COUNTS = {("places", "video"): "num_frames_per_video"}  # where the frames of all videos follow one another
 
 
 def is_none(value: Any) -> bool:
@@ -61,16 +62,20 @@ def check_tensors(ids: Any, arguments: dict[str, Any]) -> None:
 
 
 def check_sizes(arrangement: str | None, modality: str, arguments: dict[str, Any]) -> None:
-    """Refuse pictures without their sizes, where placeholders depend on them.
+    """Refuse pictures without their sizes, where placeholders depend on them, and frames that belong to no video.
 
     Raises
     ------
-    InputError : they are missing.
+    InputError : they are missing, or do not fit.
     """
     name = SIZES.get(arrangement or "", "").format(modality=modality)
     if name and is_none(arguments.get(name)):
         raise InputError(f"{modality}s and no {name}, which says how large each of them is. Pass all that the processor returned.")
-    if arrangement == "places" and modality == "video" and is_none(arguments.get("num_frames_per_video")):
-        raise InputError(
-            "videos and no num_frames_per_video, which says how many of the frames are whose. Pass all that the processor returned."
-        )
+    counts = COUNTS.get((arrangement or "", modality))
+    if counts is None:
+        return
+    if is_none(arguments.get(counts)):
+        raise InputError(f"{modality}s and no {counts}, which says whose each frame is. Pass all that the processor returned.")
+    told, frames = int(arguments[counts].sum()), len(arguments[name])
+    if told != frames:
+        raise InputError(f"{counts} counts {told} frames, and there are {frames}. Pass all that the processor returned.")

@@ -83,6 +83,10 @@ def test_videos_without_counts_or_places_are_refused():
         del inputs[name]
         with foveate.DivPrune(budget=4)(model), pytest.raises(foveate.InputError, match=f"no {name}"):
             model.generate(**inputs)
+    model, inputs = families.load(FAMILY), families.batch(FAMILY)
+    inputs["num_frames_per_video"] = inputs["num_frames_per_video"] - torch.tensor([1, 0])
+    with foveate.DivPrune(budget=4)(model), pytest.raises(foveate.InputError, match="counts 5 frames, and there are 6"):
+        model.generate(**inputs)
 
 
 def test_pictures_without_places_are_refused():
