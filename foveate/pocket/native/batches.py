@@ -244,7 +244,7 @@ class Mix:
     steps: int
     most: int
     budget: int
-    kinds: tuple[float, float, float] = (0.5, 0.08, 0.42)
+    kinds: tuple[float, float, float] = (0.6, 0.06, 0.34)
     language: bool = True
 
 

@@ -25,11 +25,13 @@ PATCH_WEIGHTS = dict(zip(PATCH_TARGETS, (1, 0.7, 1.2, 1, 0.7, 0.7, 0.2, 1.2, 0.4
 BACKGROUND_WEIGHT = 0.15
 # an answer of a rare or hard family counts more
 FAMILY_WEIGHTS = {
-    "existence_adversarial": 1.5,
-    "count": 1.2,
-    "where": 1.5,
-    "relation": 2.5,
-    "choice": 2,
+    "existence_adversarial": 2.5,
+    "color": 1.5,
+    "shape": 2,
+    "count": 2,
+    "where": 2,
+    "relation": 1.5,
+    "choice": 1.5,
     "word": 3,
     "number": 3,
     "digit": 3,

@@ -49,13 +49,16 @@ def streaming(text: str = LONG) -> dict[str, Any]:
 
 
 def test_a_stream_that_nobody_reads_lets_its_place_go(engine: FakeEngine, encoder: PictureEncoder) -> None:
-    with (
-        started(engine, encoder, limits=Limits(waiting=1, seconds=4.0, characters=len(LONG))) as url,
-        connected(url, asking(streaming())),
-    ):
+    def limits(seconds: float) -> Limits:
+        return Limits(waiting=1, seconds=seconds, characters=len(LONG))
+
+    sent = asking(streaming())
+    with started(engine, encoder, limits=limits(600)) as url, connected(url, sent):  # long before its deadline
         wait_for(lambda: metric(url, "foveate_requests_running") == 1)
         assert post(url, {"messages": [MESSAGE]}).status_code == 429
-        wait_for(lambda: metric(url, "foveate_requests_running") == 0, 10)
+    with started(engine, encoder, limits=limits(4)) as url, connected(url, sent):
+        wait_for(lambda: metric(url, 'foveate_requests_total{status="504"}') == 1, 60)
+        assert metric(url, "foveate_requests_running") == 0
         assert post(url, {"messages": [MESSAGE]}).status_code == 200
         assert metric(url, "foveate_held_bytes") == 0
 
