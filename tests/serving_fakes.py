@@ -33,10 +33,12 @@ class FakeEngine:
     seen : bodies of the requests.
     ports : of the connections by which they came.
     cancelled : streams that were left before their end.
+    repeats : how often a stream says its words; many are more than sockets hold for a client that reads nothing.
     """
 
     def __init__(self, key: str | None = None) -> None:
         self.key, self.seen, self.ports, self.cancelled, self.pause = key, [], [], 0, 0.0
+        self.repeats = 1
         self.behave = "well"
         self.offset = 0  # of the prompt's length
         self.app = FastAPI()
@@ -85,7 +87,7 @@ class FakeEngine:
     async def _stream(self, words: list[str], usage: dict[str, int], request: Request) -> Any:
         finished = False
         try:
-            for number, word in enumerate(words):
+            for number, word in enumerate(words * self.repeats):
                 await asyncio.sleep(self.pause)
                 if self.behave == "breaks" and number == 2:
                     raise ConnectionResetError

@@ -26,6 +26,7 @@ from tests.serving_fakes import FakeEngine, events, metric, served, wait_for
 from .asked import MESSAGE, post, started
 
 LONG = "word " * 400_000
+ENDLESS = 1000  # times LONG, which no socket holds
 
 
 @contextlib.contextmanager
@@ -52,12 +53,13 @@ def test_a_stream_that_nobody_reads_lets_its_place_go(engine: FakeEngine, encode
     def limits(seconds: float) -> Limits:
         return Limits(waiting=1, seconds=seconds, characters=len(LONG))
 
-    sent = asking(streaming())
+    sent, engine.repeats = asking(streaming()), ENDLESS
     with started(engine, encoder, limits=limits(600)) as url, connected(url, sent):  # long before its deadline
         wait_for(lambda: metric(url, "foveate_requests_running") == 1)
         assert post(url, {"messages": [MESSAGE]}).status_code == 429
-    with started(engine, encoder, limits=limits(4)) as url, connected(url, sent):
-        wait_for(lambda: metric(url, 'foveate_requests_total{status="504"}') == 1, 60)
+    with started(engine, encoder, limits=limits(8)) as url, connected(url, sent):
+        wait_for(lambda: metric(url, 'foveate_requests_total{status="499"}') == 1, 60)  # as if the client had gone
+        engine.repeats = 1
         assert metric(url, "foveate_requests_running") == 0
         assert post(url, {"messages": [MESSAGE]}).status_code == 200
         assert metric(url, "foveate_held_bytes") == 0
@@ -106,6 +108,7 @@ def test_a_server_ends_although_a_client_reads_nothing(engine: FakeEngine) -> No
     port = free_port()
     program = "import sys; from foveate.cli import serve, main; serve.SHUTDOWN = 2; main.app(sys.argv[1:])"
     options = ["serve", "--port", str(port), "--vllm-url"]
+    engine.repeats = ENDLESS
     with served(engine.app) as behind:
         process = subprocess.Popen([sys.executable, "-c", program, *options, behind], stderr=subprocess.DEVNULL)
         url = f"http://127.0.0.1:{port}"
