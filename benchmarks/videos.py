@@ -25,7 +25,7 @@ from benchmarks.common import save, spent
 from foveate.methods.base import ProjectorReducer
 from foveate.tokens import VisualTokens
 
-WHOLE = ("evs", "vidcom2", "v-cast", "fewer-frames")
+WHOLE = ("evs", "vidcom2", "v-cast", "flashvid", "fewer-frames")
 WINDOW, PATCHES, LAYERS = 64, 4, 32
 
 

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .methods.evs import EVS as EVS
     from .methods.fastv import FastV as FastV
     from .methods.fewer_frames import FewerFrames as FewerFrames
+    from .methods.flashvid import FlashVID as FlashVID
     from .methods.fovea import Fovea as Fovea
     from .methods.g_search import GSearch as GSearch
     from .methods.idpruner import IDPruner as IDPruner
@@ -122,6 +123,7 @@ _HOMES = {
     "methods.evs": "EVS",
     "methods.fastv": "FastV",
     "methods.fewer_frames": "FewerFrames",
+    "methods.flashvid": "FlashVID",
     "methods.g_search": "GSearch",
     "methods.inflection_cut": "InflectionCut",
     "methods.iti": "ITI",
@@ -187,6 +189,7 @@ __all__ = [
     "FastV",
     "FasterVLM",
     "FewerFrames",
+    "FlashVID",
     "Fovea",
     "FoveateError",
     "FrontReducer",

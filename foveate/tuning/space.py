@@ -33,7 +33,7 @@ USUAL = (
     "iti",
     "pixelprune",
 )
-FOR_VIDEOS = ("evs", "vidcom2", "v-cast", "fewer-frames")
+FOR_VIDEOS = ("evs", "vidcom2", "v-cast", "flashvid", "fewer-frames")
 
 
 @dataclass(frozen=True)

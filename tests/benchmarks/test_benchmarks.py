@@ -138,5 +138,5 @@ def test_videos(tmp_path):
     file, small = tmp_path / "videos.json", ("--frames", "4", "--tokens", "16", "--width", "32", "--encoder-width", "160")
     run("benchmarks.videos", *small, "--timed-frames", "2", "--rounds", "1", "--json", str(file))
     found = json.loads(file.read_text())
-    assert {row["method"] for row in found["rows"]} == {"evs", "vidcom2", "v-cast", "fewer-frames"}
+    assert {row["method"] for row in found["rows"]} == {"evs", "vidcom2", "v-cast", "flashvid", "fewer-frames"}
     assert all(row["of_encoder"] == pytest.approx(row["seconds"] / found["encoder_seconds"]) for row in found["rows"])

@@ -258,6 +258,7 @@ def _pool(parts: Anatomy, encoded: EncodedPictures, found: list[Reduced], fixed:
     """[R, D] what all groups keep, one after the other, then the fixed tokens."""
     projected, reductions = encoded.projected, [reduced.reduction for reduced in found]
     pure = all(each.weights is None and each.added is None and each.made is None for each in reductions)
+    pure = pure and all(reduced.spread is None for reduced in found)
     if projected is not None and pure:  # a choice can be taken from what is projected already
         return torch.cat([*_carried(found, projected), projected[fixed]])
     pieces = [reduced.outputs[reduced.reduction.mask()] for reduced in found]
@@ -275,7 +276,11 @@ def _pool(parts: Anatomy, encoded: EncodedPictures, found: list[Reduced], fixed:
 
 def _carried(found: list[Reduced], values: Tensor) -> list[Tensor]:
     """[counts, C] of each group, what its outputs have of ``values`` [S, C] of all visual tokens."""
-    return [each.reduction.carry(values[each.places])[each.reduction.mask()] for each in found]
+    each = [
+        reduced.reduction.carry(values[reduced.places]) if reduced.spread is None else reduced.spread.carry(values)
+        for reduced in found
+    ]
+    return [carried[reduced.reduction.mask()] for carried, reduced in zip(each, found, strict=True)]
 
 
 def _projected(parts: Anatomy, tokens: Tensor) -> Tensor:

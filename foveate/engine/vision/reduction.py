@@ -17,7 +17,7 @@ from ..model.anatomy import Anatomy
 from .arrangement import Arrangement, Unit
 from .encoding import EncodedPictures
 from .question import Asking
-from .videos import by_frame, whole_videos
+from .videos import Spread, by_frame, whole_videos
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Reduced:
     counts : how many tokens each keeps.
     outputs : [B, M, C], the invalid ones included.
     places : [B, N] their tokens among those of all items, where the encoder gave all of them.
+    spread : where outputs were merged over whole videos, of which the units are frames.
     """
 
     units: list[Unit]
@@ -55,6 +56,7 @@ class Reduced:
     counts: list[int]
     outputs: Tensor
     places: Tensor | None = None
+    spread: Spread | None = None
 
 
 def shares(budget: Budget, sizes: list[int]) -> list[int] | None:
@@ -187,13 +189,14 @@ def reduce(
                 "(resolve_budget in foveate.tokens makes a count of it)."
             )
         same = same and in_place
-        units_of = group.units
-        if group.frames > 1:
-            reduction, outputs, counts = by_frame(method.name, reduction, outputs, group.frames, places.shape[1])
-            some = [row for row, count in enumerate(counts) if count]
-            units_of, counts = [units_of[row] for row in some], [counts[row] for row in some]
-            reduction, outputs, places = reduction.rows(some), outputs[some], places[some]
-        found.append(Reduced(units_of, reduction, counts, outputs, places))
+        if group.frames == 1:
+            found.append(Reduced(group.units, reduction, counts, outputs, places))
+            continue
+        each = by_frame(method.name, reduction, outputs, group.frames, places)
+        some = [row for row, count in enumerate(each.counts) if count]
+        spread = None if each.spread is None else each.spread.rows(some)
+        framed = each.reduction.rows(some), [each.counts[row] for row in some], each.outputs[some], places[some]
+        found.append(Reduced([group.units[row] for row in some], *framed, spread))
     return found, same and sum(sum(reduced.counts) for reduced in found) == every
 
 

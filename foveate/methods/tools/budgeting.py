@@ -7,11 +7,16 @@ from torch import Tensor
 from .selection import ranks
 
 
-def largest_remainders(weights: Tensor, total: int, most: int) -> Tensor:
-    """[B, T] weights that sum to 1 -> [B, T] whole numbers that sum to ``total``, each at most ``most``; T * most >= total.
+def largest_remainders(weights: Tensor, total: int | Tensor, most: int | Tensor) -> Tensor:
+    """[B, T] weights that sum to 1 -> [B, T] whole numbers that sum to ``total``, each at most ``most``, of which there is enough.
 
     What is left after rounding down goes to the largest fractions, to earlier ones first, and what is above ``most`` to the others
     by what they are short of.
+
+    Parameters
+    ----------
+    total : one number, or [B, 1].
+    most : one number, or [B, T].
     """
     wanted = weights.double() * total
     counts = wanted.floor().clamp(max=most).long()

@@ -38,7 +38,12 @@ def peak_scores(distance: Tensor, neighbours: int) -> Tensor:
     dense tokens the earlier counts as denser. The densest of all has the largest distance of its image.
     """
     nearest = distance.topk(min(neighbours, distance.shape[-1]), dim=-1, largest=False).values
-    density = nearest.square().mean(-1).neg().exp()
+    return peaks(nearest.square().mean(-1).neg().exp(), distance)
+
+
+@torch.no_grad()
+def peaks(density: Tensor, distance: Tensor) -> Tensor:
+    """[B, N] densities and [B, N, N] distances -> [B, N], as ``peak_scores``."""
     earlier = torch.ones_like(distance[0], dtype=torch.bool).tril(-1)
     denser = (density[:, None] > density[:, :, None]) | ((density[:, None] == density[:, :, None]) & earlier)
     apart = distance.masked_fill(~denser, float("inf")).amin(-1)

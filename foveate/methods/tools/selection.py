@@ -230,7 +230,7 @@ def cosine_rows(features: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @torch.no_grad()
-def farthest_first(similar: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def farthest_first(similar: Tensor, count: int, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Greedy max-min diversity: each token is the one least similar to its most similar token chosen so far.
 
     The first is the one whose most similar other token is least similar. Ties go to the earlier token.
@@ -239,6 +239,7 @@ def farthest_first(similar: Tensor, count: int) -> tuple[Tensor, Tensor]:
     ----------
     similar : [B, N, N]; its diagonal is overwritten.
     count : how many to choose.
+    weight : [B, N], at least 0, by which the distance of each token, 1 - its similarity, is multiplied. None = equal ones.
 
     Returns
     -------
@@ -248,7 +249,8 @@ def farthest_first(similar: Tensor, count: int) -> tuple[Tensor, Tensor]:
     alone = nearest = unpacked(similar.amax(-1))
     taken, order = torch.zeros_like(nearest, dtype=torch.bool), []
     for step in range(count):
-        best = nearest.masked_fill(taken, float("inf")).argmin(-1, keepdim=True)
+        far = -nearest if weight is None else (1 - nearest) * weight
+        best = far.masked_fill(taken, float("-inf")).argmax(-1, keepdim=True)
         taken = taken.scatter(1, best, True)
         row = rows_of(similar, best)[:, 0]
         nearest = row if step == 0 else torch.maximum(nearest, row)

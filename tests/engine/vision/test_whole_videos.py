@@ -27,7 +27,7 @@ def prompt(family: str, seed: int = 3) -> tuple[dict[str, Tensor], list[int]]:
 
 
 def test_they_are_known():
-    assert {"evs", "vidcom2", "v-cast"} <= set(NAMES)
+    assert {"evs", "vidcom2", "v-cast", "flashvid"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("family", MOVING)
@@ -48,18 +48,84 @@ def test_evs_equals_a_loop_over_what_the_model_makes_of_the_video(family):
     assert len(set(by_frame)) > 1
 
 
+def recorded(monkeypatch, kind):
+    """What a method sees and what it returns."""
+    found, reduce = [], kind.reduce
+
+    def recording(self, tokens):
+        found.append((tokens, reduce(self, tokens)))
+        return found[-1][1]
+
+    monkeypatch.setattr(kind, "reduce", recording)
+    return found
+
+
+def merger(model, tokens, cells, index, shares, kept):
+    """What gives features as merging leaves them, at the placeholders ``kept``; what is no cell stays as it is."""
+
+    def left(values):
+        values, features = values.clone(), tokens.features[0]
+        before = features.shape[-1] != values.shape[-1]  # the projector
+        merged = model.model.multi_modal_projector(shares @ features) if before else shares @ values[cells]
+        values[[cells[at] for at in index]] = merged
+        return values[kept]
+
+    return left
+
+
+class TemporalMean(foveate.ProjectorReducer, name="temporal-mean", listed=False):
+    """The mean of each cell over the frames: the left half of them stands in the first frame, the right half in the last one."""
+
+    whole_video = True
+
+    def reduce(self, tokens: VisualTokens) -> Reduction:
+        each, columns = tokens.number // tokens.frames, tokens.grid[1]
+        cell = torch.arange(each)
+        first = cell % columns < columns // 2
+        index = torch.where(first, cell, cell + tokens.number - each)
+        weights = torch.eye(each).repeat(1, tokens.frames)[index.argsort()] / tokens.frames
+        index = index.sort().values
+        return Reduction(index.expand(len(tokens.features), -1), weights=weights.expand(len(tokens.features), -1, -1))
+
+
+@pytest.mark.parametrize("family", MOVING)
+def test_tokens_merged_over_frames(family, monkeypatch):
+    model, (inputs, cells) = families.load(family), prompt(family)
+    found = recorded(monkeypatch, TemporalMean)
+    with TemporalMean()(model) as session:
+        output = families.generate(model, inputs, NEW)
+    images, kept = session.report.images, session.report.kept[0]
+    each, columns, last = images[0].grid[0] * images[0].grid[1], images[0].grid[1], len(images) - 1
+    left = [cell for cell in range(each) if cell % columns < columns // 2]
+    right = [cell for cell in range(each) if cell % columns >= columns // 2]
+    assert [image.kept for image in images] == [left, *[[]] * (last - 1), right]
+    assert images[0].source == [left.index(cell) if cell in left else -1 for cell in range(each)]
+    assert images[last].source == [right.index(cell) if cell in right else -1 for cell in range(each)]
+    index = [*left, *(last * each + cell for cell in right)]
+    shares = torch.tensor([[float(at % each == cell % each) for at in range(len(cells))] for cell in index]) / len(images)
+    merging = merger(model, found[0][0], cells, index, shares, kept)
+    features, deep = by_hand.whole_features(model, inputs)
+    spliced = by_hand.splice(family, model, inputs, kept, merging(features), compact=True, deep=[merging(layer) for layer in deep])
+    wanted = by_hand.logits(model, spliced, output.sequences[0, -NEW:].tolist())
+    torch.testing.assert_close(torch.stack(output.logits, 1)[0], wanted, atol=3e-4, rtol=3e-4)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("family", MOVING)
-def test_answers_are_those_of_a_prompt_with_these_tokens_only(family, name):
+def test_answers_are_those_of_a_prompt_with_these_tokens_only(family, name, monkeypatch):
     model, (inputs, cells) = families.load(family), prompt(family)
-    with foveate.get(name, budget=0.4)(model) as session:
+    method = foveate.get(name, budget=0.4)
+    found = recorded(monkeypatch, type(method))
+    with method(model) as session:
         output = families.generate(model, inputs, NEW)
     report = session.report
     kept = report.kept[0]
     assert len(set(kept) & set(cells)) == round(0.4 * len(cells))
     assert kept == sorted(kept)
+    ((tokens, reduction),) = found
+    left = merger(model, tokens, cells, reduction.index[0].tolist(), reduction.matrix(len(cells))[0], kept)
     features, deep = by_hand.whole_features(model, inputs)
-    spliced = by_hand.splice(family, model, inputs, kept, features[kept], compact=True, deep=[layer[kept] for layer in deep])
+    spliced = by_hand.splice(family, model, inputs, kept, left(features), compact=True, deep=[left(layer) for layer in deep])
     wanted = by_hand.logits(model, spliced, output.sequences[0, -NEW:].tolist())
     torch.testing.assert_close(torch.stack(output.logits, 1)[0], wanted, atol=3e-4, rtol=3e-4)
 
@@ -95,12 +161,12 @@ def test_what_cannot_be_done():
     with foveate.EVS(budget=0.5, temporal=0.9)(model), pytest.raises(foveate.InputError, match="Leave temporal out"):
         model(**inputs)
 
-    class Mean(foveate.ProjectorReducer, name="mean-of-video", listed=False):
+    class Made(foveate.ProjectorReducer, name="made-of-video", listed=False):
         whole_video = True
 
         def reduce(self, tokens: VisualTokens) -> Reduction:
-            weights = torch.full((len(tokens.features), 1, tokens.number), 1 / tokens.number)
-            return Reduction(torch.zeros(len(tokens.features), 1, dtype=torch.long), weights=weights)
+            made = tokens.features.mean(1, keepdim=True)
+            return Reduction(torch.zeros(len(made), 1, dtype=torch.long), made=made)
 
-    with Mean(budget=1)(model), pytest.raises(foveate.FoveateError, match="cannot tell by frames"):
+    with Made(budget=1)(model), pytest.raises(foveate.FoveateError, match="cannot tell by frames"):
         model(**inputs)

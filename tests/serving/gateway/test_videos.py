@@ -124,7 +124,8 @@ def check(engine: FakeEngine, answer: Any, true: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", ["mp4", "webm"])
 @pytest.mark.parametrize(
-    ("method", "budget"), [("evs", 0.3), ("vidcom2", 0.3), ("v-cast", 0.2), ("divprune", 20), ("prumerge", None), ("full", None)]
+    ("method", "budget"),
+    [("evs", 0.3), ("vidcom2", 0.3), ("v-cast", 0.2), ("flashvid", 0.2), ("divprune", 20), ("prumerge", None), ("full", None)],
 )
 def test_the_engine_gets_what_the_whole_model_would_read(
     gateway: str, engine: FakeEngine, tmp_path: Any, method: str, budget: Any, kind: str
