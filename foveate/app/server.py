@@ -29,6 +29,7 @@ HEADERS = (
 )
 UPLOAD = "/gradio_api/upload"
 DIRECT = ("/gradio_api/call/", "/gradio_api/run/", "/gradio_api/api/")  # where programs call functions by name; the page queues
+QUEUE = "/gradio_api/queue/join"
 FORM = 2**16  # bytes of a form beside its file
 Asgi = Any  # an application, or one of its arguments
 
@@ -43,11 +44,20 @@ class Guard:
     hosts : names by which the server may be asked, so that pages of other sites cannot; empty = any.
     uploads : folder that uploaded files are in.
     upload : bytes of a file, at most.
+    functions : numbers of the page's functions; None = any may be asked for.
     """
 
-    def __init__(self, app: Asgi, key: str | None, hosts: Collection[str], uploads: Path, upload: int = 2**20) -> None:
+    def __init__(
+        self,
+        app: Asgi,
+        key: str | None,
+        hosts: Collection[str],
+        uploads: Path,
+        upload: int = 2**20,
+        functions: Collection[int] | None = None,
+    ) -> None:
         self.app, self.key, self.hosts, self.uploads = app, key, frozenset(hosts), uploads.resolve()
-        self.upload = upload
+        self.upload, self.functions = upload, functions
 
     async def __call__(self, scope: Asgi, receive: Asgi, send: Asgi) -> None:
         if scope["type"] == "lifespan":
@@ -69,7 +79,7 @@ class Guard:
                 return
         elif scope["method"] == "POST":
             body = await _body(receive)
-            problem = (413, "the request is too large") if body is None else self._problem(body)
+            problem = (413, "the request is too large") if body is None else self._problem(scope["path"], body)
             if problem:
                 await _refuse(send, *problem)
                 return
@@ -95,8 +105,8 @@ class Guard:
                 return False
         return kind.lower() in ("basic", "bearer") and hmac.compare_digest(given.encode(), (self.key or "").encode())
 
-    def _problem(self, body: bytes) -> tuple[int, str] | None:
-        """Why a request is refused, if it is: what it names as a file must have been uploaded here."""
+    def _problem(self, place: str, body: bytes) -> tuple[int, str] | None:
+        """Why a request is refused, if it is: what it names as a file must have been uploaded here, and what it calls be there."""
         try:
             document = json.loads(body) if body.strip() else None
         except (ValueError, RecursionError):
@@ -104,6 +114,9 @@ class Guard:
         for path in _paths(document):
             if not isinstance(path, str) or "://" in path or not self._uploaded(path):
                 return 400, "no paths and no addresses are taken: upload the file."
+        called = document.get("fn_index") if isinstance(document, dict) else None
+        if place == QUEUE and self.functions is not None and not (isinstance(called, int) and called in self.functions):
+            return 404, "there is no such function on this page: load it again."
         return None
 
     def _uploaded(self, path: str) -> bool:
@@ -188,4 +201,4 @@ def create_app(playground: Playground, uploads: Path, *, hosts: Collection[str],
     off: dict[str, Any] = {"ssr_mode": False, "pwa": False, "mcp_server": False, "run_history": False}
     gr.mount_gradio_app(outer, blocks, "/", max_file_size=upload_mb * 2**20, **look, **off)
     blocks.has_launched = True  # only then does Gradio itself check where files are
-    return Guard(outer, key, hosts, uploads, upload_mb * 2**20)
+    return Guard(outer, key, hosts, uploads, upload_mb * 2**20, frozenset(blocks.fns))

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..errors import FoveateError, InputError
-from ..tokens import Question, Reduction, VisualTokens, resolve_budget
+from ..tokens import EncoderTap, Question, Reduction, VisualTokens
 from .base import ProjectorReducer
 from .host import Host, ModelShape
-from .networks.compressor import Compressor, Heard, fit_to_means, level_layers, new_pictures, regions
+from .networks.compressor import Compressor, fit_to_means, level_layers, over_cells, pictures_heard
 from .tools.selection import grid_middles
+from .tools.strides import check_stride, smallest_stride
 from .trained import Trained
 
 STRIDE = 4  # 36 tokens of 24 x 24
@@ -85,13 +86,7 @@ class QueCC(Trained, ProjectorReducer, name="quecc", paper="https://arxiv.org/ab
         cells = 0 if shape.grid is None else shape.grid[0] * shape.grid[1]
         if self.budget is None or self.keeps_all or (cells and self.covers(cells)):
             return STRIDE
-        if shape.grid is None:
-            raise InputError(f"{self.name}: pictures of this model have grids of many sizes. Give stride= and no budget.")
-        count = resolve_budget(self.budget, cells) or cells
-        for stride in strides_of(shape.grid):
-            if cells // stride**2 <= count:
-                return stride
-        raise InputError(f"{self.name}: budget={self.budget} cannot be had of {_named(shape.grid)}. {_choices(shape.grid)}")
+        return smallest_stride(self.name, self.budget, shape.grid)
 
     def at_budget(self, tokens: float, total: int, layers: int, at: Literal["mean", "last"] = "mean") -> Self:
         stride = round(math.sqrt(total / tokens)) if self.stride is None and tokens > 0 else self.stride or 0
@@ -122,38 +117,17 @@ class QueCC(Trained, ProjectorReducer, name="quecc", paper="https://arxiv.org/ab
     def reduce(self, tokens: VisualTokens) -> Reduction:
         module: Any = self.module
         stride, (rows, columns) = module.stride, tokens.grid
-        if rows % stride or columns % stride:
-            raise InputError(f"{self.name}: stride={stride} does not divide {_named(tokens.grid)}. {_choices(tokens.grid)}")
-        count, left = resolve_budget(self.budget, tokens.number), tokens.number // stride**2
-        if count is not None and count < left:
-            raise InputError(
-                f"{self.name}: its weights have stride={stride}, which leaves {left} of {_named(tokens.grid)}, and "
-                f"budget={self.budget} is less. {_choices(tokens.grid)} Each needs weights of its own."
-            )
-        taps = [tokens.taps[layer] for layer in module.layers]
-        levels = torch.cat([_states(tap.states)[:, tap.lead :].float() for tap in taps], -1)
+        check_stride(self.name, stride, self.budget, tokens.grid)
+        levels = torch.cat([_states(tokens.taps[layer]) for layer in module.layers], -1)
         made, weights = module(tokens.features.float(), levels, self._text(tokens.question), tokens.grid)
         index = grid_middles(rows, columns, rows // stride, columns // stride).to(made.device).expand(len(made), -1)
-        cell = torch.arange(tokens.number, device=made.device)[None, :, None]
-        members = regions(cell, tokens.grid, stride)[..., 0].expand(len(made), -1, -1)
-        attention = torch.zeros(*made.shape[:2], tokens.number, device=made.device).scatter(2, members, weights.detach().float())
-        return Reduction(index, made=made, attention=attention)
+        return Reduction(index, made=made, attention=over_cells(weights.detach().float(), tokens.grid, stride))
 
     # -- training
 
     def initialise(self, model: Any, batches: Iterable[dict[str, Tensor]]) -> None:
         """Let it begin as average pooling: outputs are fitted to the means of the features of their regions. This is ours."""
-        module: Any = self.module
-        pieces: list[Heard] = []
-        known: set[tuple[float, ...]] = set()
-        with module.listening() as heard, torch.no_grad():
-            for batch in batches:
-                model(**batch)
-                pieces += [piece for each in heard for piece in new_pictures(each, known)]
-                heard.clear()
-                if len(known) >= PICTURES:
-                    break
-        fit_to_means(module, pieces)
+        fit_to_means(self.module, pictures_heard(self.module, model, batches, PICTURES))
 
     def _text(self, question: Question | None) -> Tensor | None:
         """[B, D] of each question; zeros where nothing is asked."""
@@ -167,22 +141,8 @@ class QueCC(Trained, ProjectorReducer, name="quecc", paper="https://arxiv.org/ab
         return text / question.valid.sum(1, keepdim=True).clamp(min=1)
 
 
-def _states(states: Tensor | None) -> Tensor:
-    if states is None:
+def _states(tap: EncoderTap) -> Tensor:
+    """[B, N, C] float32 what a layer put out for the patches."""
+    if tap.states is None:
         raise FoveateError("an encoder layer shows no output. This is a fault of the engine.")
-    return states
-
-
-def strides_of(grid: tuple[int, int]) -> list[int]:
-    """Those that divide both sides, without 1."""
-    side = math.gcd(*grid)
-    return [stride for stride in range(2, side + 1) if side % stride == 0]
-
-
-def _named(grid: tuple[int, int]) -> str:
-    return f"a picture of {grid[0]} x {grid[1]} tokens"
-
-
-def _choices(grid: tuple[int, int]) -> str:
-    each = [f"{stride} ({grid[0] * grid[1] // stride**2} tokens)" for stride in strides_of(grid)]
-    return f"Strides that do: {', '.join(each) or 'none'}."
+    return tap.states[:, tap.lead :].float()

@@ -59,9 +59,9 @@ def test_no_paths_and_no_addresses(local, path, place):
 
 def test_what_was_uploaded_may_be_named(local):
     path = upload(local, b"no picture")
-    assert server.Guard(None, None, (), local.app.uploads)._problem(b'{"path": "%s"}' % path.encode()) is None
+    assert server.Guard(None, None, (), local.app.uploads)._problem("/", b'{"path": "%s"}' % path.encode()) is None
     outside = path.rpartition("/")[0] + "/../../secret"
-    assert server.Guard(None, None, (), local.app.uploads)._problem(b'{"path": "%s"}' % outside.encode()) is not None
+    assert server.Guard(None, None, (), local.app.uploads)._problem("/", b'{"path": "%s"}' % outside.encode()) is not None
 
 
 @pytest.mark.parametrize("file", ["/etc/passwd", "pyproject.toml", "/proc/self/environ"])
@@ -89,6 +89,18 @@ def test_functions_are_called_by_the_page_alone(local, place, name, end):
     assert answer.status_code == 404
     assert "nothing to call" in answer.text
     assert answer.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize("number", [10**6, -1, 10**30, "0", 0.5, None, [0], {}])
+def test_functions_that_do_not_exist(local, number):
+    answer = local.post("/gradio_api/queue/join", json={"data": [], "fn_index": number, "session_hash": "abc"})
+    assert answer.status_code == 404
+    assert "no such function" in answer.text
+
+
+def test_functions_that_exist_are_asked_for_by_the_queue(local):
+    answer = local.post("/gradio_api/queue/join", json={"data": [], "fn_index": min(local.app.functions), "session_hash": "abc"})
+    assert answer.status_code in (200, 422)
 
 
 def test_no_function_has_a_name_for_others(local):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,14 @@ def regions(values: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
     """[B, N, C] in raster order -> [B, T, stride^2, C], the cells of each region; regions and cells in raster order."""
     rows, columns = (side // stride for side in grid)
     return values.unflatten(1, (rows, stride, columns, stride)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def over_cells(weights: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
+    """[B, T, stride^2] weights of the cells of each region -> [B, T, N] of all cells."""
+    number = grid[0] * grid[1]
+    cell = torch.arange(number, device=weights.device)[None, :, None]
+    members = regions(cell, grid, stride)[..., 0].expand(len(weights), -1, -1)
+    return weights.new_zeros(*weights.shape[:2], number).scatter(2, members, weights)
 
 
 class Compressor(nn.Module):
@@ -94,6 +103,21 @@ def new_pictures(heard: Heard, known: set[tuple[float, ...]]) -> list[Heard]:
             rows.append(row)
     parts = (rows[at : at + FEW] for at in range(0, len(rows), FEW))
     return [(features[some], levels[some], None if text is None else text[some], grid) for some in parts]
+
+
+@torch.no_grad()
+def pictures_heard(compressor: Compressor, model: Any, batches: Iterable[dict[str, Tensor]], most: int) -> list[Heard]:
+    """What a compressor is handed while a model that it is attached to reads batches, until ``most`` pictures are known."""
+    pieces: list[Heard] = []
+    known: set[tuple[float, ...]] = set()
+    with compressor.listening() as heard:
+        for batch in batches:
+            model(**batch)
+            pieces += [piece for each in heard for piece in new_pictures(each, known)]
+            heard.clear()
+            if len(known) >= most:
+                break
+    return pieces
 
 
 def fit_to_means(compressor: Compressor, pieces: list[Heard]) -> None:
