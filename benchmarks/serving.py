@@ -4,9 +4,9 @@
 
 The model is a LLaVA, or with --family qwen a Qwen2.5-VL, with random bfloat16 weights: a tower of 5 million parameters that makes
 576 visual tokens, and a decoder of 155 million. Every request has a picture of its own, 32 tokens of text, and an answer of so
-many tokens as --answer says, streamed; ``vllm bench serve`` sends them. A way of serving is METHOD[:BUDGET]@CORES: "direct"
-is vLLM with pictures, everything else a method of the gateway ("full" keeps all tokens); CORES are those that the worker of vLLM
-computes on. Where it has one, everything else (the API of vLLM, its scheduler, the gateway with its encoder) is put on the other
+many tokens as --answer says, streamed; ``vllm bench serve`` sends them. A way of serving is METHOD[:BUDGET]@CORES[xTHREADS]:
+"direct" is vLLM with pictures, everything else a method of the gateway ("full" keeps all tokens); CORES are those that the worker
+of vLLM computes on, THREADS those of the gateway's encoder, 1 if it is not said. Where it has one, everything else (the API of vLLM, its scheduler, the gateway with its encoder) is put on the other
 cores; where it has several, the system places everything else. All servers are up all the time, and one at a time gets requests.
 """
 
@@ -67,15 +67,21 @@ class Way:
 
     @property
     def cores(self) -> str:
-        return self.name.partition("@")[2]
+        return self.name.partition("@")[2].partition("x")[0]
+
+    @property
+    def threads(self) -> int:
+        """Of the gateway's encoder."""
+        return int(self.name.partition("@")[2].partition("x")[2] or 1)
 
     @property
     def server(self) -> str:
-        return f"{'direct' if self.method is None else 'gateway'}@{self.cores}"
+        more = f"x{self.threads}" if self.threads > 1 else ""
+        return f"direct@{self.cores}" if self.method is None else f"gateway@{self.cores}{more}"
 
     @property
     def engine(self) -> str:
-        return self.server.replace("gateway", "text")
+        return f"{'direct' if self.method is None else 'text'}@{self.cores}"
 
     def tokens(self) -> int:
         """Of its prompts."""
@@ -120,22 +126,19 @@ def start(ways: list[Way], family: str, size: str, env: Environment, folder: Pat
     export(str(own), text)
     handover = HANDOVERS[described(text).handover]
     found: dict[str, Server] = {}
-    for cores in dict.fromkeys(way.cores for way in ways):
-        names = {way.server for way in ways if way.cores == cores}
-        if f"direct@{cores}" in names:
-            found[f"direct@{cores}"] = env.engine(f"direct@{cores}", for_vllm, cores, folder, None)
-            servers.append(found[f"direct@{cores}"])
-        if f"gateway@{cores}" in names:
-            engine = env.engine(f"text@{cores}", text, cores, folder, handover)
-            servers.append(engine)
-            found[f"gateway@{cores}"] = gateway(f"gateway@{cores}", own, engine, 1, folder)
-            servers.append(found[f"gateway@{cores}"])
-            found[engine.name] = engine
+    for way in ways:
+        if way.engine not in found:
+            shown, hand = (for_vllm, None) if way.method is None else (text, handover)
+            found[way.engine] = env.engine(way.engine, shown, way.cores, folder, hand)
+            servers.append(found[way.engine])
+        if way.server not in found:
+            found[way.server] = gateway(way.server, own, found[way.engine], way.threads, folder)
+            servers.append(found[way.server])
         for server in found.values():  # one after the other: each start takes all cores
             server.wait(START)
     everything = os.sched_getaffinity(0)
     for name, server in found.items():
-        taken = name.partition("@")[2]
+        taken = name.partition("@")[2].partition("x")[0]
         if taken.isdecimal():
             server.place(everything - {int(taken)} or everything)
     return found
