@@ -132,7 +132,8 @@ class ImageReport:
     before, after : visual tokens in the prompt.
     grid : rows and columns of visual tokens.
     kept : grid cell of each output token, in output order.
-    source : [rows * columns] the output token (index into ``kept``) that each cell went to, -1 = dropped.
+    source : [rows * columns] the output token (index into ``kept``) that each cell went to, -1 = dropped, or
+        merged into a token of another frame.
     scores : [rows * columns] importance, where the method has one.
     threshold : the score from which tokens were kept, where the method has such a value.
     stages : what was left of it from a decoder layer on, for each cut inside the decoder.

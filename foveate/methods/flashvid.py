@@ -30,9 +30,10 @@ class FlashVID(ProjectorReducer, name="flashvid", paper="https://arxiv.org/abs/2
     both are similar enough. A tree of links becomes its mean, at the place of its first token. In each frame, trees that begin
     there are clustered around peaks of density, and each cluster becomes the mean of its trees.
 
-    As in the released code, but for four things. Counts are exact: they are shared out by largest remainders, where the code rounds
-    up in every frame. Of equally dense trees the earlier counts as denser, where the code adds noise. A token of negative relevance
-    is chosen last; the code's products turn around there. Means are taken before the projector. The code also lets 1.25 times the
+    As in the released code, but for five things. Counts are exact: they are shared out by largest remainders, where the code rounds
+    up in every frame, and links one token fewer where too few trees are left. In a scene of one frame the code also clusters the
+    chosen tokens. Of equally dense trees the earlier counts as denser, where the code adds noise. A token of negative relevance is
+    chosen last; the code's products turn around there. Means are taken before the projector. The code also lets 1.25 times the
     budget enter the decoder, and leaves 0.3 of that from layer 20 on: that is this method together with ``fastv``.
 
     Parameters
@@ -60,6 +61,10 @@ class FlashVID(ProjectorReducer, name="flashvid", paper="https://arxiv.org/abs/2
         if self.chosen > 1:
             raise InputError(f"{self.name}: chosen={self.chosen}; it is a share and at most 1")
 
+    def notes(self) -> list[str]:
+        shown = f"{self.name}: in reports and pictures, a token that was merged into one of another frame counts as dropped"
+        return [*super().notes(), shown]
+
     def encoder_layers(self, depth: int) -> tuple[EncoderLayer, ...]:
         return ("aligned",)
 
@@ -71,7 +76,7 @@ class FlashVID(ProjectorReducer, name="flashvid", paper="https://arxiv.org/abs/2
         means, cells = states.mean(2), states.shape[2]
         scene = scenes(means, self.scene, self.scenes)
         even = means.new_full(means.shape[:2], 1 / tokens.frames)
-        some = largest_remainders(even, math.ceil(self.chosen * count), cells)
+        some = largest_remainders(even, math.ceil(self.chosen * count - 1e-9), cells)
         apart = diverse(states, attention * relevance(states, means, scene), some)
         trees = grown(states, ~apart, scene, largest_remainders(even, count, cells), self.link)
         counts = self.clusters_of(trees, scene, count - some.sum(1, keepdim=True))

@@ -92,7 +92,8 @@ def chosen_by_hand(frame: list[Vector], attention: Vector, event: Vector, count:
         for at in range(len(frame)):
             if at not in found:
                 rivals = others or [other for other in range(len(frame)) if other != at]
-                worth[at] = min(1 - cosine(frame[at], frame[other]) for other in rivals) * weight[at]
+                far = max(0.0, min(1 - cosine(frame[at], frame[other]) for other in rivals))
+                worth[at] = far * weight[at] if weight[at] else -1.0
         found.append(max(worth, key=lambda at: (worth[at], -at)))
     return found
 
@@ -117,7 +118,7 @@ def by_hand(method: FlashVID, states: list[list[Vector]], attention: list[Vector
     frames = len(states)
     means = [mean(frame) for frame in states]
     even = [1 / frames] * frames
-    some = shared(even, math.ceil(method.chosen * count), [CELLS] * frames)
+    some = shared(even, math.ceil(method.chosen * count - 1e-9), [CELLS] * frames)
     least = shared(even, count, [CELLS] * frames)
     outputs: dict[int, Vector] = {}
     trees: dict[int, dict[int, list[Vector]]] = {frame: {} for frame in range(frames)}
@@ -216,6 +217,14 @@ def test_tokens_of_negative_relevance_come_last() -> None:
     against[:, 4:] += 3 * tokens.features.mean(1, keepdim=True)
     found = FlashVID(budget=8, chosen=1.0).reduce(VisualTokens(against, GRID, tokens.taps, projected=against))
     assert found.index.min() >= 4
+
+
+def test_they_come_after_equal_tokens_too() -> None:
+    random = torch.Generator().manual_seed(4)
+    features = (torch.randn(1, 4, CHANNELS, generator=random) + 1).repeat(1, 3, 1)
+    features[:, 0] = -features[:, 1:].mean(1)
+    found = FlashVID(budget=11, chosen=1.0).reduce(VisualTokens(features, GRID, video(3, 1).taps, projected=features))
+    assert found.index.tolist() == [[*range(1, 12)]]
 
 
 @pytest.mark.parametrize("fields", [{"chosen": 1.1}, {"chosen": -0.1}, {"scenes": 0}, {"link": -2}, {"chosen": float("nan")}])

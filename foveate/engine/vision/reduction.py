@@ -181,7 +181,7 @@ def reduce(
         if reduction.made is not None:
             check_made(parts, method, cells, reduction)
         outputs = _applied(method, cells, reduction)
-        counts, in_place = check(method, cells.shape[1], outputs, reduction, reduction.mask())
+        counts, in_place = check(method, cells.shape[1], outputs, reduction, reduction.mask(), after)
         most = resolve_budget(group.method.budget, cells.shape[1])
         if most is not None and max(counts) > most:
             raise FoveateError(
@@ -252,15 +252,20 @@ def _applied(method: FrontReducer, cells: Tensor, reduction: Reduction) -> Tenso
         ) from error
 
 
-def check(method: FrontReducer, number: int, reduced: Tensor, reduction: Reduction, valid: Tensor) -> tuple[list[int], bool]:
-    """Counts per image and whether nothing changed, with one transfer from the device; the contract is checked on the way."""
+def check(
+    method: FrontReducer, number: int, reduced: Tensor, reduction: Reduction, valid: Tensor, read: Tensor | None = None
+) -> tuple[list[int], bool]:
+    """Counts per image and whether nothing changed, with one transfer from the device; the contract is checked on the way.
+
+    ``read`` is what the method chose by, where that is not what it reduced.
+    """
     batch, index = len(reduced), reduction.index
     column = torch.arange(index.shape[1], device=index.device)
     cells = index.masked_fill(~valid, 0) + ~valid * (number + column)  # outputs that are not real get numbers of their own
     sequence = cells.diff(dim=1)
     flags = torch.stack(
         [
-            torch.isfinite(reduced).all() & (True if reduction.scores is None else torch.isfinite(reduction.scores).all()),
+            torch.stack([torch.isfinite(each).all() for each in (reduced, reduction.scores, read) if each is not None]).all(),
             ((index >= 0) & (index < number) | ~valid).all(),
             (cells.sort(dim=1).values.diff(dim=1) > 0).all(),
             ((sequence > 0) | ~valid[:, 1:]).all(),

@@ -239,7 +239,8 @@ def farthest_first(similar: Tensor, count: int, weight: Tensor | None = None) ->
     ----------
     similar : [B, N, N]; its diagonal is overwritten.
     count : how many to choose.
-    weight : [B, N], at least 0, by which the distance of each token, 1 - its similarity, is multiplied. None = equal ones.
+    weight : [B, N], at least 0, by which the distance of each token, 1 - its similarity, is multiplied; a token of weight 0 comes
+        last. None = equal ones.
 
     Returns
     -------
@@ -249,7 +250,7 @@ def farthest_first(similar: Tensor, count: int, weight: Tensor | None = None) ->
     alone = nearest = unpacked(similar.amax(-1))
     taken, order = torch.zeros_like(nearest, dtype=torch.bool), []
     for step in range(count):
-        far = -nearest if weight is None else (1 - nearest) * weight
+        far = -nearest if weight is None else torch.where(weight > 0, (1 - nearest).clamp(min=0) * weight, -1.0)
         best = far.masked_fill(taken, float("-inf")).argmax(-1, keepdim=True)
         taken = taken.scatter(1, best, True)
         row = rows_of(similar, best)[:, 0]

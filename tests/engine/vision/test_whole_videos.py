@@ -155,6 +155,25 @@ def test_frames_may_keep_nothing(family):
     assert report.to_dict()["images"]
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if foveate.get(name, budget=0.4).reads_projected])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_projection_that_is_not_finite(name, value):
+    """Also where only what a method chooses by is broken, and not what it keeps."""
+    method, (inputs, _) = foveate.get(name, budget=0.4), prompt("video_llava")
+    model, calls = families.load("video_llava"), []
+
+    def broken(_module, _inputs, out):
+        calls.append(out)
+        return torch.where(torch.arange(out.shape[-1]) == 3, value, out) if len(calls) == 1 else out
+
+    hook = model.model.multi_modal_projector.register_forward_hook(broken)
+    try:
+        with pytest.raises(foveate.InputError, match="NaN or infinite"):
+            foveate.encode(model, method, **inputs)
+    finally:
+        hook.remove()
+
+
 def test_what_cannot_be_done():
     family = next(iter(MOVING))
     model, (inputs, _) = families.load(family), prompt(family)
