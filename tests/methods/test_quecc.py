@@ -11,7 +11,8 @@ from torch import nn
 import foveate
 from foveate.methods import quecc
 from foveate.methods.networks.compressor import Compressor, level_layers, new_pictures, regions
-from foveate.methods.quecc import QueCC, strides_of
+from foveate.methods.quecc import QueCC
+from foveate.methods.tools.strides import strides_of
 from foveate.tokens import EncoderTap, Question, VisualTokens
 
 from .. import zoo
