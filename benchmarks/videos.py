@@ -23,7 +23,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionB
 import foveate
 from benchmarks.common import save, spent
 from foveate.methods.base import ProjectorReducer
-from foveate.tokens import VisualTokens
+from foveate.tokens import EncoderTap, VisualTokens
 
 WHOLE = ("evs", "vidcom2", "v-cast", "flashvid", "fewer-frames")
 WINDOW, PATCHES, LAYERS = 64, 4, 32
@@ -60,7 +60,9 @@ def main(
         layer = statistics.median(layer_seconds(timed_frames * side * side * PATCHES, encoder_width) for _ in range(rounds))
         encoder = LAYERS * layer * frames / timed_frames
         features = torch.randn(1, frames * side * side, width)
-        video = VisualTokens(features, (side, side), {}, features, None, None, frames)
+        queries, keys = torch.randn(2, frames, side * side, encoder_width)
+        tap = EncoderTap(None, keys, encoder_width // 80, queries=queries)  # no [CLS]: attention that is received
+        video = VisualTokens(features, (side, side), {"aligned": tap}, features, None, None, frames)
         for name in WHOLE:
             method = foveate.get(name, budget=share)
             if not isinstance(method, ProjectorReducer):
