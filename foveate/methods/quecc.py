@@ -127,7 +127,8 @@ class QueCC(Trained, ProjectorReducer, name="quecc", paper="https://arxiv.org/ab
 
     def initialise(self, model: Any, batches: Iterable[dict[str, Tensor]]) -> None:
         """Let it begin as average pooling: outputs are fitted to the means of the features of their regions. This is ours."""
-        fit_to_means(self.module, pictures_heard(self.module, model, batches, PICTURES))
+        module: Any = self.module
+        fit_to_means(module, pictures_heard(module, model, batches, PICTURES))
 
     def _text(self, question: Question | None) -> Tensor | None:
         """[B, D] of each question; zeros where nothing is asked."""
