@@ -82,7 +82,8 @@ class Way:
 
     @property
     def engine(self) -> str:
-        return f"{'direct' if self.method is None else 'text'}@{self.cores}"
+        """One for each gateway, so that none finds in its cache what another one sent."""
+        return self.server.replace("gateway", "text")
 
     def tokens(self) -> int:
         """Of its prompts."""
