@@ -6,9 +6,9 @@ The model is a LLaVA, or with --family qwen a Qwen2.5-VL, with random bfloat16 w
 576 visual tokens, and a decoder of 155 million. Every request has a picture of its own, 32 tokens of text, and an answer of so
 many tokens as --answer says, streamed; ``vllm bench serve`` sends them. A way of serving is METHOD[:BUDGET]@CORES[xTHREADS]:
 "direct" is vLLM with pictures, everything else a method of the gateway ("full" keeps all tokens); CORES are those that the worker
-of vLLM computes on, THREADS those of the gateway's encoder, 1 if it is not said. Where it has one, everything else (the API of
-vLLM, its scheduler, the gateway with its encoder) is put on the other cores; where it has several, the system places everything
-else. All servers are up all the time, and one at a time gets requests.
+of vLLM computes on, THREADS those of the gateway's encoder, 1 if it is not said. Where the worker has one core, everything else
+(the API of vLLM, its scheduler, the gateway with its encoder) is put on the other cores; where it has several, the system places
+everything else. All servers are up all the time, and one at a time gets requests.
 """
 
 from __future__ import annotations

@@ -213,7 +213,7 @@ def test_counts_are_exact_and_rows_are_alone(seed: int, count: int, frames: int,
 def test_tokens_of_negative_relevance_come_last() -> None:
     tokens = video(3, frames=1)
     against = tokens.features.clone()
-    against[:, :4] = -5.0 * tokens.features.mean(1, keepdim=True) + 0.01 * torch.randn(1, 4, CHANNELS)
+    against[:, :4] = -5.0 * tokens.features.mean(1, keepdim=True) + 0.01 * tokens.features[:, 4:8]
     against[:, 4:] += 3 * tokens.features.mean(1, keepdim=True)
     found = FlashVID(budget=8, chosen=1.0).reduce(VisualTokens(against, GRID, tokens.taps, projected=against))
     assert found.index.min() >= 4
