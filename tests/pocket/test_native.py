@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections import Counter
 from random import Random
 
 import numpy as np
@@ -23,12 +24,14 @@ from foveate.loading import load
 from foveate.pocket import MODELS, QWEN
 from foveate.pocket.build import PIXEL_MEAN, PIXEL_STD
 from foveate.pocket.native.batches import (
+    EVENT_CLASSES,
     INTERVALS,
     LANGUAGE,
     PATCH_TARGETS,
     TARGET_NAMES,
     Batch,
     NativeBatches,
+    events_of,
     make_batch,
     targets_of,
     text_rows,
@@ -36,13 +39,14 @@ from foveate.pocket.native.batches import (
 from foveate.pocket.native.build import build_model
 from foveate.pocket.native.clips import FRAMES, MOST, Clip, draw_clip, draw_clip_shape
 from foveate.pocket.native.encoding import encode, order
+from foveate.pocket.native.grounding import GROUNDING, grounding
 from foveate.pocket.native.objectives import NativeTrainee, prefix_layout
 from foveate.pocket.native.pictures import CELL, LARGEST, SMALLEST, Picture, draw_picture, draw_size
-from foveate.pocket.native.questions import FAMILIES, ask, exam
+from foveate.pocket.native.questions import EVENTS, FAMILIES, ask, exam
 from foveate.pocket.native.recipe import NATIVE
-from foveate.pocket.native.vocabulary import IMAGE, TOKEN_ID, VIDEO
+from foveate.pocket.native.vocabulary import DIRECTIONS, IMAGE, TOKEN_ID, VIDEO
 from foveate.pocket.train import phases_of
-from foveate.pocket.vocabulary import COLORS, SHAPES
+from foveate.pocket.vocabulary import COLORS, SHAPES, WORDS
 from foveate.pocket.worlds import world_of
 
 COLOR_NAMES = tuple(COLORS)
@@ -266,12 +270,13 @@ def test_training_sees_what_generate_sees(random_model, qwen, kind):
     rows = LANGUAGE.collated([text_rows([(question, shown) for question in asked])])
     patches, tokens = (torch.from_numpy(targets)[None] for targets in targets_of(shown))
     image = shown.frames if isinstance(shown, Clip) else shown.image[None]
-    batch = Batch(frames=torch.from_numpy(image)[None], patches=patches, tokens=tokens, interval=torch.tensor(2.0), **rows)
+    extra = {"interval": torch.tensor(2.0), "events": torch.from_numpy(events_of(shown))[None]}
+    batch = Batch(frames=torch.from_numpy(image)[None], patches=patches, tokens=tokens, **extra, **rows)
     pixels = (batch.frames.permute(0, 1, 4, 2, 3).float() / 255 - PIXEL_MEAN) / PIXEL_STD
     pixels = pixels if kind == "clip" else pixels.expand(-1, 2, -1, -1, -1)
     with torch.no_grad():
         visual = encode(random_model.model.visual, pixels.unflatten(1, (-1, 2)).contiguous())[1]
-        states = NativeTrainee(random_model)._text_states(visual, batch, batch.frames.shape[1:4])[-1]
+        states = NativeTrainee(random_model)._states(visual, batch, batch.frames.shape[1:4])[0][-1][:, -batch.ids.shape[1] :]
         for number, question in enumerate(asked):
             prompt = question_about(qwen.processor, qwen.model, as_shown(shown), question.text)
             stock = random_model(**collate(qwen, [prompt])).logits[0, -1]
@@ -312,7 +317,107 @@ def test_targets_are_in_the_order_of_the_encoder():
             assert patches[place, TARGET_NAMES.index("color")] == COLOR_NAMES.index(item.color)
         elif not expected:
             assert patches[place, TARGET_NAMES.index("kind")] == 0
+            assert patches[place, TARGET_NAMES.index("row")] == y * 12 // 128, "its own place"
+            assert patches[place, TARGET_NAMES.index("column")] == x * 12 // 160
     assert tokens.shape == (80, len(PATCH_TARGETS))
+
+
+def meant(question, shown, word: str) -> dict[str, int]:
+    """Targets that are asked of the last word like this one in a question."""
+    classes = grounding(question, shown)[-1 - question.text.split()[::-1].index(word)]
+    return {name: value for name, value in zip(GROUNDING, classes, strict=True) if value >= 0}
+
+
+def test_what_words_mean_agrees_with_the_answers_about_pictures():
+    """Answers are made from the picture by other code: what a word means must say the same."""
+    checked = Counter()
+    for number, picture in enumerate(pictures(60)):
+        for question in ask(picture, Random(number), 30):
+            words, family, answer = question.text.split(), question.family, question.answer
+            if family == "relation":
+                says = meant(question, picture, words[-2])
+                across = "left" in words or "right" in words
+                second_is_after = says["after" if across else "below"] == 1
+                assert answer == ("yes" if second_is_after == ("left" in words or "above" in words) else "no")
+            elif family == "color":
+                assert COLOR_NAMES[meant(question, picture, words[-2])["color"]] == answer
+            elif family == "shape":
+                assert SHAPES[meant(question, picture, "object")["shape"]] == answer
+            elif family == "count":
+                word = words[2] if words[2] in SHAPES else "objects"
+                assert meant(question, picture, word)["count"] == int(answer)
+            elif family.startswith("existence"):
+                word = words[-2] if "says" in words else next(word for word in words if word in SHAPES)
+                assert meant(question, picture, word)["present"] == (answer == "yes")
+            elif family == "pair":
+                assert meant(question, picture, words[-2])["present"] == (answer == "yes")
+            elif family == "choice":
+                options = [meant(question, picture, words[words.index(f"({x})") + 1]) for x in "abcd"]
+                assert [option["present"] for option in options] == [int(f"({x})" == answer) for x in "abcd"]
+            elif family == "where":
+                says, (row, column) = meant(question, picture, words[-2]), answer.split()
+                assert ("top", "middle", "bottom")[says["row"] * 3 // 12] == row
+                assert ("left", "center", "right")[says["column"] * 3 // 12] == column
+            elif family == "board" or words[:5] == "what number is next to".split():
+                says = meant(question, picture, "sign" if family == "board" else words[-2])
+                told = WORDS[says["word"]] if "word" in says and family == "board" else f"{says['tens']} {says['ones']}"
+                assert told.removesuffix(" 10") == answer
+            else:
+                continue
+            checked[family] += 1
+    assert len(checked) == 11
+    assert min(checked.values()) > 10
+
+
+def test_what_words_mean_agrees_with_the_answers_about_clips():
+    checked = Counter()
+    for number, clip in enumerate(clips(60)):
+        for question in ask(clip, Random(number), 30):
+            named = [word for word in question.text.split() if word in SHAPES]
+            says = [meant(question, clip, word) for word in named]
+            if question.family in ("order", "first"):
+                earlier = says[1]["later"] == (says[0]["when"] <= says[1]["when"]) or says[0]["when"] == says[1]["when"]
+                assert earlier, "classes of time agree with which is later"
+                truth = "yes" if question.family == "order" else named[0]
+                assert (question.answer == truth) == bool(says[1]["later"])
+            elif question.family == "direction":
+                assert DIRECTIONS[says[0]["motion"] - 1] == question.answer
+            elif question.family == "moment" and question.text.startswith("is there") and question.answer == "yes":
+                assert says[0]["present"] == 1
+            elif question.family == "before_after" and "color" in says[0]:
+                assert COLOR_NAMES[says[0]["color"]] == question.answer
+            else:
+                continue
+            checked[question.family] += 1
+    assert set(checked) == {"order", "first", "direction", "moment", "before_after"}
+
+
+def test_visual_tokens_are_asked_for_their_own_place(random_model):
+    """Two pictures of three by four tokens: rows and columns in twos, after the tokens that open a picture."""
+    batch = make_batch(Random(3), "pair", (64, 48), 1, 4, 2.0)
+    _, places = NativeTrainee(random_model)._states(torch.zeros(2, 12, 192), batch, batch.frames.shape[1:4])
+    shown = [[0, row // 2, column // 2] for row in range(3) for column in range(4)]
+    none = [[-100] * 3]
+    assert places.tolist() == none * 3 + shown + none * 2 + shown + none
+    batch = make_batch(Random(3), "clip", (4, 80, 80), 1, 4, 4.0)
+    _, places = NativeTrainee(random_model)._states(torch.zeros(1, 100, 192), batch, batch.frames.shape[1:4])
+    assert places[places[:, 0] >= 0][::25, 0].tolist() == [0, 2, 4, 6], "in positions, not in temporal patches"
+
+
+def test_visual_tokens_are_asked_what_happens_there_and_then():
+    """Against the pixels: where something is said to happen, the frames before and after differ, and by whom is known."""
+    found = Counter()
+    for clip in clips(40, "events"):
+        events = events_of(clip).reshape(clip.patches, clip.size[1] // CELL, clip.size[0] // CELL)
+        for actor in clip.actors:
+            mine = np.argwhere(events[actor.when] == EVENT_CLASSES.index(actor.role)) if actor.role in EVENTS else []
+            inside = [np.abs(cell[::-1] * CELL + CELL / 2 - actor.centers[2 * actor.when]).max() <= 24 for cell in mine]
+            found[actor.role] += any(inside)
+        for patch, row, column in np.argwhere(events > 0):
+            area = np.s_[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+            before, after = clip.frames[2 * patch - 1][area].astype(int), clip.frames[2 * patch][area].astype(int)
+            assert np.abs(before - after).max() > 20
+    assert min(found[role] for role in EVENTS) > 10
 
 
 @pytest.mark.parametrize(("kind", "shape"), [("picture", (112, 144)), ("pair", (96, 112)), ("clip", (4, 80, 96))])

@@ -18,24 +18,22 @@ from torch import Tensor
 from ..batches import BINS, Phased
 from ..batches import PATCH_TARGETS as STILL_TARGETS
 from ..questions import PocketQuestion
-from ..rows import IGNORE, Language, Targets
+from ..rows import IGNORE, Language
 from ..scenes import PATCH, owners
-from ..vocabulary import CHARACTERS, COLORS, SHAPES, WORDS
+from ..vocabulary import CHARACTERS, COLORS, SHAPES
 from .clips import Actor, Clip, draw_clip, draw_clip_shape
 from .encoding import order
+from .grounding import GROUNDING, Shown, bins, grounding, written
 from .pictures import CELL, Picture, draw_picture, draw_size
-from .questions import FAMILIES, ask
+from .questions import EVENTS, FAMILIES, ask
 from .vocabulary import DIRECTIONS, END, PAD, TOKEN_ID
 
 # what each patch is asked about, and with how many classes
 PATCH_TARGETS = {**STILL_TARGETS, "motion": 1 + len(DIRECTIONS)}
-# what the word that names a thing is asked about
-GROUNDING = {"column": BINS, "row": BINS, "present": 2, "begin": BINS, "end": BINS, "motion": 1 + len(DIRECTIONS)}
-NOTHING = (IGNORE,) * len(GROUNDING)
 INTERVALS = (0.34, 1, 1.5, 2, 2, 2, 2, 3, 4, 8)  # positions from one temporal patch to the next; 2 is the clips' own rate
 ORDINALS = ("first", "second")
+EVENT_CLASSES = ("nothing", *EVENTS)
 COLOR_NAMES, TARGET_NAMES = tuple(COLORS), tuple(PATCH_TARGETS)
-Shown = Picture | Clip
 
 
 @dataclass
@@ -48,6 +46,7 @@ class Batch:
     frames: Tensor  # uint8 [B * V, F, H, W, 3]; F = 1 for pictures
     patches: Tensor  # int8 [B * V, patches, len(PATCH_TARGETS)] classes in the order of the encoder, IGNORE = not asked
     tokens: Tensor  # int8 [B * V, tokens, len(PATCH_TARGETS)]
+    events: Tensor  # int8 [B * V, tokens] what happens there and then, as in EVENT_CLASSES
     ids: Tensor  # [B, T]
     block: Tensor  # [B, T], -1 = padding
     offset: Tensor  # [B, T] position inside its question
@@ -70,33 +69,25 @@ class _Thing:
     starts: tuple[float, ...] = ()
 
 
-def _bins(center: Sequence[float], size: tuple[int, int]) -> tuple[int, int]:
-    column, row = (min(BINS - 1, max(0, int(c * BINS / side))) for c, side in zip(center, size, strict=True))
-    return column, row
-
-
 def _shape(name: str, color: str, motion: int, large: bool) -> dict[str, int]:
     return {"kind": 1 + SHAPES.index(name), "color": COLOR_NAMES.index(color), "motion": motion, "size": int(large)}
 
 
-def _written(text: str) -> dict[str, int]:
-    if text.isdigit():
-        ones = int(text[1]) if len(text) > 1 else 10
-        return {"kind": 2 + len(SHAPES), "tens": int(text[0]), "ones": ones}
-    return {"kind": 1 + len(SHAPES), "word": WORDS.index(text)}
+def _sign(text: str) -> dict[str, int]:
+    return {"kind": 2 + len(SHAPES) if text.isdigit() else 1 + len(SHAPES)} | written(text)
 
 
 def _things_of(picture: Picture) -> list[_Thing]:
     found = []
     for item in picture.items:
-        facts = dict(zip(("column", "row"), _bins(item.center, picture.size), strict=True))
+        facts = dict(zip(("column", "row"), bins(item.center, picture.size), strict=True))
         if item.kind == "shape":
             found.append(_Thing(facts | _shape(item.name, item.color or "", 0, item.large)))
         elif item.kind == "digit":
             found.append(_Thing(facts | {"kind": 3 + len(SHAPES), "digit": int(item.name)}))
         else:
             board = {"color": COLOR_NAMES.index(item.color)} if item.color else {}
-            found.append(_Thing(facts | _written(item.name) | board, item.name, item.box[0], item.character_starts))
+            found.append(_Thing(facts | _sign(item.name) | board, item.name, item.box[0], item.character_starts))
     return found
 
 
@@ -107,10 +98,10 @@ def _motion(actor: Actor) -> int:
 def _things_at(clip: Clip, patch: int) -> list[_Thing]:
     found = []
     for actor in clip.actors:
-        places = dict(zip(("column", "row"), _bins(actor.centers[patch * 2], clip.size), strict=True))
+        places = dict(zip(("column", "row"), bins(actor.centers[patch * 2], clip.size), strict=True))
         found.append(_Thing(places | _shape(actor.name, actor.color_at(patch), _motion(actor), actor.side >= 20)))
     if clip.sign is not None:
-        found.append(_Thing(_written(clip.sign.word), clip.sign.word, clip.sign.box[0], clip.sign.character_starts))
+        found.append(_Thing(_sign(clip.sign.word), clip.sign.word, clip.sign.box[0], clip.sign.character_starts))
     return found
 
 
@@ -119,7 +110,11 @@ def _cells(item_map: NDArray[np.int64], things: Sequence[_Thing], cell: int) -> 
     owner = owners(item_map, len(things), cell)
     columns = item_map.shape[1] // cell
     targets = np.full((len(owner), len(TARGET_NAMES)), IGNORE, np.int8)
-    targets[:, 0] = 0
+    targets[:, TARGET_NAMES.index("kind")] = 0
+    # what shows nothing has its own place: the encoder knows positions only from what stands around
+    every = np.arange(len(owner))
+    targets[:, TARGET_NAMES.index("column")] = every % columns * BINS // columns
+    targets[:, TARGET_NAMES.index("row")] = every // columns * BINS // (len(owner) // columns)
     for index, thing in enumerate(things):
         mine = np.flatnonzero(owner == index)
         for name, value in thing.facts.items():
@@ -143,44 +138,17 @@ def targets_of(shown: Shown) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
     return patches, np.concatenate([_cells(item_map, things, CELL) for item_map, things in moments])
 
 
-def _named_in_clip(clip: Clip, word: str) -> tuple[int, ...]:
-    actor = next((actor for actor in clip.actors if actor.name == word), None)
-    if actor is None:
-        return (IGNORE, IGNORE, 0, IGNORE, IGNORE, IGNORE)
-    column, row = (IGNORE, IGNORE) if actor.direction else _bins(actor.centers[0], clip.size)
-    begin = actor.when if actor.role == "appears" else 0
-    end = actor.when if actor.role in ("vanishes", "changes") else clip.patches
-    return (column, row, 1, begin * BINS // clip.patches, min(BINS - 1, end * BINS // clip.patches), _motion(actor))
-
-
-def _named_in_picture(picture: Picture, word: str, before: str) -> tuple[int, ...]:
-    things = ("object", "objects")
-    if word == "sign" and before in COLORS:
-        meant = [board for board in picture.of("board") if board.color == before]
-    elif word in WORDS:
-        meant = [item for item in picture.items if item.name == word]
-    elif word in SHAPES or (word in things and before in COLORS):
-        meant = [
-            item for item in picture.of("shape") if word in (item.name, *things) and (before == item.color or before not in COLORS)
-        ]
-    else:
-        return NOTHING
-    column, row = _bins(meant[0].center, picture.size) if len(meant) == 1 else (IGNORE, IGNORE)
-    return (column, row, int(bool(meant)), IGNORE, IGNORE, IGNORE)
-
-
-def grounding(text: str, shown: Shown) -> Targets:
-    """For each word of a question that names a thing: where it is if there is just one, whether it is there, and when."""
-    words, found = text.split(), []
-    for number, word in enumerate(words):
-        before = words[number - 1] if number else ""
-        if before.startswith("("):
-            found.append(NOTHING)
-        elif isinstance(shown, Clip):
-            found.append(_named_in_clip(shown, word) if word in SHAPES else NOTHING)
-        else:
-            found.append(_named_in_picture(shown, word, before))
-    return found
+def events_of(shown: Shown) -> NDArray[np.int8]:
+    """[tokens] classes of ``EVENT_CLASSES``: what happens in a temporal patch, where the thing is, or was before it vanished."""
+    if isinstance(shown, Picture):
+        return np.full(shown.item_map.size // CELL**2, IGNORE, np.int8)
+    owner = np.stack([owners(item_map, len(shown.actors) + 1, CELL) for item_map in shown.item_maps])
+    events = np.zeros(owner.shape, np.int8)
+    for index, actor in enumerate(shown.actors):
+        if actor.role in EVENTS:
+            seen = owner[actor.when - (actor.role == "vanishes")] == index
+            events[actor.when][seen] = EVENT_CLASSES.index(actor.role)
+    return events.ravel()
 
 
 LANGUAGE = Language(TOKEN_ID, "<|im_end|> <|im_start|> assistant", PAD, END, FAMILIES, len(GROUNDING))
@@ -188,7 +156,7 @@ LANGUAGE = Language(TOKEN_ID, "<|im_end|> <|im_start|> assistant", PAD, END, FAM
 
 def text_rows(asked: Sequence[tuple[PocketQuestion, Shown | None]]) -> dict[str, list]:
     """Questions as one row of tokens; beside each what it is about, for ``grounding``, None = no targets."""
-    return LANGUAGE.rows([(question, [] if shown is None else grounding(question.text, shown)) for question, shown in asked])
+    return LANGUAGE.rows([(question, [] if shown is None else grounding(question, shown)) for question, shown in asked])
 
 
 def _about(pictures: Sequence[Picture], random: Random, number: int) -> list[tuple[PocketQuestion, Shown | None]]:
@@ -196,7 +164,7 @@ def _about(pictures: Sequence[Picture], random: Random, number: int) -> list[tup
     found: list[tuple[PocketQuestion, Shown | None]] = []
     for which, picture in zip(ORDINALS, pictures, strict=True):
         for question in ask(picture, random, number // 2):
-            found.append((replace(question, text=f"in the {which} image , {question.text}"), None))
+            found.append((replace(question, text=f"in the {which} image , {question.text}"), picture))
     return found
 
 
@@ -223,6 +191,7 @@ def make_batch(random: Random, kind: str, shape: tuple[int, ...], size: int, que
         frames=torch.from_numpy(np.stack(images)),
         patches=torch.from_numpy(np.stack([patches for patches, _ in targets])),
         tokens=torch.from_numpy(np.stack([tokens for _, tokens in targets])),
+        events=torch.from_numpy(np.stack([events_of(each) for each in shown])),
         interval=torch.tensor(interval),
         **LANGUAGE.collated(rows),
     )

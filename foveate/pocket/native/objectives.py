@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +16,9 @@ from ..batches import BINS
 from ..build import PIXEL_MEAN, PIXEL_STD
 from ..rows import IGNORE
 from ..vocabulary import COLORS, COLUMNS, DIGITS, ROWS, SHAPES, WORDS
-from .batches import GROUNDING, PATCH_TARGETS, TARGET_NAMES, Batch
+from .batches import EVENT_CLASSES, PATCH_TARGETS, TARGET_NAMES, Batch
 from .encoding import encode
+from .grounding import GROUNDING
 from .pictures import CELL
 from .questions import FAMILIES
 from .vocabulary import END, START, TOKEN_ID, VISION_END, VISION_START
@@ -30,8 +32,9 @@ FAMILY_WEIGHTS = {
     "shape": 2,
     "count": 2,
     "where": 2,
-    "relation": 1.5,
-    "choice": 1.5,
+    "relation": 2.5,
+    "choice": 2.5,
+    "pair": 2,
     "word": 3,
     "number": 3,
     "digit": 3,
@@ -42,6 +45,9 @@ FAMILY_WEIGHTS = {
     "first": 3,
 }
 GROUNDED = (2, 4, 5)  # hidden states of the decoder from which a thing is found
+PLACED = (1, 3)  # hidden states of visual tokens that tell where and when they are, and what happens there
+PLACES = 16  # classes of two rows, two columns or two positions in time
+UNEVENTFUL_WEIGHT = 0.05
 OPENING = (START, TOKEN_ID["user"])
 
 
@@ -81,6 +87,7 @@ class NativeTrainee(nn.Module):
         for name, words in ids.items():
             self.register_buffer(f"{name}_ids", torch.tensor([TOKEN_ID[word] for word in words]), persistent=False)
         self.named = tuple(ids)
+        self.place_heads = nn.ModuleList(nn.Linear(text.hidden_size, 3 * PLACES + len(EVENT_CLASSES)) for _ in PLACED)
         weights = torch.tensor([float(FAMILY_WEIGHTS.get(name, 1)) for name in FAMILIES])
         self.register_buffer("family_weights", weights, persistent=False)
 
@@ -101,18 +108,22 @@ class NativeTrainee(nn.Module):
         )
         if not language:
             return loss, log
-        states = self._text_states(tokens, batch, batch.frames.shape[1:4])
-        loss = 0.5 * loss + 3 * self._answer_loss(states[-1], batch, log)
+        states, places = self._states(tokens, batch, batch.frames.shape[1:4])
+        text = batch.ids.shape[1]
+        loss = 0.5 * loss + 3 * self._answer_loss(states[-1][:, -text:], batch, log)
         for number, head in zip(GROUNDED, self.grounding_heads, strict=True):
-            loss = loss + 0.3 * self._grounding_loss(head, states[number], batch, log)
+            loss = loss + 0.25 * self._grounding_loss(head, states[number][:, -text:], batch, log)
+        for number, head in zip(PLACED, self.place_heads, strict=True):
+            loss = loss + 0.3 * self._place_loss(head, states[number][:, :-text], places, batch, log)
         return loss, log
 
-    def _text_states(self, tokens: Tensor, batch: Batch, shape: torch.Size) -> tuple[Tensor, ...]:
-        """Hidden states of the decoder at the text tokens, each [B, T, D]."""
+    def _states(self, tokens: Tensor, batch: Batch, shape: torch.Size) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Hidden states of the decoder, each [B, P + T, D], and the places [P, 3] of the prefix (IGNORE = not a visual token)."""
         frames, height, width = shape
         decoder, size = self.model.model.language_model, len(batch.ids)
         pictures, device = len(tokens) // size, tokens.device
-        layout = prefix_layout(pictures, max(1, frames // 2), height // CELL, width // CELL, float(batch.interval))
+        grid = (max(1, frames // 2), height // CELL, width // CELL)
+        layout = prefix_layout(pictures, *grid, float(batch.interval))
         ids = torch.tensor(layout[0], device=device)
         head = decoder.embed_tokens(ids.clamp(min=0)).expand(size, -1, -1)
         visual = tokens.reshape(size, -1, tokens.shape[-1]).to(head.dtype)
@@ -123,7 +134,10 @@ class NativeTrainee(nn.Module):
         positions = torch.cat([before, (layout[2] + batch.offset).expand(3, -1, -1)], 2)
         mask = {"full_attention": answer_mask(real, batch.block)}
         out = decoder(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False, output_hidden_states=True)
-        return tuple(hidden[:, len(ids) :] for hidden in out.hidden_states)
+        places = torch.full((len(ids), 3), IGNORE, device=device)
+        own = layout[1].T[layout[0].index(-1) :][: math.prod(grid)]
+        places[ids < 0] = ((own - own[0]) // 2).clamp(max=PLACES - 1).to(device).repeat(pictures, 1)
+        return out.hidden_states, places
 
     def _patch_loss(self, patches: Tensor, targets: Tensor, log: dict[str, Tensor]) -> Tensor:
         """What a patch of the encoder shows."""
@@ -148,8 +162,8 @@ class NativeTrainee(nn.Module):
             "shape": torch.where((kind >= 1) & (kind <= len(SHAPES)), kind - 1, IGNORE),
             "word": target["word"],
             "digit": torch.where(printed, target["character"] - 26, target["digit"]),
-            "row": torch.where(target["row"] != IGNORE, target["row"] // (BINS // 3), IGNORE),
-            "column": torch.where(target["column"] != IGNORE, target["column"] // (BINS // 3), IGNORE),
+            "row": torch.where(kind > 0, target["row"] // (BINS // 3), IGNORE),
+            "column": torch.where(kind > 0, target["column"] // (BINS // 3), IGNORE),
         }
         direction = F.normalize(visual.float(), dim=-1).flatten(0, 1)
         total = direction.new_zeros(())
@@ -184,3 +198,19 @@ class NativeTrainee(nn.Module):
             total = total + losses / known.sum().clamp(min=1)
             log[f"grounding/{name}"] = ((logits.argmax(-1) == target) & known).sum() / known.sum()
         return total
+
+    def _place_loss(self, head: nn.Module, hidden: Tensor, places: Tensor, batch: Batch, log: dict[str, Tensor]) -> Tensor:
+        """Visual tokens know in the decoder, where positions only rotate queries and keys, their own time, row and column, and
+        what has just appeared, vanished or changed there, which only a look at the frames before tells.
+        """
+        outputs = head(hidden[:, places[:, 0] != IGNORE]).float()
+        logits, happens = outputs[..., : 3 * PLACES].unflatten(-1, (3, PLACES)), outputs[..., 3 * PLACES :].flatten(0, 1)
+        target = places[places[:, 0] != IGNORE].expand(len(hidden), -1, -1)
+        for number, name in enumerate(("time", "row", "column")):
+            log[f"place/{name}"] = (logits[:, :, number].argmax(-1) == target[..., number]).float().mean()
+        loss = F.cross_entropy(logits.flatten(0, 2), target.flatten())
+        events = batch.events.long().flatten()
+        log["place/event"] = ((happens.argmax(-1) == events) & (events > 0)).sum() / (events > 0).sum()
+        losses = F.cross_entropy(happens, events, ignore_index=IGNORE, reduction="none")
+        weight = torch.where(events > 0, 1.0, UNEVENTFUL_WEIGHT) * (events != IGNORE)
+        return loss + (losses * weight).sum() / weight.sum().clamp(min=1)

@@ -72,7 +72,8 @@ def _page(f: PictureFacts, r: Random) -> Question | None:
 
 
 PICTURE_ASK: dict[str, Callable[[PictureFacts, Random], Question | None]] = {**ASK, "board": _board, "page": _page}
-PICTURE_WEIGHTS = {**WEIGHTS, "board": 25}
+# what is read off a sign is learnt first and asked less often
+PICTURE_WEIGHTS = {**WEIGHTS, "word": 3, "number": 3, "digit": 4, "choice": 12, "pair": 8, "board": 25}
 PAGE_WEIGHTS = {"page": 20, "count": 1, "existence_random": 1}
 
 
@@ -165,7 +166,7 @@ CLIP_ASK: dict[str, Callable[[ClipFacts, Random], Question | None]] = {
     "brief": _brief,
     "moment": _moment,
 }
-CLIP_WEIGHTS = dict(zip(CLIP_ASK, (7, 13, 14, 8, 6, 10, 10, 14), strict=True))
+CLIP_WEIGHTS = dict(zip(CLIP_ASK, (5, 7, 20, 14, 6, 8, 5, 14), strict=True))
 FAMILIES = (*PICTURE_ASK, *CLIP_ASK)
 READ = (*READING, "board", "page", "brief")
 ONCE = ("word", "number", "digit", "moves", "appearing", "brief")  # there is just one such question
