@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .tokens import ELSEWHERE
+
 if TYPE_CHECKING:
     from .report import ImageReport, Report
 
@@ -19,7 +21,9 @@ SHOWN_ITEMS = 20  # pictures in a table, and maps below it
 SIDE = 120  # pixels of the longer side of a map in the notebook
 # grey of dropped tokens; brightness of merged ones beside the kept token that they went to, and of those that decoder layers drop
 DROPPED, MERGED, LEFT = 40, 0.35, 0.65
+PALE = 110  # grey of tokens that were merged into one of another frame
 LEGEND = "bright: kept; dim: merged into the kept token of that colour; grey: dropped"
+OVER = "; pale grey: merged into another frame"
 LEAVING = "; half bright: dropped between decoder layers"
 
 
@@ -29,7 +33,8 @@ def token_color(number: int) -> NDArray[np.float32]:
 
 
 def token_map(image: ImageReport) -> Image.Image:
-    """One pixel for each token of a grid: kept ones bright, merged ones dim in the colour of their kept token, others grey.
+    """One pixel for each token of a grid: kept ones bright, merged ones dim in the colour of their kept token (pale grey where
+    that is in another frame), others grey.
 
     What enters the decoder and does not reach its last layer is half bright.
     """
@@ -38,6 +43,8 @@ def token_map(image: ImageReport) -> Image.Image:
     for cell, output in enumerate(image.source):
         if output >= 0:
             pixels[cell] = MERGED * token_color(output)
+        elif output == ELSEWHERE:
+            pixels[cell] = PALE
     for number, cell in enumerate(image.kept):
         pixels[cell] = (1 if cell in last else LEFT) * token_color(number)
     return Image.fromarray(pixels.reshape(*image.grid, 3).astype(np.uint8))
@@ -66,8 +73,9 @@ def report_html(report: Report) -> str:
 
 
 def _maps(report: Report) -> str:
-    shown = [_map(image) for image in report.images[:SHOWN_ITEMS]]
-    legend = LEGEND + (LEAVING if any(image.stages for image in report.images[:SHOWN_ITEMS]) else "")
+    images = report.images[:SHOWN_ITEMS]
+    shown = [_map(image) for image in images]
+    legend = LEGEND + OVER * any(ELSEWHERE in image.source for image in images) + LEAVING * any(image.stages for image in images)
     return f"<div>{''.join(shown)}</div><p><small>{legend}</small></p>" if shown else ""
 
 

@@ -132,8 +132,8 @@ class ImageReport:
     before, after : visual tokens in the prompt.
     grid : rows and columns of visual tokens.
     kept : grid cell of each output token, in output order.
-    source : [rows * columns] the output token (index into ``kept``) that each cell went to, -1 = dropped, or
-        merged into a token of another frame.
+    source : [rows * columns] the output token (index into ``kept``) that each cell went to, -1 = dropped, -2 = merged into
+        a token of another frame.
     scores : [rows * columns] importance, where the method has one.
     threshold : the score from which tokens were kept, where the method has such a value.
     stages : what was left of it from a decoder layer on, for each cut inside the decoder.
@@ -389,4 +389,4 @@ def _flat(image: ImageReport) -> dict[str, Any]:
 def _renumbered(source: list[int], valid: Tensor) -> list[int]:
     """Output numbers without the invalid outputs."""
     number = (valid.cumsum(0) - 1).tolist()
-    return [number[output] if output >= 0 else -1 for output in source]
+    return [number[output] if output >= 0 else output for output in source]

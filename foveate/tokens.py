@@ -16,6 +16,7 @@ from .errors import InputError, UnsupportedModelError
 
 Budget: TypeAlias = int | float | None
 EncoderLayer: TypeAlias = int | Literal["last", "aligned"]
+ELSEWHERE = -2  # in a source map: the token was merged into one of another frame
 
 
 def check_budget(budget: Budget) -> None:
@@ -235,7 +236,8 @@ class Reduction:
     threshold : [B] the score from which a token was kept, where the method has such a value (adaptive rules).
     added : [B, E, C] tokens that are not made of patches, such as [CLS]; they are the first E outputs, and stand at cells that were
         dropped.
-    owner : [B, N] where each source token went, -1 = dropped, for what happened inside the encoder; else it follows from the rest.
+    owner : [B, N] where each source token went, -1 = dropped, ``ELSEWHERE`` = into a token of another frame, for what happened
+        inside the encoder or over whole videos; else it follows from the rest.
     made : [B, M, C] the outputs themselves, or [B, M, D] in the space of the decoder, after the projector. ``index`` then gives
         each a cell of its own, for its position and for pictures (``tools.selection.anchors``).
     space : of what is ``made``: "features" go through the projector, "decoder" does not.
@@ -316,7 +318,7 @@ class Reduction:
         return torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
 
     def source_map(self, tokens: int) -> Tensor:
-        """[B, N] the output token that each source token went to, -1 = dropped.
+        """[B, N] the output token that each source token went to, -1 = dropped, ``ELSEWHERE`` = one of another frame.
 
         A partition: a token that several outputs drew from belongs to the one that took most of it, and a token that
         sits at an output cell to that cell. Of outputs that were made: to the one that attended to it most, if that was more than

@@ -61,10 +61,6 @@ class FlashVID(ProjectorReducer, name="flashvid", paper="https://arxiv.org/abs/2
         if self.chosen > 1:
             raise InputError(f"{self.name}: chosen={self.chosen}; it is a share and at most 1")
 
-    def notes(self) -> list[str]:
-        shown = f"{self.name}: in reports and pictures, a token that was merged into one of another frame counts as dropped"
-        return [*super().notes(), shown]
-
     def encoder_layers(self, depth: int) -> tuple[EncoderLayer, ...]:
         return ("aligned",)
 

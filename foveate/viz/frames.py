@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..report import ImageReport
+from ..tokens import ELSEWHERE
 from .canvas import new_figure, write_figure
-from .overlay import LEGEND, as_seen, overlay, panels_of
+from .overlay import LEGEND, PALE, as_seen, overlay, panels_of
 
 COLUMNS = 8  # frames side by side, at most
 SIDE = 480  # pixels of the longer side of a frame before it is scaled into the picture
@@ -93,7 +94,9 @@ def save_strip(
     figure = new_figure(figsize=(width, height))
     title = textwrap.shorten(title, int(LETTERS * width), placeholder=" ...")
     figure.text(GAP / width, 1 - GAP / height, title, fontsize=12, va="top", parse_math=False)
-    figure.text(GAP / width, GAP / height, LEGEND.replace("\n", " "), fontsize=8, color="0.35")
+    over = any(ELSEWHERE in report.source for each in reports.values() for report in each)
+    legend = LEGEND.replace("\n", " ") + f"; {PALE}" * over
+    figure.text(GAP / width, GAP / height, legend, fontsize=8, color="0.35")
     top = TITLE
     for (label, panels), high in zip(shown.items(), heights, strict=True):
         figure.text(GAP / width, 1 - (top + LABEL - GAP) / height, label, fontsize=10, va="bottom", parse_math=False)

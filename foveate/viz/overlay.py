@@ -16,12 +16,15 @@ from ..errors import InputError, MissingExtraError
 from ..notebook import token_color
 from ..places import ready_file, user_path
 from ..report import ImageReport
+from ..tokens import ELSEWHERE
 from .canvas import new_figure, write_figure
 from .charts import draw_layers, draw_scores
 
 DIMMED = 0.28  # brightness of dropped patches
 LEGEND = "coloured edge: kept; tint: merged into\nthe kept token of that colour; dark: dropped"
+PALE = "pale: merged into another frame"
 TINT = 0.25  # share of colour in patches that were merged into a kept one
+FADED = 0.3  # share of white in patches that were merged into one of another frame
 
 
 def as_seen(pixel_values: Tensor, processor: Any) -> Image.Image:
@@ -33,7 +36,8 @@ def as_seen(pixel_values: Tensor, processor: Any) -> Image.Image:
 
 
 def overlay(picture: Image.Image, report: ImageReport, side: int = 480) -> Image.Image:
-    """Kept patches clear with a coloured edge, patches merged into one tinted in its colour, dropped patches dimmed.
+    """Kept patches clear with a coloured edge, patches merged into one tinted in its colour, those merged into
+    one of another frame pale, dropped patches dimmed.
 
     Parameters
     ----------
@@ -51,6 +55,9 @@ def overlay(picture: Image.Image, report: ImageReport, side: int = 480) -> Image
         if place in at:
             edge = token_color(at[place])
             patch[0], patch[-1], patch[:, 0], patch[:, -1] = edge, edge, edge, edge
+        elif output == ELSEWHERE:
+            patch *= DIMMED
+            patch += FADED * (255 - patch)
         elif output < 0:
             patch *= DIMMED
         else:

@@ -108,7 +108,8 @@ VIEWS: dict[str, Callable[[Image.Image, ImageReport, int], Image.Image]] = {
     "order": order,
 }
 MEANINGS = {
-    "merged sources": "coloured edge: kept; tint: merged into the kept token of that colour; dark: dropped",
+    "merged sources": "coloured edge: kept; tint: merged into the kept token of that colour; pale: merged into another frame; "
+    "dark: dropped",
     "kept only": "coloured edge: kept; dark: dropped or merged into others",
     "scores as heat": "bright: high score; white edge: kept",
     "order": "1 is the highest score, or the first token that the model reads where a method has no scores; dark: dropped",

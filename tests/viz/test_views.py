@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,6 +42,15 @@ def test_kept_and_merged():
     grey = {view: {n for n in range(9) if np.ptp(inner[n].mean((0, 1))) < 1} for view, inner in both.items()}
     assert set(range(9)) - grey["merged sources"] == {0, 3}, "cells that were merged into others"
     assert grey["kept only"] == set(range(9))
+
+
+def test_merged_into_another_frame():
+    """Neither as dark as what was dropped nor in the colour of a kept token."""
+    found = replace(report(), source=[0, 0, -1, 1, 1, -2, 2, -1, -2])
+    middle = cells("merged sources", found)[:, CELL // 2, CELL // 2]
+    assert all(np.ptp(middle[cell]) < 1 for cell in (2, 5, 7, 8)), "grey"
+    assert middle[2, 0] == middle[7, 0] < middle[5, 0] == middle[8, 0] < 255
+    assert np.array_equal(cells("kept only", found), cells("kept only", report()))
 
 
 def test_heat_follows_the_scores():

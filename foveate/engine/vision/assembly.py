@@ -150,6 +150,8 @@ def joined(arrangement: Arrangement, found: list[Reduced]) -> Reduction:
             if reduced.reduction.attention is not None and attention is not None:
                 attention[i, :width, cell] = reduced.reduction.attention[row].to(attention)
             drawn[i] = reduced.reduction.made is not None
+        for unit, went in reduced.emptied:
+            owner[number[unit.item, unit.part], : len(went)] = went
     return Reduction(
         index,
         valid,

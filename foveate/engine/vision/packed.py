@@ -10,7 +10,7 @@ from torch import Tensor
 from ...errors import FoveateError, InputError, UnsupportedModelError
 from ...methods.pixels import PixelReducer
 from ...report import Clock
-from ...tokens import Reduction
+from ...tokens import ELSEWHERE, Reduction
 from ..model.anatomy import Anatomy
 from ..model.packing import packed_inputs
 from ..model.seams import deepstack, with_features
@@ -94,12 +94,12 @@ def _laid(method: PixelReducer, output: Any, arrangement: Arrangement, sources: 
     features: Tensor = output.pooler_output
     outputs = features.new_zeros(*index.shape, features.shape[-1])
     outputs[valid] = features
-    own = [_owners(arrangement, sources, number, kept) for number in some]
-    cells = max(len(each) for each in own)
-    owner = torch.stack([torch.nn.functional.pad(each, (0, cells - len(each)), value=-1) for each in own])
+    own = [_owners(arrangement, sources, number, kept) for number in range(len(units))]
+    owner = torch.nn.utils.rnn.pad_sequence([own[number] for number in some], batch_first=True, padding_value=-1)
     reduction = Reduction(index, valid=valid, owner=owner)
-    check(method, cells, outputs, reduction, valid)
-    found = [Reduced([units[number] for number in some], reduction, [counts[number] for number in some], outputs)]
+    check(method, owner.shape[1], outputs, reduction, valid)
+    emptied = [(unit, mine) for unit, mine, count in zip(units, own, counts, strict=True) if not count]
+    found = [Reduced([units[number] for number in some], reduction, [counts[number] for number in some], outputs, emptied=emptied)]
     layout = laid_out(arrangement, found)
     embeds, levels = [features[order] for order in layout.order], deepstack(output)
     if levels is not None:
@@ -109,9 +109,9 @@ def _laid(method: PixelReducer, output: Any, arrangement: Arrangement, sources: 
 
 
 def _owners(arrangement: Arrangement, sources: list[Tensor], number: int, kept: tuple[Tensor, ...]) -> Tensor:
-    """For each cell of a unit which of its outputs stands for it; -1 where that is in another frame."""
+    """For each cell of a unit which of its outputs stands for it; ``ELSEWHERE`` where that is in another frame."""
     unit = arrangement.units[number]
     start, place = int(unit.places[0]), sources[unit.item][unit.places]
     inside = (place >= start) & (place < start + len(unit.places))
     rank = kept[number].cumsum(0) - 1
-    return torch.where(inside, rank[(place - start).clamp(0, len(unit.places) - 1)], -1)
+    return torch.where(inside, rank[(place - start).clamp(0, len(unit.places) - 1)], ELSEWHERE)

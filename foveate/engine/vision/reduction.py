@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class Reduced:
     outputs : [B, M, C], the invalid ones included.
     places : [B, N] their tokens among those of all items, where the encoder gave all of them.
     spread : where outputs were merged over whole videos, of which the units are frames.
+    emptied : frames that keep nothing, and where their tokens went [N].
     """
 
     units: list[Unit]
@@ -57,6 +58,7 @@ class Reduced:
     outputs: Tensor
     places: Tensor | None = None
     spread: Spread | None = None
+    emptied: list[tuple[Unit, Tensor]] = field(default_factory=list)
 
 
 def shares(budget: Budget, sizes: list[int]) -> list[int] | None:
@@ -196,7 +198,9 @@ def reduce(
         some = [row for row, count in enumerate(each.counts) if count]
         spread = None if each.spread is None else each.spread.rows(some)
         framed = each.reduction.rows(some), [each.counts[row] for row in some], each.outputs[some], places[some]
-        found.append(Reduced([group.units[row] for row in some], *framed, spread))
+        went = each.reduction.source_map(places.shape[1])
+        emptied = [(unit, went[row]) for row, unit in enumerate(group.units) if not each.counts[row]]
+        found.append(Reduced([group.units[row] for row in some], *framed, spread, emptied))
     return found, same and sum(sum(reduced.counts) for reduced in found) == every
 
 
@@ -226,12 +230,12 @@ def check_returned(method: FrontReducer, cells: Tensor, found: Any) -> None:
     expected = {"valid": tuple(index.shape), "scores": (batch, number), "threshold": (batch,)}
     if found.sources is None:
         expected["weights"] = (*index.shape, number)
-    for field, shape in expected.items():
-        value = getattr(found, field)
-        fits = isinstance(value, Tensor) and tuple(value.shape) == shape and (field != "valid" or value.dtype == torch.bool)
+    for part, shape in expected.items():
+        value = getattr(found, part)
+        fits = isinstance(value, Tensor) and tuple(value.shape) == shape and (part != "valid" or value.dtype == torch.bool)
         if value is not None and not fits:
-            kind = "bool tensor" if field == "valid" else "tensor"
-            raise FoveateError(f"{name}: Reduction.{field} has to be a {kind} of shape {list(shape)}. {fault}")
+            kind = "bool tensor" if part == "valid" else "tensor"
+            raise FoveateError(f"{name}: Reduction.{part} has to be a {kind} of shape {list(shape)}. {fault}")
 
 
 def _applied(method: FrontReducer, cells: Tensor, reduction: Reduction) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import FoveateError, InputError
-from ...tokens import Reduction
+from ...tokens import ELSEWHERE, Reduction
 from .arrangement import Arrangement, Unit
 
 
@@ -72,7 +72,7 @@ class Framed:
 def by_frame(name: str, reduction: Reduction, outputs: Tensor, frames: int, places: Tensor) -> Framed:
     """What a method left of videos, for each frame of each of them.
 
-    A token that was merged into an output of another frame has no owner in its own one.
+    A token that was merged into an output of another frame went ``ELSEWHERE``.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ def by_frame(name: str, reduction: Reduction, outputs: Tensor, frames: int, plac
 
 
 def _owners(reduction: Reduction, frame: Tensor, rank: Tensor, start: Tensor, number: int) -> Tensor:
-    """[V * T, N] which output of its own frame each token went to, -1 = none.
+    """[V * T, N] which output of its own frame each token went to, -1 = none, ``ELSEWHERE`` = one of another frame.
 
     Parameters
     ----------
@@ -119,5 +119,5 @@ def _owners(reduction: Reduction, frame: Tensor, rank: Tensor, start: Tensor, nu
     owner = reduction.source_map(number * start.shape[1])
     to, mine = owner.clamp(min=0), torch.arange(owner.shape[1], device=owner.device) // number
     begin = start.gather(1, mine.expand_as(owner))
-    found = torch.where((owner >= 0) & (frame.gather(1, to) == mine), rank.gather(1, to) - begin, -1)
-    return found.view(-1, number)
+    found = torch.where(frame.gather(1, to) == mine, rank.gather(1, to) - begin, ELSEWHERE)
+    return torch.where(owner >= 0, found, -1).view(-1, number)

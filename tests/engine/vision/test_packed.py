@@ -182,6 +182,9 @@ def test_a_still_background_is_seen_once():
         families.generate(model, inputs, NEW)
     assert session.report.kept == [list(range(patches // merged(model)))]
     assert session.report.before[0] > 2 * session.report.after[0]
+    first, *others = [image.source for image in session.report.images]
+    assert first == list(range(len(first)))
+    assert all(source == [-2] * len(first) for source in others), "each stands in the first frame"
 
 
 def test_what_cannot_work_says_so():

@@ -99,8 +99,9 @@ def test_tokens_merged_over_frames(family, monkeypatch):
     left = [cell for cell in range(each) if cell % columns < columns // 2]
     right = [cell for cell in range(each) if cell % columns >= columns // 2]
     assert [image.kept for image in images] == [left, *[[]] * (last - 1), right]
-    assert images[0].source == [left.index(cell) if cell in left else -1 for cell in range(each)]
-    assert images[last].source == [right.index(cell) if cell in right else -1 for cell in range(each)]
+    assert images[0].source == [left.index(cell) if cell in left else -2 for cell in range(each)]
+    assert images[last].source == [right.index(cell) if cell in right else -2 for cell in range(each)]
+    assert all(image.source == [-2] * each for image in images[1:last]), "frames that keep nothing were merged into others"
     index = [*left, *(last * each + cell for cell in right)]
     shares = torch.tensor([[float(at % each == cell % each) for at in range(len(cells))] for cell in index]) / len(images)
     merging = merger(model, found[0][0], cells, index, shares, kept)
@@ -151,6 +152,7 @@ def test_frames_may_keep_nothing(family):
     images = report.images
     each = len(cells) // len(images)
     assert [image.after for image in images] == [0] * (len(images) - 1) + [3]
+    assert {number for image in images[:-1] for number in image.source} == {-1}, "dropped, not merged"
     assert set(report.kept[0]) & set(cells) == set(cells[-each:][:3])
     assert report.to_dict()["images"]
 
