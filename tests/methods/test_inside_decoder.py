@@ -22,10 +22,11 @@ from foveate.methods.g_search import GSearch
 from foveate.methods.inflection_cut import InflectionCut
 from foveate.methods.iti import ITI
 from foveate.methods.p_sigmoid import PSigmoid
-from foveate.methods.sparsevlm import SparseVLM, raters
+from foveate.methods.sparsevlm import SparseVLM
 from foveate.methods.text_relevance import TextRelevanceCut
 from foveate.methods.tools.inflection import inflection_counts
 from foveate.methods.tools.merging import cluster_weights
+from foveate.methods.tools.raters import raters
 from foveate.methods.tools.scoring import cls_attention, page_rank, prompt_attention, question_attention
 from foveate.methods.vtc_cls import FasterVLM, VTCCls
 from foveate.tokens import EncoderTap, VisualTokens
