@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,8 +17,11 @@ import foveate
 from foveate import answering, chat
 from foveate.report import ImageReport, StageReport
 from foveate.video import Video, open_video
+from foveate.viz import frames as frames_module
+from foveate.viz import question as question_module
 from foveate.viz.frames import by_frame, first_as_seen, frames_as_seen, save_strip, strips
 from foveate.viz.overlay import overlay, save_figure
+from foveate.viz.question import Way, save_question
 
 from .cli.test_main import invoke
 
@@ -275,6 +279,18 @@ def test_long_strips_go_on_in_further_rows(tmp_path, count, columns, lines):
     with Image.open(tmp_path / "strip.png") as picture:
         width, height = max(columns * 2.08 + 0.08, 5), 0.35 + 2 * (0.3 + lines * (2 + 0.42)) + 0.3
         np.testing.assert_allclose(picture.size, (150 * width, 150 * height), atol=1)
+
+
+def test_pictures_say_what_pale_means_where_there_is_such(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(frames_module, "write_figure", lambda figure, *_: said.append(" ".join(t.get_text() for t in figure.texts)))
+    monkeypatch.setattr(question_module, "write_figure", lambda figure, *_: said.append(figure.get_supxlabel()))
+    merged = replace(report_of([0]), source=[0, -2, -1, -1])
+    for images in ([report_of([0])] * 4, [report_of([0])] * 3 + [merged]):
+        save_strip(FILM.frames, FILM.seconds, {"mine": images}, tmp_path / "strip.png")
+        ways = [Way("all tokens", "yes", "16 of 16", None), Way("mine", "yes", "4 of 16", images)]
+        save_question("what moves ?", FILM.frames, FILM.seconds, ways, tmp_path / "question.png")
+    assert ["another frame" in text for text in said] == [False, False, True, True]
 
 
 def test_frames_as_the_encoder_saw_them():

@@ -15,8 +15,9 @@ from PIL import Image
 
 import foveate
 import foveate.report
+from foveate.notebook import token_map
 
-from . import zoo
+from . import families, zoo
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,26 @@ def test_maps_of_a_notebook_are_the_kept_tokens(session):
     assert len({tuple(pixels[cell]) for cell in image.kept}) == len(image.kept)
     dropped = {cell for cell, output in enumerate(image.source) if output < 0}
     assert set((pixels == pixels[:, :1]).all(1).nonzero()[0].tolist()) == dropped
+
+
+def test_maps_tell_what_went_to_another_frame():
+    """Pale grey, darker than what is kept, and only then in words."""
+    frames = families.Medium((8, 8), frames=6)
+    pixels = families.pixels("qwen2_5_vl", frames, seed=1)
+    pixels = pixels[: 8 * 8].repeat(len(pixels) // 64, 1)  # the first grid again and again
+    ids = [families.prompt("qwen2_5_vl", [frames], before=2, after=3, seed=1)]
+    model = families.load("qwen2_5_vl")
+    with foveate.PixelPrune()(model) as session:
+        model(**families.inputs_of("qwen2_5_vl", ids, [[(frames, pixels)]]))
+    first, *others = session.report.images
+    assert set(map(min, (image.source for image in others))) == {-2}
+    shades = [np.asarray(token_map(image)).reshape(-1, 3) for image in (first, others[0])]
+    assert (shades[0].max(1) > 250).all()
+    assert (shades[1] == 110).all()
+    assert "merged into another frame" in session.report._repr_html_()
+    with foveate.FastV(budget=0.5)(zoo.load()) as plain:
+        plain.model(**zoo.batch(rows=(0,)))
+    assert "another frame" not in plain.report._repr_html_()
 
 
 def test_maps_show_what_decoder_layers_drop():

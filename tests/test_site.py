@@ -89,6 +89,15 @@ def test_every_public_name_is_in_the_reference_once():
     assert sorted([name.rpartition(".")[2] for name in shown] + older) == sorted(foveate.__all__)
 
 
+def test_every_picture_is_shown_somewhere():
+    """One that a rewritten page lost would be shipped and never seen."""
+    pages = [*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb"), *DOCS.rglob("*.py"), *(DOCS.parent / "foveate").rglob("*.md")]
+    text = "".join(page.read_text(encoding="utf-8") for page in [*pages, DOCS.parent / "README.md", DOCS.parent / "mkdocs.yml"])
+    pictures = [*(DOCS / "images").iterdir()]
+    assert len(pictures) > 5
+    assert [picture.name for picture in pictures if picture.name not in text] == []
+
+
 def test_links_lead_on():
     text = "[a](tune.md#x) [b](../benchmarks/results) [c](../CONTRIBUTING.md) [d](https://x.org) [e](#here) ![f](images/demo.png)"
     assert links.rewritten(text, "choosing.md") == (

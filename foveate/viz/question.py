@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..report import ImageReport
+from ..tokens import ELSEWHERE
 from .canvas import new_figure, write_figure
 from .frames import COLUMNS, by_frame
 from .overlay import panels_of
@@ -20,6 +21,7 @@ WIDE, FRAME = 3.3, 1.7  # inches of a panel of a picture, and of a frame
 SAME, OTHER, PLAIN = "#2f8f46", "#c05621", "#1c1c1c"
 HOW_TO_READ = (
     "Kept tokens have a coloured edge. Tinted ones were merged into the kept token of that colour. Dark ones were dropped.",
+    "Pale ones were merged into a token of another frame.",
     "Heat: the scores that a method chose by, from dark (low) to bright (high); a white edge marks what it kept.",
     "A green answer is the same as with all tokens, an orange one is another.",
 )
@@ -76,7 +78,9 @@ def save_question(question: str, frames: Sequence[Image.Image], seconds: Sequenc
             if panel is not None:
                 axis.imshow(panel.image)
                 axis.set_title(panel.words, fontsize=8 if seconds else 10, color=panel.color, parse_math=False)
-    lines = [line for line in HOW_TO_READ if "Heat" not in line or any(row.heat for row in rows)]
+    unseen = [] if any(row.heat for row in rows) else ["Heat"]
+    unseen += [] if any(ELSEWHERE in image.source for way in ways for image in way.images or ()) else ["Pale"]
+    lines = [line for line in HOW_TO_READ if not line.startswith(tuple(unseen))]
     folded = "\n".join(textwrap.fill(line, max(60, int(13.5 * width))) for line in lines)
     figure.supxlabel(folded, fontsize=8.5, color="0.3", x=0.01, ha="left")
     write_figure(figure, path, 120)

@@ -200,8 +200,9 @@ class NativeTrainee(nn.Module):
         return total
 
     def _place_loss(self, head: nn.Module, hidden: Tensor, places: Tensor, batch: Batch, log: dict[str, Tensor]) -> Tensor:
-        """Visual tokens know in the decoder, where positions only rotate queries and keys, their own time, row and column, and
-        what has just appeared, vanished or changed there, which only a look at the frames before tells.
+        """Inside the decoder, visual tokens tell their time, row and column, and what has just happened there.
+
+        Positions only rotate queries and keys there, and only the frames before show what has just appeared, vanished or changed.
         """
         outputs = head(hidden[:, places[:, 0] != IGNORE]).float()
         logits, happens = outputs[..., : 3 * PLACES].unflatten(-1, (3, PLACES)), outputs[..., 3 * PLACES :].flatten(0, 1)
