@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import foveate
+from foveate.engine.vision.videos import by_frame
 from foveate.tokens import Reduction, VisualTokens
 
 from ... import families
@@ -109,6 +110,15 @@ def test_tokens_merged_over_frames(family, monkeypatch):
     spliced = by_hand.splice(family, model, inputs, kept, merging(features), compact=True, deep=[merging(layer) for layer in deep])
     wanted = by_hand.logits(model, spliced, output.sequences[0, -NEW:].tolist())
     torch.testing.assert_close(torch.stack(output.logits, 1)[0], wanted, atol=3e-4, rtol=3e-4)
+
+
+def test_merged_elsewhere_and_dropped():
+    """Three frames of two tokens: the first token takes in the third, the last one the second; the other two are dropped."""
+    weights = torch.zeros(1, 2, 6)
+    weights[0, 0, [0, 2]] = weights[0, 1, [5, 1]] = 0.5
+    reduction = Reduction(torch.tensor([[0, 5]]), weights=weights)
+    framed = by_frame("mine", reduction, torch.zeros(1, 2, 4), 3, torch.arange(6).view(3, 2))
+    assert framed.reduction.source_map(2).tolist() == [[0, -2], [-2, -1], [-1, 0]]
 
 
 @pytest.mark.parametrize("name", NAMES)
