@@ -46,7 +46,7 @@ FAMILY_WEIGHTS = {
 }
 GROUNDED = (2, 4, 5)  # hidden states of the decoder from which a thing is found
 PLACED = (1, 3)  # hidden states of visual tokens that tell where and when they are, and what happens there
-PLACES = 16  # classes of two rows, two columns or two positions in time
+PLACES = 16  # classes of two rows, two columns or two positions in time; the last one is all that comes later
 UNEVENTFUL_WEIGHT = 0.05
 OPENING = (START, TOKEN_ID["user"])
 
